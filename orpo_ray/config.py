@@ -1,0 +1,307 @@
+"""The whole run as one typed, frozen value, and how YAML files and overrides become it."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; `lines` has one finding each, with the field and the fix."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
+
+
+class Section(BaseModel):
+    """A frozen group of settings that knows no keys but its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base model and its tokenizer."""
+
+    model_name_or_path: str | None = Field(
+        None, description="Folder or hub id of the base model; unset: the demo's, from scratch."
+    )
+    model_revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    attention: Literal["auto", "packed", "padded"] = Field(
+        "auto", description="auto packs where that is exact for the model, and says what it chose."
+    )
+    disable_dropout: bool = Field(True, description="Set every dropout of the model to 0.")
+
+
+class DataSection(Section):
+    """Where the preference pairs come from, how they are cut and in what order they come."""
+
+    train_files: tuple[str, ...] | None = Field(
+        None, description="Paths, globs or folders of pairs; unset: the demo's."
+    )
+    eval_files: tuple[str, ...] | None = Field(None, description="The same, for evaluation.")
+    dataset_name: str | None = Field(None, description="Hub id, instead of train_files.")
+    dataset_train_split: str = Field("train", description="Split of dataset_name to train on.")
+    dataset_test_split: str | None = Field(None, description="Split of dataset_name to evaluate.")
+    max_length: int = Field(
+        1024, ge=2, description="Tokens of prompt plus completion; a longer completion is cut."
+    )
+    shuffle: bool = Field(True, description="false keeps the files' order.")
+    shuffle_window_shards: PositiveInt = Field(
+        16, description="Token shards whose rows are shuffled together, and held in memory."
+    )
+    shard_rows: PositiveInt = Field(4096, description="Source rows in one token shard.")
+    token_cache_dir: str | None = Field(
+        None, description="Where token shards are cached; unset: <output_dir>/token_cache."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        names = ("train_files", "eval_files")
+        return {
+            key: [value] if key in names and isinstance(value, str) else value
+            for key, value in values.items()
+        }
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.train_files is not None and self.dataset_name is not None:
+            raise ValueError("train_files and dataset_name are both set: keep one")
+        return self
+
+
+class OrpoSection(Section):
+    """The objective: loss = NLL - beta * mean(logsigmoid(log odds)) + router loss."""
+
+    beta: float = Field(0.1, ge=0.0, le=100.0, description="Weight of the odds-ratio term.")
+    nll_scope: Literal["all", "completion"] = Field(
+        "all", description="NLL over prompt and chosen answer (as TRL), or the answer only."
+    )
+    router_aux_loss_coef: float | None = Field(
+        None, ge=0.0, le=100.0, description="Weight of the MoE router loss; unset: the model's."
+    )
+
+
+class TrainSection(Section):
+    """The optimizer, its schedule, batch sizes, and how often things happen."""
+
+    learning_rate: float = Field(8e-6, ge=0.0, le=1.0, description="Peak rate (paper: 8e-6).")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = Field("linear", description="A schedule of transformers.get_scheduler.")
+    warmup_ratio: Share = Field(0.0, description="Share of all steps spent warming up.")
+    warmup_steps: int = Field(0, ge=0, description="The same in steps; wins over warmup_ratio.")
+    weight_decay: float = Field(0.0, ge=0.0, le=10.0, description="Not on norms and biases.")
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0, description="AdamW's beta1.")
+    adam_beta2: float = Field(0.999, ge=0.0, lt=1.0, description="AdamW's beta2.")
+    adam_epsilon: float = Field(1e-8, gt=0.0, le=1.0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(1.0, ge=0.0, le=1e9, description="Clip above it; 0: never.")
+    num_train_epochs: float = Field(3.0, gt=0.0, le=1e6, description="Passes over the pairs.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; wins over epochs; -1: unset.")
+    per_device_train_batch_size: PositiveInt = Field(8, description="Pairs a worker and pass.")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="Passes an optimizer step.")
+    global_batch_size: PositiveInt | None = Field(
+        None, description="Pairs an optimizer step; unset: the two above x num_workers."
+    )
+    per_device_eval_batch_size: PositiveInt = Field(16, description="Pairs a worker and pass.")
+    max_tokens_per_microbatch: PositiveInt | None = Field(
+        None, description="Tokens one pass holds; unset: a worker's batch size x max_length."
+    )
+    head_chunk_tokens: PositiveInt = Field(
+        1024, description="Positions whose logits exist at the same time."
+    )
+    bf16: bool | None = Field(None, description="Compute in bfloat16; unset: on GPUs only.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory.")
+    logging_steps: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
+    eval_steps: PositiveInt | None = Field(
+        None, description="Steps between evaluations; unset: only at the start and the end."
+    )
+    save_steps: PositiveInt = Field(500, description="Steps between checkpoints.")
+    save_total_limit: PositiveInt | None = Field(2, description="Checkpoints kept; null: all.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Of the order, dropout and demo weights.")
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> Self:
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0: give a number of steps, or -1 to go by epochs")
+        return self
+
+
+class RaySection(Section):
+    """What is asked of the Ray cluster, in Ray Train's own words."""
+
+    num_workers: PositiveInt = Field(1, description="Training processes.")
+    use_gpu: bool | None = Field(None, description="A GPU each; unset: if the cluster has any.")
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
+        None, description="Ray resources a worker; unset: its GPU, or its share of the CPUs."
+    )
+    max_failures: int = Field(3, ge=-1, description="Worker group restarts; -1: no limit.")
+
+
+class OutputSection(Section):
+    """Where the run directory goes: <output_dir>/<run_name>."""
+
+    output_dir: str = Field("runs", min_length=1, description="Parent of run directories.")
+    run_name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="Folder of the run; an existing one goes on; unset: a new one by the time.",
+    )
+
+
+class ORPOConfig(Section):
+    """A whole run: `ORPOConfig(beta=0.2, num_workers=8)`, or by sections.
+
+    Every leaf name is unique, so a setting may stand in its section or at the top level.
+
+    Raises:
+        pydantic.ValidationError: for unknown names, wrong types and values out of bounds.
+    """
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    orpo: OrpoSection = OrpoSection()
+    train: TrainSection = TrainSection()
+    ray: RaySection = RaySection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leaves_into_sections(cls, values: Any) -> Any:
+        return _routed(values) if isinstance(values, Mapping) else values
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs in one optimizer step, over all workers."""
+        train = self.train
+        per_worker = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        return train.global_batch_size or per_worker * self.ray.num_workers
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens that one forward and backward pass may hold; a longer group comes alone."""
+        per_device = self.train.per_device_train_batch_size
+        return self.train.max_tokens_per_microbatch or per_device * self.data.max_length
+
+    def replace(self, **leaves: Any) -> Self:
+        """The same run with some leaves changed, checked like a new one."""
+        values = self.model_dump()
+        for name, value in leaves.items():
+            values[SECTION_OF[name]][name] = value
+        return type(self).model_validate(values)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "orpo": OrpoSection,
+    "train": TrainSection,
+    "ray": RaySection,
+    "output": OutputSection,
+}
+SECTION_OF = {leaf: name for name, section in SECTIONS.items() for leaf in section.model_fields}
+
+
+def _routed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put bare leaf names into their sections; unknown names stay, to be refused."""
+    routed = {
+        key: dict(value) if key in SECTIONS and isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if key not in SECTION_OF
+    }
+    for leaf in values.keys() & SECTION_OF.keys():
+        section = routed.setdefault(SECTION_OF[leaf], {})
+        if isinstance(section, dict):
+            section[leaf] = values[leaf]
+    return routed
+
+
+def load_config(path: str | None, overrides: Sequence[str]) -> ORPOConfig:
+    """Read a YAML file, apply `key=value` overrides, and check everything at once.
+
+    Args:
+        path: a YAML file, or None for the embedded demo.
+        overrides: dotted (`orpo.beta=0.2`) or bare (`beta=0.2`) settings; the last one wins.
+
+    Raises:
+        ConfigError: with every finding, one or two lines each.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    findings = [
+        f"{override}: not a key=value setting" for override in overrides if "=" not in override
+    ]
+    if findings:
+        raise ConfigError(findings)
+    merged: dict[str, Any] = {}
+    try:
+        layers = [OmegaConf.from_dotlist([override]) for override in overrides]
+        if path is not None:
+            layers.insert(0, OmegaConf.load(path))
+        for layer in layers:
+            values = OmegaConf.to_container(layer, resolve=True)
+            if not isinstance(values, dict):
+                raise ConfigError([f"{path}: holds a list, not settings"])
+            _merge(merged, _routed({str(key): value for key, value in values.items()}))
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such config file"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError([f"{path or 'override'}: not valid YAML: {_flat(error)}"]) from None
+    return parse_config(merged)
+
+
+def parse_config(values: Mapping[str, Any]) -> ORPOConfig:
+    """Check a mapping of sections and leaves.
+
+    Raises:
+        ConfigError: with every finding, one or two lines each.
+    """
+    try:
+        return ORPOConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([_finding(details) for details in error.errors()]) from None
+
+
+def _merge(target: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Lay the sections of `layer` over those of `target`, leaf by leaf."""
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            target[key] |= value
+        else:
+            target[key] = value
+
+
+def _finding(details: Any) -> str:
+    """One pydantic error as `field: what is wrong; the nearest valid name`."""
+    where = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "extra_forbidden":
+        return f"{where}: no such setting{_nearest(details['loc'])}"
+    message = details["msg"].removeprefix("Value error, ")
+    value = details.get("input")
+    shown = "" if isinstance(value, Mapping | BaseModel) else f" (got {value!r})"
+    return f"{where or 'config'}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _nearest(loc: Sequence[Any]) -> str:
+    """Suggest the valid name that is most like the last part of `loc`."""
+    name = str(loc[-1])
+    near = difflib.get_close_matches(name, [*SECTION_OF, *SECTIONS], n=1, cutoff=0.5)
+    if not near:
+        return "; see --help for all of them"
+    return f"; did you mean {'.'.join([SECTION_OF[near[0]], near[0]]) if near[0] in SECTION_OF else near[0]}?"
+
+
+def _flat(error: Exception) -> str:
+    """The text of an error on one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""Floor 1: the ORPO objective as free functions on tensors, importable with torch alone."""

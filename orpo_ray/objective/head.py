@@ -1,0 +1,235 @@
+"""The LM head and the ORPO loss in chunks of positions, so that full logits never exist."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from orpo_ray.objective.odds_ratio import log_sigmoid_log_odds
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One stretch of positions that is projected at once; holds whole pairs only.
+
+    Each member is a (start, stop) range into the arrays of `Targets`.
+    """
+
+    positions: tuple[int, int]
+    targets: tuple[int, int]
+    completions: tuple[int, int]
+    pairs: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a packed row predicts: which tokens, at which positions, for which completion.
+
+    A position may have several targets: a prompt's last one predicts every completion's first.
+
+    Args:
+        positions: positions of the row that are projected, chunk by chunk.
+        predicted_at: for each target, the index into `positions` where it is predicted.
+        token_ids: for each target, the token.
+        nll_weights: for each target, the number of pairs whose NLL counts it.
+        completion: for each target, its completion's index; `completions` for prompt tokens.
+        completion_lengths: targets of each completion, at least 1.
+        chosen: for each pair, the index of its chosen completion.
+        rejected: for each pair, the index of its rejected completion.
+        chunks: the ranges that are projected together.
+    """
+
+    positions: Int[Tensor, "positions"]
+    predicted_at: Int[Tensor, "targets"]
+    token_ids: Int[Tensor, "targets"]
+    nll_weights: Float[Tensor, "targets"]
+    completion: Int[Tensor, "targets"]
+    completion_lengths: Float[Tensor, "completions"]
+    chosen: Int[Tensor, "pairs"]
+    rejected: Int[Tensor, "pairs"]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """The two divisors of a global batch and the weight between their terms.
+
+    Args:
+        nll: what one NLL token counts: 1 / tokens of the global batch (times the workers that
+            the gradient is averaged over).
+        pair: what one pair counts: 1 / pairs of the global batch (times the same).
+        beta: weight of the odds-ratio term.
+    """
+
+    nll: float
+    pair: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """The scaled loss of a packed row, and the unscaled figures behind it (no gradient)."""
+
+    loss: Float[Tensor, ""]
+    nll_sum: Float[Tensor, ""]
+    completion_log_probs: Float[Tensor, "completions"]
+
+
+def orpo_head(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab width"],
+    bias: Float[Tensor, "vocab"] | None,
+    targets: Targets,
+    scale: LossScale,
+    softcap: float | None = None,
+) -> HeadOutput:
+    """Project the positions that have a target and sum the ORPO loss over whole pairs.
+
+    The gradient of a chunk is taken while its logits exist, so a backward pass may follow once.
+    Log-probabilities are computed and summed in fp32 (fp64 for fp64 inputs).
+
+    Args:
+        hidden: last hidden states of a packed row.
+        weight: of the LM head, in the dtype of `hidden`.
+        bias: of the LM head, if it has one.
+        targets: what the row predicts.
+        scale: divisors over the global batch; the loss is already scaled by them.
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
+
+    Returns:
+        The loss, the weighted sum of NLL in nats, and each completion's mean log-probability.
+    """
+    loss, nll_sum, log_probs = _OrpoHead.apply(hidden, weight, bias, targets, scale, softcap)
+    return HeadOutput(loss=loss, nll_sum=nll_sum, completion_log_probs=log_probs)
+
+
+class _OrpoHead(torch.autograd.Function):
+    """Loss and gradient of one packed row in a single pass over the chunks."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap):  # type: ignore[no-untyped-def, override]
+        chunked = _ChunkedPass(hidden, weight, bias, targets, scale, softcap)
+        chunked.needs_grad = any(ctx.needs_input_grad)
+        for chunk in targets.chunks:
+            chunked.run(chunk)
+        ctx.save_for_backward(chunked.grad_hidden, chunked.grad_weight, chunked.grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.mark_non_differentiable(chunked.nll_sum, chunked.completion_log_probs)
+        return chunked.loss, chunked.nll_sum, chunked.completion_log_probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (
+            (grad_hidden * grad_loss).to(hidden_dtype),
+            (grad_weight * grad_loss).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * grad_loss).to(weight_dtype),
+            *(None,) * 3,
+        )
+
+
+class _ChunkedPass:
+    """The running sums of one pass over the chunks of a packed row."""
+
+    def __init__(  # the arguments of orpo_head
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Targets,
+        scale: LossScale,
+        softcap: float | None,
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.targets, self.scale, self.softcap = targets, scale, softcap
+        self.needs_grad = False
+        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.loss = hidden.new_zeros((), dtype=self.dtype)
+        self.nll_sum = hidden.new_zeros((), dtype=self.dtype)
+        self.completion_log_probs = torch.zeros_like(targets.completion_lengths, dtype=self.dtype)
+        self._grads: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    def _gradients(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where gradients are summed; made at the first use, so evaluation needs none."""
+        if self._grads is None:
+            weight = torch.zeros_like(self.weight, dtype=self.dtype)
+            bias = None if self.bias is None else torch.zeros_like(self.bias, dtype=self.dtype)
+            self._grads = (torch.zeros_like(self.hidden), weight, bias)
+        return self._grads
+
+    @property
+    def grad_hidden(self) -> Tensor | None:
+        return self._gradients()[0] if self.needs_grad else None
+
+    @property
+    def grad_weight(self) -> Tensor | None:
+        return self._gradients()[1] if self.needs_grad else None
+
+    @property
+    def grad_bias(self) -> Tensor | None:
+        return self._gradients()[2] if self.needs_grad else None
+
+    def run(self, chunk: Chunk) -> None:
+        """Project one chunk, add its loss and, if wanted, its gradient."""
+        targets = self.targets
+        positions = targets.positions[slice(*chunk.positions)]
+        at = targets.predicted_at[slice(*chunk.targets)] - chunk.positions[0]
+        token_ids = targets.token_ids[slice(*chunk.targets)]
+        hidden = self.hidden[positions]
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).to(self.dtype)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        normaliser = torch.logsumexp(logits, dim=-1)
+        token_log_probs = logits[at, token_ids] - normaliser[at]
+        slopes = self._add_loss(chunk, token_log_probs)
+        if not self.needs_grad:
+            return
+        # d loss / d logits = sum over targets of slope * (one-hot - softmax), built in place.
+        position_slopes = torch.zeros_like(normaliser).index_add_(0, at, slopes)
+        capped = None if self.softcap is None else logits / self.softcap
+        grad_logits = logits.sub_(normaliser[:, None]).exp_().mul_(-position_slopes[:, None])
+        grad_logits.index_put_((at, token_ids), slopes, accumulate=True)
+        if capped is not None:
+            grad_logits.mul_(1 - capped.square_())
+        self._add_gradient(positions, hidden, grad_logits)
+
+    def _add_loss(self, chunk: Chunk, token_log_probs: Tensor) -> Tensor:
+        """Add the chunk's loss; return its slope at every target's log-probability."""
+        targets, scale = self.targets, self.scale
+        first, last = chunk.completions
+        lengths = targets.completion_lengths[first:last]
+        # Prompt targets carry an index past the last completion: one more slot, then dropped.
+        slot = (targets.completion[slice(*chunk.targets)] - first).clamp(max=last - first)
+        weights = targets.nll_weights[slice(*chunk.targets)].to(self.dtype)
+        with torch.enable_grad():
+            leaf = token_log_probs.detach().requires_grad_()
+            sums = leaf.new_zeros(last - first + 1).index_add(0, slot, leaf)[:-1]
+            means = sums / lengths
+            nll = -(weights * leaf).sum()
+            ratio = log_sigmoid_log_odds(
+                means[targets.chosen[slice(*chunk.pairs)] - first],
+                means[targets.rejected[slice(*chunk.pairs)] - first],
+            ).sum()
+            loss = scale.nll * nll - scale.pair * scale.beta * ratio
+            (slopes,) = torch.autograd.grad(loss, leaf)
+        self.loss += loss.detach()
+        self.nll_sum += nll.detach()
+        self.completion_log_probs[first:last] = means.detach()
+        return slopes
+
+    def _add_gradient(self, positions: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
+        """Carry one chunk's logit gradient to the hidden states, the weight and the bias."""
+        grad_hidden, grad_weight, grad_bias = self._gradients()
+        if grad_bias is not None:
+            grad_bias += grad_logits.sum(dim=0)
+        narrow: Any = grad_logits.to(self.weight.dtype)
+        grad_hidden[positions] = narrow @ self.weight
+        if narrow.dtype == grad_weight.dtype:
+            grad_weight.addmm_(narrow.T, hidden)
+        else:
+            grad_weight += narrow.T @ hidden

@@ -1,0 +1,105 @@
+"""The odds-ratio term of ORPO: log odds, its loss, and the sums that its metrics are made of."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LARGEST_SLOPE = 2.0**24
+"""Bound on |d log1mexp(x) / dx| for a rejected answer, whose true slope diverges as x -> 0.
+
+1 / 2**24 is half the spacing of fp32 just below 1: a mean log-probability closer to 0 than that
+belongs to a probability that fp32 cannot tell from 1.
+"""
+
+N_PAIR_SUMS = 6
+
+
+class _Log1mExp(torch.autograd.Function):
+    """log(1 - e^x) with a slope that is finite everywhere, also at x = 0."""
+
+    @staticmethod
+    def forward(x: Tensor, largest_slope: float) -> Tensor:  # type: ignore[override]
+        below_zero = x.clamp(max=-torch.finfo(x.dtype).tiny)
+        # Maechler (2012): the first branch cancels near 0, the second far from it.
+        near = torch.log(-torch.expm1(below_zero))
+        far = torch.log1p(-torch.exp(below_zero))
+        return torch.where(below_zero > -0.6931471805599453, near, far)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        x, ctx.largest_slope = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        below_zero = x.clamp(max=-max(torch.finfo(x.dtype).tiny, 1.0 / ctx.largest_slope))
+        return grad * torch.exp(below_zero) / torch.expm1(below_zero), None
+
+
+def log1mexp(x: Float[Tensor, "*n"], largest_slope: float = LARGEST_SLOPE) -> Float[Tensor, "*n"]:
+    """log(1 - e^x) for x <= 0, finite in value and gradient for every such x.
+
+    At x = 0, where the value is minus infinity, the closest number below 0 stands in.
+
+    Args:
+        x: log-probabilities, in nats, at most 0.
+        largest_slope: bound on the size of the gradient; `inf` leaves it as it is.
+
+    Source:
+        Value: M. Maechler, "Accurately computing log(1 - exp(-|a|))", 2012.
+    """
+    result: Tensor = _Log1mExp.apply(x, largest_slope)
+    return result
+
+
+def log_odds(
+    chosen_log_probs: Float[Tensor, "pairs"], rejected_log_probs: Float[Tensor, "pairs"]
+) -> Float[Tensor, "pairs"]:
+    """log(odds(chosen) / odds(rejected)), with odds(y) = p / (1 - p) and p = e^(mean log-prob).
+
+    d/d(chosen) of the loss tends to a finite limit at 0, since its own weight falls as fast as the
+    slope grows: it is left as it is. d/d(rejected) diverges there and is bounded, see
+    `LARGEST_SLOPE`.
+
+    Args:
+        chosen_log_probs: mean log-probability a token of the chosen answers, in nats.
+        rejected_log_probs: the same of the rejected answers.
+
+    Source:
+        ORPO, arXiv:2403.07691, equations 4 and 7.
+    """
+    return (chosen_log_probs - rejected_log_probs) - (
+        log1mexp(chosen_log_probs, largest_slope=float("inf")) - log1mexp(rejected_log_probs)
+    )
+
+
+def log_sigmoid_log_odds(
+    chosen_log_probs: Float[Tensor, "pairs"], rejected_log_probs: Float[Tensor, "pairs"]
+) -> Float[Tensor, "pairs"]:
+    """The odds-ratio term before its weight: logsigmoid(log odds), at most 0, larger is better."""
+    return F.logsigmoid(log_odds(chosen_log_probs, rejected_log_probs))
+
+
+def pair_sums(
+    chosen_log_probs: Float[Tensor, "pairs"], rejected_log_probs: Float[Tensor, "pairs"]
+) -> Float[Tensor, "6"]:
+    """Sums over pairs, on the device: what the metrics need of them, to be divided once.
+
+    Returns:
+        [pairs, sum chosen, sum rejected, pairs with chosen > rejected, sum log odds,
+        sum logsigmoid(log odds)], in float64 so that sums of many steps stay exact.
+    """
+    ratios = log_odds(chosen_log_probs, rejected_log_probs)
+    each = (
+        torch.ones_like(ratios),
+        chosen_log_probs,
+        rejected_log_probs,
+        (chosen_log_probs > rejected_log_probs).to(ratios.dtype),
+        ratios,
+        F.logsigmoid(ratios),
+    )
+    return torch.stack(each).sum(dim=1, dtype=torch.float64)

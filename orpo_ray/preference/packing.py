@@ -1,0 +1,286 @@
+"""The packed row: prompt groups laid end to end, without padding, and what each token predicts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from orpo_ray.preference.groups import PromptGroup, RowId
+
+Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class GroupSpan:
+    """The lengths of one group inside a packed row, in tokens."""
+
+    prompt: int
+    completions: tuple[int, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the whole group."""
+        return self.prompt + sum(self.completions)
+
+
+@dataclass(frozen=True)
+class ChunkRanges:
+    """One stretch of whole pairs: (start, stop) into the arrays of `PackedRow`."""
+
+    positions: Range
+    targets: Range
+    completions: Range
+    pairs: Range
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One microbatch: `[prompt | completion | completion ... | prompt | ...]`.
+
+    Args:
+        token_ids: (tokens,) the row.
+        position_ids: (tokens,) every completion continues its own prompt.
+        multiplicity: (tokens,) how often each token stands in padded (prompt + answer) rows.
+        spans: the groups in order.
+        positions: (positions,) positions that predict something, chunk by chunk.
+        predicted_at: (targets,) index into `positions`.
+        target_ids: (targets,) the predicted token.
+        nll_weights: (targets,) number of pairs whose NLL counts the target.
+        completion: (targets,) completion of the target; number of completions for prompt tokens.
+        completion_lengths: (completions,) targets of each.
+        chosen: (pairs,) completion index.
+        rejected: (pairs,) completion index.
+        chunks: ranges of whole pairs for the LM head.
+        row_ids: source row of every pair.
+    """
+
+    token_ids: Integers
+    position_ids: Integers
+    multiplicity: Floats
+    spans: tuple[GroupSpan, ...]
+    positions: Integers
+    predicted_at: Integers
+    target_ids: Integers
+    nll_weights: Floats
+    completion: Integers
+    completion_lengths: Floats
+    chosen: Integers
+    rejected: Integers
+    chunks: tuple[ChunkRanges, ...]
+    row_ids: tuple[RowId, ...]
+
+    @property
+    def n_nll_tokens(self) -> int:
+        """Tokens that the NLL of this row sums over, each as often as pairs count it."""
+        return int(self.nll_weights.sum(dtype=np.float64))
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs in this row."""
+        return len(self.chosen)
+
+
+def nll_tokens(group: PromptGroup, prompt_counts: bool) -> int:
+    """NLL tokens of one group, as `PackedRow.n_nll_tokens` counts them, without packing it.
+
+    Args:
+        group: the group.
+        prompt_counts: whether the NLL is over the prompt as well (`nll_scope: all`).
+    """
+    unpredicted = 0 if len(group.prompt) else 1
+    answers = sum(len(group.completions[chosen]) - unpredicted for chosen, _ in group.pairs)
+    prompt = max(len(group.prompt) - 1, 0) * len(group.pairs) if prompt_counts else 0
+    return answers + prompt
+
+
+def pack(groups: Sequence[PromptGroup], chunk_tokens: int, prompt_counts: bool) -> PackedRow:
+    """Lay groups end to end and list every prediction once.
+
+    With no groups the row is one token that predicts nothing: a worker with no share of a small
+    last batch still has to take part in the collectives of the step.
+
+    Args:
+        groups: whole prompt groups.
+        chunk_tokens: positions a chunk of the LM head may hold; a longer group stands alone.
+        prompt_counts: whether the NLL is over the prompt as well (`nll_scope: all`).
+    """
+    builder = _RowBuilder(chunk_tokens, prompt_counts)
+    for group in groups:
+        builder.add(group)
+    return builder.row()
+
+
+class _RowBuilder:
+    """The arrays of a packed row while groups are added."""
+
+    def __init__(self, chunk_tokens: int, prompt_counts: bool) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._prompt_counts = prompt_counts
+        self._spans: list[GroupSpan] = []
+        self._row_ids: list[RowId] = []
+        self._columns: dict[str, list[npt.NDArray[np.generic]]] = {}
+        self._sizes = dict.fromkeys(("tokens", "positions", "targets", "completions", "pairs"), 0)
+        self._chunks: list[ChunkRanges] = []
+        self._chunk_start = dict(self._sizes)
+
+    def _put(self, size: str | None = None, /, **arrays: npt.ArrayLike) -> None:
+        """Append to columns; `size` names the counter that their length adds to."""
+        for name, array in arrays.items():
+            values = np.asarray(array)
+            self._columns.setdefault(name, []).append(values)
+        if size:
+            self._sizes[size] += len(values)
+
+    def add(self, group: PromptGroup) -> None:
+        """Append one group: its tokens, its predictions, its pairs."""
+        lengths = [len(completion) for completion in group.completions]
+        n_prompt, n_pairs = len(group.prompt), len(group.pairs)
+        start = self._sizes["tokens"]
+        uses = np.bincount(np.ravel(group.pairs), minlength=len(lengths))
+        self._put(multiplicity=np.full(n_prompt, 2 * n_pairs), position_ids=np.arange(n_prompt))
+        self._put("tokens", token_ids=group.prompt)
+        for completion, times in zip(group.completions, uses, strict=True):
+            self._put(
+                "tokens",
+                token_ids=completion,
+                multiplicity=np.full(len(completion), times),
+                position_ids=np.arange(n_prompt, n_prompt + len(completion)),
+            )
+        if self._prompt_counts:
+            self._add_prompt_targets(group, start)
+        self._add_completion_targets(group, start)
+        self._spans.append(GroupSpan(n_prompt, tuple(lengths)))
+        self._row_ids.extend(group.row_ids)
+
+    def _add_prompt_targets(self, group: PromptGroup, start: int) -> None:
+        """The prompt predicts itself: no pair is needed, so it is cut where a chunk is full."""
+        done, n_targets = 0, len(group.prompt) - 1
+        while done < n_targets:
+            self._close_chunk_unless_room(1)
+            room = self._chunk_tokens - self._in_chunk("positions")
+            take = min(max(room, 1), n_targets - done)
+            at = np.arange(done, done + take)
+            self._put(
+                target_ids=group.prompt[at + 1],
+                nll_weights=np.full(take, len(group.pairs)),
+                completion=np.full(take, -1),
+            )
+            self._put("targets", predicted_at=np.arange(take) + self._sizes["positions"])
+            self._put("positions", positions=start + at)
+            done += take
+
+    def _add_completion_targets(self, group: PromptGroup, start: int) -> None:
+        """Answers predict themselves, the prompt's last position the first token of each."""
+        has_prompt = len(group.prompt) > 0
+        n_positions = has_prompt + sum(len(completion) - 1 for completion in group.completions)
+        self._close_chunk_unless_room(n_positions)
+        chosen_by = np.bincount([c for c, _ in group.pairs], minlength=len(group.completions))
+        prompt_last = self._sizes["positions"]
+        if has_prompt:
+            self._put("positions", positions=[start + len(group.prompt) - 1])
+        first_completion = self._sizes["completions"]
+        token = start + len(group.prompt)
+        for completion, times in zip(group.completions, chosen_by, strict=True):
+            own = np.arange(len(completion) - 1)
+            predicted_at = own + self._sizes["positions"]
+            if has_prompt:
+                predicted_at = np.concatenate([[prompt_last], predicted_at])
+            n_targets = len(predicted_at)
+            self._put(
+                target_ids=completion[len(completion) - n_targets :],
+                nll_weights=np.full(n_targets, times),
+                completion=np.full(n_targets, self._sizes["completions"]),
+            )
+            self._put("targets", predicted_at=predicted_at)
+            self._put("positions", positions=token + own)
+            self._put("completions", completion_lengths=[n_targets])
+            token += len(completion)
+        chosen, rejected = np.asarray(group.pairs).T + first_completion
+        self._put("pairs", chosen=chosen, rejected=rejected)
+
+    def _in_chunk(self, size: str) -> int:
+        return self._sizes[size] - self._chunk_start[size]
+
+    def _close_chunk_unless_room(self, n_positions: int) -> None:
+        """Start a new chunk when the open one would hold too many positions."""
+        filled = self._in_chunk("positions")
+        if filled and filled + n_positions > self._chunk_tokens:
+            self._close_chunk()
+
+    def _close_chunk(self) -> None:
+        ranges = {
+            name: (self._chunk_start[name], self._sizes[name])
+            for name in ("positions", "targets", "completions", "pairs")
+        }
+        self._chunks.append(ChunkRanges(**ranges))
+        self._chunk_start = dict(self._sizes)
+
+    def row(self) -> PackedRow:
+        """The finished row."""
+        if not self._spans:
+            self._put("tokens", token_ids=[0], position_ids=[0], multiplicity=[0])
+            self._spans.append(GroupSpan(1, ()))
+        if self._in_chunk("targets"):
+            self._close_chunk()
+        completion = self._column("completion", np.int64)
+        completion[completion < 0] = self._sizes["completions"]
+        integers = ("token_ids", "position_ids", "positions", "predicted_at", "target_ids")
+        floats = ("multiplicity", "nll_weights", "completion_lengths")
+        return PackedRow(
+            **{name: self._column(name, np.int64) for name in (*integers, "chosen", "rejected")},
+            **{name: self._column(name, np.float32) for name in floats},
+            completion=completion,
+            spans=tuple(self._spans),
+            chunks=tuple(self._chunks),
+            row_ids=tuple(self._row_ids),
+        )
+
+    def _column(self, name: str, dtype: type) -> npt.NDArray[np.generic]:
+        parts = self._columns.get(name, [])
+        return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+
+def balanced_bins(
+    n_tokens: Sequence[int], n_workers: int, budget_tokens: int
+) -> list[list[list[int]]]:
+    """Share one global batch out: for each worker, the same number of bins of group indices.
+
+    Groups go, longest first, into the emptiest bin (Graham 1969), with the fewest bins a worker
+    that keep every bin inside the budget. A group longer than the budget has a bin alone. The
+    result is a pure function of the arguments, so every worker derives the same plan.
+
+    Args:
+        n_tokens: tokens of every group of the global batch.
+        n_workers: workers to share between.
+        budget_tokens: tokens that one bin (microbatch) may hold.
+
+    Returns:
+        `bins[worker][microbatch]` = indices in ascending order; bins may be empty when there are
+        fewer groups than bins.
+    """
+    for per_worker in _bin_counts(n_tokens, n_workers, budget_tokens):
+        bins = _longest_first(n_tokens, n_workers * per_worker)
+        if all(len(b) < 2 or sum(n_tokens[i] for i in b) <= budget_tokens for b in bins):
+            break
+    return [[sorted(b) for b in bins[worker::n_workers]] for worker in range(n_workers)]
+
+
+def _bin_counts(n_tokens: Sequence[int], n_workers: int, budget_tokens: int) -> range:
+    """Bins a worker to try: from the least that could do to one group a bin."""
+    least = -(-sum(n_tokens) // (budget_tokens * n_workers))
+    most = -(-len(n_tokens) // n_workers)
+    return range(max(1, min(least, most)), most + 1)
+
+
+def _longest_first(n_tokens: Sequence[int], n_bins: int) -> list[list[int]]:
+    """Put indices, longest first, into the bin with the fewest tokens so far."""
+    bins: list[list[int]] = [[] for _ in range(n_bins)]
+    loads = np.zeros(n_bins, dtype=np.int64)
+    for index in sorted(range(len(n_tokens)), key=lambda i: (-n_tokens[i], i)):
+        emptiest = int(loads.argmin())
+        bins[emptiest].append(index)
+        loads[emptiest] += n_tokens[index]
+    return bins

@@ -1,0 +1,150 @@
+"""Token shards on disk: Parquet files of prompt groups, and the manifest that orders them."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orpo_ray.preference.groups import PromptGroup, RowId
+
+_IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [
+        ("prompt", _IDS),
+        ("completions", pa.list_(_IDS)),
+        ("chosen", _IDS),
+        ("rejected", _IDS),
+        ("source", _IDS),
+        ("row", pa.list_(pa.int64())),
+    ]
+)
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One token shard: its file name inside the token set and what it holds."""
+
+    name: str
+    n_groups: int
+    n_pairs: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """A directory of token shards in a fixed order, complete once its manifest exists.
+
+    Args:
+        directory: absolute path of the directory.
+        shards: the shards in the order of the source rows.
+        sources: the source files; `RowId.source` indexes them.
+        report: what ingest counted, as it goes into `data_report.json`.
+    """
+
+    directory: str
+    shards: tuple[Shard, ...]
+    sources: tuple[str, ...]
+    report: dict[str, Any]
+
+    @property
+    def n_groups(self) -> int:
+        """Prompt groups in all shards."""
+        return sum(shard.n_groups for shard in self.shards)
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs in all shards."""
+        return sum(shard.n_pairs for shard in self.shards)
+
+    def save(self) -> None:
+        """Write the manifest, last and atomically: from then on the token set exists."""
+        path = Path(self.directory) / MANIFEST_NAME
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1))
+        temporary.replace(path)
+
+    @staticmethod
+    def load(directory: str) -> "TokenSet | None":
+        """Read the token set in `directory`, or None when no complete one is there."""
+        path = Path(directory) / MANIFEST_NAME
+        if not path.exists():
+            return None
+        fields = json.loads(path.read_text())
+        return TokenSet(
+            directory=directory,
+            shards=tuple(Shard(**shard) for shard in fields["shards"]),
+            sources=tuple(fields["sources"]),
+            report=fields["report"],
+        )
+
+
+def write_shard(path: str, groups: Sequence[PromptGroup]) -> Shard:
+    """Write `groups` to one Parquet file atomically, and say what it holds."""
+    columns = {
+        "prompt": [group.prompt for group in groups],
+        "completions": [list(group.completions) for group in groups],
+        "chosen": [[chosen for chosen, _ in group.pairs] for group in groups],
+        "rejected": [[rejected for _, rejected in group.pairs] for group in groups],
+        "source": [[row_id.source for row_id in group.row_ids] for group in groups],
+        "row": [[row_id.row for row_id in group.row_ids] for group in groups],
+    }
+    temporary = f"{path}.{os.getpid()}.tmp"
+    pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd")
+    os.replace(temporary, path)
+    return Shard(
+        name=os.path.basename(path),
+        n_groups=len(groups),
+        n_pairs=sum(len(group.pairs) for group in groups),
+        n_tokens=sum(group.n_tokens for group in groups),
+    )
+
+
+def read_shard(path: str) -> list[PromptGroup]:
+    """Read all prompt groups of one shard, in file order."""
+    table = pq.read_table(path, schema=SCHEMA).combine_chunks()
+    prompts = _list_column(table, "prompt")
+    flat = _values(table, "completions")
+    inner = _split(flat.values.to_numpy(), flat.offsets.to_numpy())
+    outer = _values_offsets(table, "completions")
+    completions = [tuple(inner[a:b]) for a, b in zip(outer[:-1], outer[1:], strict=True)]
+    pairs = zip(*(_list_column(table, name) for name in ("chosen", "rejected")), strict=True)
+    rows = zip(*(_list_column(table, name) for name in ("source", "row")), strict=True)
+    return [
+        PromptGroup(
+            prompt=prompt,
+            completions=group_completions,
+            pairs=tuple(zip(chosen.tolist(), rejected.tolist(), strict=True)),
+            row_ids=tuple(map(RowId, source.tolist(), row.tolist())),
+        )
+        for prompt, group_completions, (chosen, rejected), (source, row) in zip(
+            prompts, completions, pairs, rows, strict=True
+        )
+    ]
+
+
+def _values(table: pa.Table, name: str) -> Any:
+    """The child array of a list column that is one chunk."""
+    return table.column(name).chunk(0).values
+
+
+def _values_offsets(table: pa.Table, name: str) -> Any:
+    """The offsets of a list column that is one chunk."""
+    return table.column(name).chunk(0).offsets.to_numpy()
+
+
+def _split(values: Any, offsets: Any) -> list[Any]:
+    """Cut a flat array at its list offsets, without copying."""
+    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def _list_column(table: pa.Table, name: str) -> list[np.ndarray[Any, Any]]:
+    """A list column that is one chunk as one array a row."""
+    return _split(_values(table, name).to_numpy(), _values_offsets(table, name))

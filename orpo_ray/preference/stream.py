@@ -1,0 +1,170 @@
+"""The feed of one rank: global batches in order, shared out, packed, and read ahead of time."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.preference.order import Order
+from orpo_ray.preference.packing import PackedRow, balanced_bins, nll_tokens, pack
+from orpo_ray.preference.shards import TokenSet, read_shard
+
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's share of a global batch, with what every rank knows of the whole.
+
+    Args:
+        step: optimizer steps before this one.
+        epoch: passes over the data before this one.
+        rows: this rank's microbatches, as many as every other rank's.
+        n_nll_tokens: NLL tokens of the global batch.
+        n_pairs: pairs of the global batch.
+        n_tokens: packed tokens of the global batch.
+        row_ids: source rows of the global batch, in the order of the epoch.
+    """
+
+    step: int
+    epoch: int
+    rows: tuple[PackedRow, ...]
+    n_nll_tokens: int
+    n_pairs: int
+    n_tokens: int
+    row_ids: tuple[RowId, ...]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How batches are cut from the order; the same on every rank and at every world size.
+
+    Args:
+        batch_groups: prompt groups of a global batch.
+        budget_tokens: tokens that one microbatch may hold.
+        chunk_tokens: positions that the LM head projects at once.
+        prompt_counts: whether the NLL is over the prompt as well.
+    """
+
+    batch_groups: int
+    budget_tokens: int
+    chunk_tokens: int
+    prompt_counts: bool
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Everything a rank needs to derive its batches; small, picklable and without state."""
+
+    token_set: TokenSet
+    order: Order
+    plan: BatchPlan
+    rank: int
+    world_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in one pass over the data; the last one may be smaller."""
+        return self.order.n_batches(self.plan.batch_groups)
+
+    def batches(self, first_step: int, n_steps: int) -> Iterator[StepBatch]:
+        """The batches of steps `first_step` to `n_steps` (exclusive), packed in a thread ahead."""
+        return _read_ahead(self._batches(first_step, n_steps))
+
+    def _batches(self, first_step: int, n_steps: int) -> Iterator[StepBatch]:
+        shards = _OpenShards(self.token_set, keep=2 * self.order.window_shards + 1)
+        step = first_step
+        while step < n_steps:
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            places = self.order.epoch(epoch, batch * self.plan.batch_groups)
+            for members in _cut(places, self.plan.batch_groups):
+                if step == n_steps:
+                    return
+                yield self._batch(step, epoch, [shards.group(place) for place in members])
+                step += 1
+
+    def _batch(self, step: int, epoch: int, groups: list[PromptGroup]) -> StepBatch:
+        plan = self.plan
+        sizes = [group.n_tokens for group in groups]
+        bins = balanced_bins(sizes, self.world_size, plan.budget_tokens)[self.rank]
+        return StepBatch(
+            step=step,
+            epoch=epoch,
+            rows=tuple(
+                pack([groups[i] for i in members], plan.chunk_tokens, plan.prompt_counts)
+                for members in bins
+            ),
+            n_nll_tokens=sum(nll_tokens(group, plan.prompt_counts) for group in groups),
+            n_pairs=sum(len(group.pairs) for group in groups),
+            n_tokens=sum(sizes),
+            row_ids=tuple(row_id for group in groups for row_id in group.row_ids),
+        )
+
+
+class _OpenShards:
+    """The last few shards, read whole: what bounds the feed's memory."""
+
+    def __init__(self, token_set: TokenSet, keep: int) -> None:
+        self._token_set = token_set
+        self._keep = keep
+        self._open: dict[int, list[PromptGroup]] = {}
+
+    def group(self, place: Place) -> PromptGroup:
+        """One group by (shard, row)."""
+        shard, row = place
+        if shard not in self._open:
+            if len(self._open) >= self._keep:
+                del self._open[next(iter(self._open))]
+            path = Path(self._token_set.directory) / self._token_set.shards[shard].name
+            self._open[shard] = read_shard(str(path))
+        return self._open[shard][row]
+
+
+def _cut(places: Iterator[Place], size: int) -> Iterator[list[Place]]:
+    """Consecutive lists of `size` places; the last one may be shorter."""
+    batch: list[Place] = []
+    for place in places:
+        batch.append(place)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _read_ahead(batches: Iterator[StepBatch], depth: int = 4) -> Iterator[StepBatch]:
+    """Run an iterator in a thread, `depth` items ahead; its error is raised where it is read."""
+    ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(depth)
+    abandoned = threading.Event()
+
+    def put(item: StepBatch | BaseException | None) -> None:
+        while not abandoned.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+        return None
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put(batch)
+                if abandoned.is_set():
+                    return
+        except BaseException as error:
+            put(error)
+        else:
+            put(None)
+
+    thread = threading.Thread(target=work, name="orpo-feed", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        abandoned.set()
+        thread.join()

@@ -1,0 +1,1 @@
+"""Floor 2: one ORPO worker under torch.distributed, without Ray."""

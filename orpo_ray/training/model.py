@@ -1,0 +1,118 @@
+"""A decoder with the ORPO objective as its output: the module that a training worker shards."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from orpo_ray.objective.head import HeadOutput, LossScale, orpo_head
+from orpo_ray.objective.metrics import N_SUMS, batch_sums
+from orpo_ray.objective.router import router_loss
+from orpo_ray.training.attention import PACKED_ATTENTION
+from orpo_ray.training.microbatch import Microbatch
+from orpo_ray.training.padded import pad_rows
+
+AttentionPath = Literal["packed", "padded"]
+
+
+@dataclass(frozen=True)
+class OrpoOutput:
+    """What a forward pass gives: the scaled loss, the metrics' sums, and figures by pair.
+
+    Args:
+        loss: scaled by the divisors of the global batch; carries the gradient.
+        sums: of `batch_sums`, unscaled.
+        chosen_log_probs: mean log-probability of each pair's chosen answer, in nats.
+        rejected_log_probs: the same of its rejected answer.
+    """
+
+    loss: Float[Tensor, ""]
+    sums: Float[Tensor, "10"]
+    chosen_log_probs: Float[Tensor, "pairs"]
+    rejected_log_probs: Float[Tensor, "pairs"]
+
+
+class OrpoModel(nn.Module):
+    """A causal language model whose forward pass is the ORPO loss of a packed row.
+
+    The head and the loss are inside `forward` so that, as the FSDP root, it holds their weights
+    gathered just then, and so that full logits never leave it.
+    """
+
+    def __init__(
+        self, causal_lm: PreTrainedModel, attention: AttentionPath, router_coef: float | None
+    ) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        config = causal_lm.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.experts_per_token: int = getattr(config, "num_experts_per_tok", 0) or 0
+        # As in transformers and TRL, the router loss is on when the model's own config says so.
+        self.has_router: bool = bool(getattr(config, "output_router_logits", False))
+        own_coef: float = getattr(config, "router_aux_loss_coef", 0.0) if self.has_router else 0.0
+        self.router_coef = own_coef if router_coef is None else router_coef * self.has_router
+        self.use_attention(attention)
+
+    def use_attention(self, attention: AttentionPath) -> None:
+        """Choose between the packed row and padded rows; both give the same numbers."""
+        self.attention = attention
+        implementation = PACKED_ATTENTION if attention == "packed" else "sdpa"
+        if attention == "padded" and not getattr(self.causal_lm, "_supports_sdpa", False):
+            implementation = "eager"
+        self.causal_lm.set_attn_implementation(implementation)
+
+    def forward(self, batch: Microbatch, scale: LossScale) -> OrpoOutput:
+        """The ORPO loss of one packed row, divided by the global batch's counts."""
+        hidden, router_logits = self._decode(batch)
+        head = self.causal_lm.get_output_embeddings()
+        output = orpo_head(hidden, head.weight, head.bias, batch.targets, scale, self.softcap)
+        return self._finish(output, router_logits, batch, scale)
+
+    def _decode(self, batch: Microbatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Last hidden states (tokens, width) and each layer's router logits."""
+        options = {"output_router_logits": True} if self.has_router else {}
+        decoder = self.causal_lm.base_model
+        if self.attention == "packed":
+            result = decoder(
+                input_ids=batch.token_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                packed_layout=batch.layout,
+                **options,
+            )
+            hidden = result.last_hidden_state[0]
+            router_logits = tuple(result.router_logits) if self.has_router else ()
+            return hidden, router_logits
+        padded = pad_rows(batch)
+        result = decoder(
+            input_ids=padded.token_ids,
+            attention_mask=padded.attention_mask,
+            use_cache=False,
+            **options,
+        )
+        hidden = result.last_hidden_state.flatten(0, 1)[padded.where]
+        router_logits = tuple(result.router_logits) if self.has_router else ()
+        return hidden, tuple(logits[padded.where] for logits in router_logits)
+
+    def _finish(
+        self,
+        output: HeadOutput,
+        router_logits: tuple[Tensor, ...],
+        batch: Microbatch,
+        scale: LossScale,
+    ) -> OrpoOutput:
+        """Add the router loss and sum up the metrics."""
+        chosen = output.completion_log_probs[batch.targets.chosen]
+        rejected = output.completion_log_probs[batch.targets.rejected]
+        loss, aux = output.loss, None
+        if router_logits and batch.n_pairs:
+            aux = router_loss(router_logits, batch.multiplicity, self.experts_per_token)
+            loss = loss + self.router_coef * aux * (batch.n_pairs * scale.pair)
+        if batch.n_pairs:
+            sums = batch_sums(output.nll_sum, batch.n_nll_tokens, chosen, rejected, aux)
+        else:
+            sums = loss.new_zeros(N_SUMS, dtype=torch.float64)
+        return OrpoOutput(loss, sums, chosen, rejected)

@@ -1,0 +1,36 @@
+"""AdamW and its learning-rate schedule, as a transformers user knows them; in training workers."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from orpo_ray.config import TrainSection
+
+
+def build_optimizer(model: nn.Module, config: TrainSection) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters, with no decay on norms and biases (one dimension)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainSection, n_steps: int) -> Any:
+    """The schedule of `lr_scheduler_type` over `n_steps` optimizer steps."""
+    warmup_steps = config.warmup_steps or int(-(-n_steps * config.warmup_ratio // 1))
+    return get_scheduler(
+        config.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=n_steps,
+    )

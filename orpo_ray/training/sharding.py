@@ -1,0 +1,121 @@
+"""Building a sharded model: meta device, FSDP2, then weights from rank 0; in training workers."""
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.training.model import AttentionPath, OrpoModel
+
+# Settings under which logits are not `head(hidden)`; silently ignoring them would train wrongly.
+_UNKNOWN_HEADS = {"logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose loss this project would compute wrongly."""
+
+
+def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> OrpoModel:
+    """Build the model with its weights sharded over all ranks.
+
+    Only rank 0 reads the weights, on the host; every other rank gets its shard of one parameter
+    at a time. Master weights are fp32.
+
+    Args:
+        config: the run.
+        model_path: folder or hub id.
+        device: of this rank.
+
+    Raises:
+        UnsupportedModelError: for heads that are more than a matrix product.
+    """
+    revision = config.model.model_revision
+    model_config = AutoConfig.from_pretrained(model_path, revision=revision)
+    _refuse_unknown_heads(model_config)
+    if config.model.disable_dropout:
+        _without_dropout(model_config)
+    # Buffers stay real: rotary frequencies are computed, not loaded.
+    with init_empty_weights(include_buffers=False):
+        causal_lm = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    attention = attention_path(config, causal_lm)
+    model = OrpoModel(causal_lm, attention, config.orpo.router_aux_loss_coef)
+    if config.train.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    _shard(model, causal_lm, device, use_bf16(config, device))
+    _materialise(model, device)
+    weights = {}
+    if dist.get_rank() == 0:
+        source = AutoModelForCausalLM.from_pretrained(
+            model_path, revision=revision, dtype=torch.float32
+        )
+        weights = {f"causal_lm.{name}": tensor for name, tensor in source.state_dict().items()}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+    causal_lm.tie_weights()
+    return model
+
+
+def use_bf16(config: ORPOConfig, device: torch.device) -> bool:
+    """Whether this run computes in bfloat16: as asked, else on GPUs that have it."""
+    if config.train.bf16 is not None:
+        return config.train.bf16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def attention_path(config: ORPOConfig, causal_lm: PreTrainedModel) -> AttentionPath:
+    """The packed row where the decoder goes through transformers' attention interface."""
+    asked = config.model.attention
+    if asked != "auto":
+        return asked
+    drops = config.model.disable_dropout is False and any(
+        value for name, value in causal_lm.config.to_dict().items() if _is_dropout(name)
+    )
+    through_interface = getattr(causal_lm, "_supports_attention_backend", False)
+    return "packed" if through_interface and not drops else "padded"
+
+
+def _is_dropout(name: str) -> bool:
+    return name.endswith(("dropout", "_pdrop", "dropout_prob", "dropout_rate"))
+
+
+def _without_dropout(model_config: PreTrainedConfig) -> None:
+    """Set every dropout probability of a model config to 0."""
+    for name, value in model_config.to_dict().items():
+        if _is_dropout(name) and isinstance(value, float):
+            setattr(model_config, name, 0.0)
+
+
+def _refuse_unknown_heads(model_config: PreTrainedConfig) -> None:
+    settings = model_config.get_text_config().to_dict()
+    for name, neutral in _UNKNOWN_HEADS.items():
+        if settings.get(name, neutral) not in (None, neutral):
+            raise UnsupportedModelError(
+                f"model_name_or_path: {model_config.model_type} scales its logits "
+                f"({name}={settings[name]}), which this version does not compute"
+            )
+
+
+def _shard(model: OrpoModel, causal_lm: PreTrainedModel, device: torch.device, bf16: bool) -> None:
+    """FSDP2: every decoder layer a unit, embeddings and head in the root."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if bf16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    block_names = set(causal_lm._no_split_modules or ())
+    blocks = [module for module in causal_lm.modules() if type(module).__name__ in block_names]
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def _materialise(model: nn.Module, device: torch.device) -> None:
+    """Allocate the parameters of a meta model and keep what its buffers hold."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
