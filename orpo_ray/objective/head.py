@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from orpo_ray.objective.odds_ratio import log_sigmoid_log_odds
 
@@ -42,14 +43,14 @@ class Targets:
         chunks: the ranges that are projected together.
     """
 
-    positions: Int[Tensor, "positions"]
-    predicted_at: Int[Tensor, "targets"]
-    token_ids: Int[Tensor, "targets"]
-    nll_weights: Float[Tensor, "targets"]
-    completion: Int[Tensor, "targets"]
-    completion_lengths: Float[Tensor, "completions"]
-    chosen: Int[Tensor, "pairs"]
-    rejected: Int[Tensor, "pairs"]
+    positions: Int[Tensor, " positions"]
+    predicted_at: Int[Tensor, " targets"]
+    token_ids: Int[Tensor, " targets"]
+    nll_weights: Float[Tensor, " targets"]
+    completion: Int[Tensor, " targets"]
+    completion_lengths: Float[Tensor, " completions"]
+    chosen: Int[Tensor, " pairs"]
+    rejected: Int[Tensor, " pairs"]
     chunks: tuple[Chunk, ...]
 
 
@@ -75,13 +76,13 @@ class HeadOutput:
 
     loss: Float[Tensor, ""]
     nll_sum: Float[Tensor, ""]
-    completion_log_probs: Float[Tensor, "completions"]
+    completion_log_probs: Float[Tensor, " completions"]
 
 
 def orpo_head(
     hidden: Float[Tensor, "tokens width"],
     weight: Float[Tensor, "vocab width"],
-    bias: Float[Tensor, "vocab"] | None,
+    bias: Float[Tensor, " vocab"] | None,
     targets: Targets,
     scale: LossScale,
     softcap: float | None = None,
@@ -110,7 +111,7 @@ class _OrpoHead(torch.autograd.Function):
     """Loss and gradient of one packed row in a single pass over the chunks."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap):  # type: ignore[no-untyped-def]
         chunked = _ChunkedPass(hidden, weight, bias, targets, scale, softcap)
         chunked.needs_grad = any(ctx.needs_input_grad)
         for chunk in targets.chunks:
@@ -181,7 +182,7 @@ class _ChunkedPass:
         at = targets.predicted_at[slice(*chunk.targets)] - chunk.positions[0]
         token_ids = targets.token_ids[slice(*chunk.targets)]
         hidden = self.hidden[positions]
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).to(self.dtype)
+        logits = functional.linear(hidden, self.weight, self.bias).to(self.dtype)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         normaliser = torch.logsumexp(logits, dim=-1)

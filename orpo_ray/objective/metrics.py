@@ -16,8 +16,8 @@ N_SUMS = N_PAIR_SUMS + 4
 def batch_sums(
     nll_sum: Float[Tensor, ""],
     nll_tokens: int,
-    chosen_log_probs: Float[Tensor, "pairs"],
-    rejected_log_probs: Float[Tensor, "pairs"],
+    chosen_log_probs: Float[Tensor, " pairs"],
+    rejected_log_probs: Float[Tensor, " pairs"],
     aux_loss: Float[Tensor, ""] | None,
 ) -> Float[Tensor, "10"]:
     """What one packed row adds to the metrics, as one vector on its device.

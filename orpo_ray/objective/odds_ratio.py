@@ -1,10 +1,10 @@
 """The odds-ratio term of ORPO: log odds, its loss, and the sums that its metrics are made of."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 LARGEST_SLOPE = 2.0**24
 """Bound on |d log1mexp(x) / dx| for a rejected answer, whose true slope diverges as x -> 0.
@@ -20,7 +20,7 @@ class _Log1mExp(torch.autograd.Function):
     """log(1 - e^x) with a slope that is finite everywhere, also at x = 0."""
 
     @staticmethod
-    def forward(x: Tensor, largest_slope: float) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, largest_slope: float) -> Tensor:
         below_zero = x.clamp(max=-torch.finfo(x.dtype).tiny)
         # Maechler (2012): the first branch cancels near 0, the second far from it.
         near = torch.log(-torch.expm1(below_zero))
@@ -57,8 +57,8 @@ def log1mexp(x: Float[Tensor, "*n"], largest_slope: float = LARGEST_SLOPE) -> Fl
 
 
 def log_odds(
-    chosen_log_probs: Float[Tensor, "pairs"], rejected_log_probs: Float[Tensor, "pairs"]
-) -> Float[Tensor, "pairs"]:
+    chosen_log_probs: Float[Tensor, " pairs"], rejected_log_probs: Float[Tensor, " pairs"]
+) -> Float[Tensor, " pairs"]:
     """log(odds(chosen) / odds(rejected)), with odds(y) = p / (1 - p) and p = e^(mean log-prob).
 
     d/d(chosen) of the loss tends to a finite limit at 0, since its own weight falls as fast as the
@@ -78,14 +78,14 @@ def log_odds(
 
 
 def log_sigmoid_log_odds(
-    chosen_log_probs: Float[Tensor, "pairs"], rejected_log_probs: Float[Tensor, "pairs"]
-) -> Float[Tensor, "pairs"]:
+    chosen_log_probs: Float[Tensor, " pairs"], rejected_log_probs: Float[Tensor, " pairs"]
+) -> Float[Tensor, " pairs"]:
     """The odds-ratio term before its weight: logsigmoid(log odds), at most 0, larger is better."""
-    return F.logsigmoid(log_odds(chosen_log_probs, rejected_log_probs))
+    return functional.logsigmoid(log_odds(chosen_log_probs, rejected_log_probs))
 
 
 def pair_sums(
-    chosen_log_probs: Float[Tensor, "pairs"], rejected_log_probs: Float[Tensor, "pairs"]
+    chosen_log_probs: Float[Tensor, " pairs"], rejected_log_probs: Float[Tensor, " pairs"]
 ) -> Float[Tensor, "6"]:
     """Sums over pairs, on the device: what the metrics need of them, to be divided once.
 
@@ -100,6 +100,6 @@ def pair_sums(
         rejected_log_probs,
         (chosen_log_probs > rejected_log_probs).to(ratios.dtype),
         ratios,
-        F.logsigmoid(ratios),
+        functional.logsigmoid(ratios),
     )
     return torch.stack(each).sum(dim=1, dtype=torch.float64)

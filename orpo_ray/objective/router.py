@@ -9,7 +9,7 @@ from torch import Tensor
 
 def router_loss(
     router_logits: Sequence[Float[Tensor, "tokens experts"]],
-    multiplicity: Float[Tensor, "tokens"],
+    multiplicity: Float[Tensor, " tokens"],
     experts_per_token: int,
 ) -> Float[Tensor, ""]:
     """Experts x sum over experts of (share of tokens sent there) x (mean router probability).

@@ -52,9 +52,7 @@ class Order:
                 yield from self._window_rows(epoch, index, window)[max(0, first_group - passed) :]
             passed += size
 
-    def _window_rows(
-        self, epoch: int, index: int, window: Sequence[int]
-    ) -> list[tuple[int, int]]:
+    def _window_rows(self, epoch: int, index: int, window: Sequence[int]) -> list[tuple[int, int]]:
         rows = [(shard, row) for shard in window for row in range(self.shard_lengths[shard])]
         if not self.shuffle:
             return rows

@@ -225,22 +225,32 @@ class _RowBuilder:
             self._spans.append(GroupSpan(1, ()))
         if self._in_chunk("targets"):
             self._close_chunk()
-        completion = self._column("completion", np.int64)
+        completion = self._integers("completion")
         completion[completion < 0] = self._sizes["completions"]
-        integers = ("token_ids", "position_ids", "positions", "predicted_at", "target_ids")
-        floats = ("multiplicity", "nll_weights", "completion_lengths")
         return PackedRow(
-            **{name: self._column(name, np.int64) for name in (*integers, "chosen", "rejected")},
-            **{name: self._column(name, np.float32) for name in floats},
-            completion=completion,
+            token_ids=self._integers("token_ids"),
+            position_ids=self._integers("position_ids"),
+            multiplicity=self._floats("multiplicity"),
             spans=tuple(self._spans),
+            positions=self._integers("positions"),
+            predicted_at=self._integers("predicted_at"),
+            target_ids=self._integers("target_ids"),
+            nll_weights=self._floats("nll_weights"),
+            completion=completion,
+            completion_lengths=self._floats("completion_lengths"),
+            chosen=self._integers("chosen"),
+            rejected=self._integers("rejected"),
             chunks=tuple(self._chunks),
             row_ids=tuple(self._row_ids),
         )
 
-    def _column(self, name: str, dtype: type) -> npt.NDArray[np.generic]:
-        parts = self._columns.get(name, [])
-        return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+    def _integers(self, name: str) -> Integers:
+        parts = self._columns.get(name)
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+    def _floats(self, name: str) -> Floats:
+        parts = self._columns.get(name)
+        return np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)
 
 
 def balanced_bins(

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def read_shard(path: str) -> list[PromptGroup]:
     flat = _values(table, "completions")
     inner = _split(flat.values.to_numpy(), flat.offsets.to_numpy())
     outer = _values_offsets(table, "completions")
-    completions = [tuple(inner[a:b]) for a, b in zip(outer[:-1], outer[1:], strict=True)]
+    completions = [tuple(inner[a:b]) for a, b in pairwise(outer)]
     pairs = zip(*(_list_column(table, name) for name in ("chosen", "rejected")), strict=True)
     rows = zip(*(_list_column(table, name) for name in ("source", "row")), strict=True)
     return [
@@ -142,7 +143,7 @@ def _values_offsets(table: pa.Table, name: str) -> Any:
 
 def _split(values: Any, offsets: Any) -> list[Any]:
     """Cut a flat array at its list offsets, without copying."""
-    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[a:b] for a, b in pairwise(offsets)]
 
 
 def _list_column(table: pa.Table, name: str) -> list[np.ndarray[Any, Any]]:

@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from orpo_ray.preference.packing import GroupSpan
@@ -164,7 +164,7 @@ def _variable_length(
     from torch.nn.attention.varlen import varlen_attn
 
     gathered = layout.gathered
-    output = varlen_attn(
+    output: Tensor = varlen_attn(  # type: ignore[assignment]
         query[0].transpose(0, 1).contiguous(),
         key[0].transpose(0, 1).index_select(0, gathered.index),
         value[0].transpose(0, 1).index_select(0, gathered.index),
@@ -176,7 +176,7 @@ def _variable_length(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output[None]  # type: ignore[index]
+    return output[None]
 
 
 def _by_segment(
@@ -217,7 +217,7 @@ def _attend(
         capped = scores.softcap * torch.tanh(query @ key.mT * scaling / scores.softcap)
         weights = capped.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
         return weights.to(query.dtype) @ value
-    return F.scaled_dot_product_attention(
+    return functional.scaled_dot_product_attention(
         query,
         key,
         value,

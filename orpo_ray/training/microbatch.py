@@ -28,9 +28,9 @@ class Microbatch:
         row_ids: source row of every pair.
     """
 
-    token_ids: Int[Tensor, "tokens"]
-    position_ids: Int[Tensor, "tokens"]
-    multiplicity: Float[Tensor, "tokens"]
+    token_ids: Int[Tensor, " tokens"]
+    position_ids: Int[Tensor, " tokens"]
+    multiplicity: Float[Tensor, " tokens"]
     spans: tuple[GroupSpan, ...]
     layout: PackedLayout
     targets: Targets

@@ -31,8 +31,8 @@ class OrpoOutput:
 
     loss: Float[Tensor, ""]
     sums: Float[Tensor, "10"]
-    chosen_log_probs: Float[Tensor, "pairs"]
-    rejected_log_probs: Float[Tensor, "pairs"]
+    chosen_log_probs: Float[Tensor, " pairs"]
+    rejected_log_probs: Float[Tensor, " pairs"]
 
 
 class OrpoModel(nn.Module):

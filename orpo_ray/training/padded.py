@@ -22,7 +22,7 @@ class PaddedRows:
 
     token_ids: Int[Tensor, "rows width"]
     attention_mask: Int[Tensor, "rows width"]
-    where: Int[Tensor, "tokens"]
+    where: Int[Tensor, " tokens"]
 
 
 def pad_rows(batch: Microbatch) -> PaddedRows:

@@ -1,0 +1,39 @@
+"""ORPO preference training on Ray: no wasted token, nothing lost, nothing hidden."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orpo_ray.config import ConfigError, ORPOConfig
+    from orpo_ray.orchestration.run import TrainResult, prepare, train
+    from orpo_ray.orchestration.trainer import ORPOTrainer
+    from orpo_ray.preference.errors import DataError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "TrainResult",
+    "prepare",
+    "train",
+]
+
+# Imported on first use, so that `--help` and a bad config need neither torch nor ray.
+_HOME = {
+    "ConfigError": "orpo_ray.config",
+    "DataError": "orpo_ray.preference.errors",
+    "ORPOConfig": "orpo_ray.config",
+    "ORPOTrainer": "orpo_ray.orchestration.trainer",
+    "TrainResult": "orpo_ray.orchestration.run",
+    "prepare": "orpo_ray.orchestration.run",
+    "train": "orpo_ray.orchestration.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,122 @@
+"""Starting or joining Ray, and asking it for workers; on the driver."""
+
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+
+import ray
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+)
+
+from orpo_ray.config import ConfigError, ORPOConfig
+
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+# Read by Ray where `fit` is called and passed on. The poll sets how fast a report is taken up.
+_RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; quietly."""
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        return
+    local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=FutureWarning)  # of Ray's own future defaults
+        ray.init(log_to_driver=False, logging_level="WARNING", **local)
+
+
+def with_cluster(config: ORPOConfig) -> ORPOConfig:
+    """Settle what was left to the cluster: GPUs or not, and each worker's resources.
+
+    Raises:
+        ConfigError: when the cluster cannot hold the workers, naming what is missing.
+    """
+    total = ray.cluster_resources()
+    use_gpu = config.ray.use_gpu
+    if use_gpu is None:
+        use_gpu = total.get("GPU", 0) >= config.ray.num_workers
+    resources = config.ray.resources_per_worker or _fair_share(config.ray.num_workers, use_gpu)
+    settled = config.replace(use_gpu=use_gpu, resources_per_worker=resources)
+    wanted = {name: amount * config.ray.num_workers for name, amount in resources.items()}
+    missing = [
+        f"num_workers: {config.ray.num_workers} workers need {amount:g} {name}, "
+        f"the cluster has {total.get(name, 0):g}; ask for fewer workers or resources_per_worker"
+        for name, amount in wanted.items()
+        if amount > total.get(name, 0)
+    ]
+    if missing:
+        raise ConfigError(missing)
+    return settled
+
+
+def _fair_share(num_workers: int, use_gpu: bool) -> dict[str, float]:
+    """A GPU and a CPU each, or without GPUs an equal share of the largest node's CPUs."""
+    if use_gpu:
+        return {"CPU": 1.0, "GPU": 1.0}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    per_node = math.ceil(num_workers / len(nodes))
+    share = max(node.get("CPU", 0.0) for node in nodes) / per_node
+    return {"CPU": float(math.floor(share)) if share >= 1 else share}
+
+
+def scaling(config: ORPOConfig) -> ScalingConfig:
+    """The workers of a settled config."""
+    return ScalingConfig(
+        num_workers=config.ray.num_workers,
+        use_gpu=bool(config.ray.use_gpu),
+        resources_per_worker=config.ray.resources_per_worker,
+    )
+
+
+def run_settings(config: ORPOConfig, run_directory: Path) -> RunConfig:
+    """Where Ray Train keeps its state of the run, and what it does about failures."""
+    return RunConfig(
+        name=run_directory.name,
+        storage_path=str(run_directory.parent),
+        failure_config=FailureConfig(
+            max_failures=config.ray.max_failures, controller_failure_limit=10
+        ),
+        checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
+        logging_config=LoggingConfig(log_level="ERROR"),
+    )
+
+
+def set_aside_broken_snapshot(run_directory: Path) -> str | None:
+    """Move Ray Train's own state away when it cannot be started from; the checkpoints stay.
+
+    Ray writes the file in place and refuses to start on a torn one, or on one that names a
+    checkpoint which is gone. Training finds its checkpoints by their manifests, not by it.
+
+    Returns:
+        What was wrong, or None.
+    """
+    path = run_directory / _SNAPSHOT
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        named = [entry["checkpoint_dir_name"] for entry in content["checkpoint_results"]]
+    except (ValueError, KeyError, TypeError):
+        problem = "it is torn"
+    else:
+        gone = [name for name in named if not (run_directory / name).is_dir()]
+        if not gone:
+            return None
+        problem = f"{gone[0]} is gone"
+    path.replace(path.with_suffix(".set_aside.json"))
+    return f"Ray Train's {_SNAPSHOT} was set aside: {problem}"

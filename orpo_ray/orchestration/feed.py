@@ -1,0 +1,97 @@
+"""Ray Train's feed: token sets become one stateless stream a rank; on the controller's node."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray.data
+from ray.train import DataConfig
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.preference.order import Order
+from orpo_ray.preference.shards import TokenSet
+from orpo_ray.preference.stream import BatchPlan, TokenStream
+
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class FeedPlan:
+    """One token set with its order and its batches, before it is known how many ranks there are."""
+
+    token_set: TokenSet
+    order: Order
+    plan: BatchPlan
+
+    def stream(self, rank: int, world_size: int) -> TokenStream:
+        """The stream of one rank."""
+        return TokenStream(self.token_set, self.order, self.plan, rank, world_size)
+
+    def shard_list(self) -> "ray.data.Dataset":
+        """The token shards as a dataset, a row a shard: what Ray Train is shown of the data."""
+        return ray.data.from_items([asdict(shard) for shard in self.token_set.shards])
+
+
+class PlannedFeed(DataConfig):  # type: ignore[misc]
+    """Hands each rank its stream from the plan, anew for every worker group that starts.
+
+    Ray calls `configure` with the actual number of workers, also after a failure or a resize; the
+    order does not depend on it, so global batch k is the same set of rows each time.
+    """
+
+    def __init__(self, plans: Mapping[str, FeedPlan]) -> None:
+        super().__init__()
+        self._plans = dict(plans)
+
+    def configure(
+        self,
+        datasets: dict[str, Any],
+        world_size: int,
+        worker_handles: list[Any] | None,
+        worker_node_ids: list[str] | None,
+        **_: Any,
+    ) -> list[dict[str, TokenStream]]:
+        """One stream a rank for every dataset asked for."""
+        return [
+            {name: self._plans[name].stream(rank, world_size) for name in datasets}
+            for rank in range(world_size)
+        ]
+
+
+def train_plan(config: ORPOConfig, token_set: TokenSet) -> FeedPlan:
+    """The order and batches of training."""
+    data = config.data
+    return FeedPlan(
+        token_set=token_set,
+        order=_order(config, token_set, data.shuffle),
+        plan=_batches(config, config.pairs_per_step, config.microbatch_tokens),
+    )
+
+
+def eval_plan(config: ORPOConfig, token_set: TokenSet) -> FeedPlan:
+    """The order and batches of an evaluation: file order, once."""
+    per_device = config.train.per_device_eval_batch_size
+    budget = config.train.max_tokens_per_microbatch or per_device * config.data.max_length
+    return FeedPlan(
+        token_set=token_set,
+        order=_order(config, token_set, shuffle=False),
+        plan=_batches(config, per_device * config.ray.num_workers, budget),
+    )
+
+
+def _order(config: ORPOConfig, token_set: TokenSet, shuffle: bool) -> Order:
+    return Order(
+        shard_lengths=tuple(shard.n_groups for shard in token_set.shards),
+        window_shards=config.data.shuffle_window_shards,
+        seed=config.train.seed,
+        shuffle=shuffle,
+    )
+
+
+def _batches(config: ORPOConfig, batch_groups: int, budget_tokens: int) -> BatchPlan:
+    return BatchPlan(
+        batch_groups=batch_groups,
+        budget_tokens=budget_tokens,
+        chunk_tokens=config.train.head_chunk_tokens,
+        prompt_counts=config.orpo.nll_scope == "all",
+    )

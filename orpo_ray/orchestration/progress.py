@@ -1,0 +1,120 @@
+"""Showing a run while it goes on, from its files alone; a thread on the driver."""
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from orpo_ray.training.run_files import LOG, read_metrics
+
+_POLL_S = 0.3
+
+
+class RunWatcher:
+    """Prints a run's log lines and its progress: one live line on a terminal, else plain lines."""
+
+    def __init__(self, directory: Path, n_steps: int, console: Console | None = None) -> None:
+        self._directory = directory
+        self._n_steps = n_steps
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="orpo-progress", daemon=True)
+        # Only what is new is shown when a run directory goes on.
+        self._shown_step = max((line["step"] for line in read_metrics(directory)), default=-1)
+        self._log_offset = self._log_size()
+        self._started_at: tuple[int, float] | None = None
+        self._progress = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting workers", total=n_steps)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._progress.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._progress.stop()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_POLL_S):
+            self._show_new()
+        self._show_new()
+
+    def _log_size(self) -> int:
+        path = self._directory / LOG
+        return path.stat().st_size if path.exists() else 0
+
+    def _show_new(self) -> None:
+        """Print what was added to the log and the metrics since the last look."""
+        if self._log_size() > self._log_offset:
+            with (self._directory / LOG).open() as file:
+                file.seek(self._log_offset)
+                for line in file.read().splitlines():
+                    self._console.print(line, markup=False)
+                self._log_offset = file.tell()
+        for line in read_metrics(self._directory):
+            if line["step"] > self._shown_step:
+                self._shown_step = line["step"]
+                self._show(line)
+
+    def _show(self, line: Mapping[str, Any]) -> None:
+        if "eval_loss" in line:
+            self._console.print(evaluation_text(line), markup=False)
+        if "loss" not in line:
+            return
+        text = figures_text(line)
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=line["step"], description=text)
+        else:
+            eta = self._eta_text(line["step"])
+            self._console.print(f"step {line['step']}/{self._n_steps}  {text}{eta}", markup=False)
+
+    def _eta_text(self, step: int) -> str:
+        """Time left by the pace since the first line that was shown."""
+        now = time.monotonic()
+        if self._started_at is None:
+            self._started_at = (step, now)
+            return ""
+        first_step, first_time = self._started_at
+        left_s = (now - first_time) / (step - first_step) * (self._n_steps - step)
+        return f"  eta {int(left_s) // 60}:{int(left_s) % 60:02d}"
+
+
+def figures_text(line: Mapping[str, Any]) -> str:
+    """The figures of a logged step on one line."""
+    return (
+        f"loss {_figure(line['loss'])}  margin {_figure(line['rewards/margins'])}  "
+        f"accuracy {_figure(line['rewards/accuracies'])}  lr {line['learning_rate']:.2e}  "
+        f"{line['pairs_per_s']:.1f} pairs/s  {line['tokens_per_s']:.0f} tokens/s"
+    )
+
+
+def evaluation_text(line: Mapping[str, Any]) -> str:
+    """The figures of an evaluation on one line."""
+    return (
+        f"evaluation at step {line['step']}: accuracy {_figure(line['eval_rewards/accuracies'])}  "
+        f"log odds {_figure(line['eval_log_odds_chosen'])}  loss {_figure(line['eval_loss'])}"
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

@@ -1,0 +1,93 @@
+"""What Ray Train runs on every rank: hand the training floor its job, and take its answer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.orchestration.feed import TRAIN
+from orpo_ray.training.loop import ModelSource, ResumeError, TrainingJob, run_training
+from orpo_ray.training.sharding import UnsupportedModelError
+from orpo_ray.training.step import NonFiniteError
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """One run, as every rank is told of it.
+
+    Args:
+        config: the run.
+        model: where base model and tokenizer are.
+        run_directory: absolute path, the same on every node.
+        evals: metric prefix of every evaluation set, by its name in the feed.
+        data_report: for the model card.
+        version: of this project.
+    """
+
+    config: ORPOConfig
+    model: ModelSource
+    run_directory: str
+    evals: dict[str, str]
+    data_report: dict[str, Any]
+    version: str
+
+
+@dataclass(frozen=True)
+class WorkerAnswer:
+    """How a run ended: its figures, or why another attempt would end the same way.
+
+    Args:
+        figures: `summary` of the run; empty when it failed.
+        refusal: a message for whoever wrote the config.
+        failure: a message about the training itself.
+    """
+
+    figures: dict[str, dict[str, float]]
+    refusal: str | None = None
+    failure: str | None = None
+
+
+def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
+    """Run the training loop on this rank."""
+    task = loop_config["task"]
+    device = torch.device("cpu")
+    if task.config.ray.use_gpu:
+        device = ray.train.torch.get_device()
+    job = TrainingJob(
+        config=task.config,
+        model=task.model,
+        run_directory=task.run_directory,
+        train=ray.train.get_dataset_shard(TRAIN),
+        evals={prefix: ray.train.get_dataset_shard(name) for name, prefix in task.evals.items()},
+        data_report=task.data_report,
+        version=task.version,
+        device=device,
+        report=_Reporter(task.run_directory),
+    )
+    # These would come back at every attempt: they are answers, not failures to start again from.
+    try:
+        return WorkerAnswer(run_training(job))
+    except (ResumeError, UnsupportedModelError) as error:
+        return WorkerAnswer({}, refusal=str(error))
+    except NonFiniteError as error:
+        return WorkerAnswer({}, failure=str(error))
+
+
+@dataclass(frozen=True)
+class _Reporter:
+    """Tells Ray Train of a checkpoint that is already in its place."""
+
+    run_directory: str
+
+    def __call__(self, metrics: dict[str, Any], name: str) -> None:
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(str(Path(self.run_directory, name))),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )

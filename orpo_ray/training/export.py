@@ -1,0 +1,134 @@
+"""The finished model as a folder that transformers and vLLM load as it is; in training workers."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import ModelCard, ModelCardData
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.training.model import OrpoModel
+
+_CARD = """---
+{{ card_data }}
+---
+
+# {{ run_name }}
+
+Trained from `{{ base }}` with ORPO (Odds Ratio Preference Optimization,
+[arXiv:2403.07691](https://arxiv.org/abs/2403.07691)) by `orpo_ray` {{ version }}.
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{{ run_name }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ run_name }}")
+```
+
+## Data
+
+{% for name, counts in data.items() -%}
+- {{ name }}: {{ counts.rows_read }} rows read, {{ counts.rows_kept }} kept, \
+{{ counts.rows_refused }} refused
+{% endfor %}
+## Results
+
+| metric | value |
+|---|---|
+{% for name, value in metrics.items() -%}
+| {{ name }} | {{ "%.6g" | format(value) }} |
+{% endfor %}
+## Settings
+
+```yaml
+{{ settings }}```
+
+## Citation
+
+```bibtex
+@article{hong2024orpo,
+  title   = {ORPO: Monolithic Preference Optimization without Reference Model},
+  author  = {Hong, Jiwoo and Lee, Noah and Thorne, James},
+  journal = {arXiv:2403.07691},
+  year    = {2024}
+}
+```
+"""
+
+
+def export_model(
+    directory: str,
+    model: OrpoModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: PreTrainedConfig,
+) -> None:
+    """Gather the weights on rank 0 and write model, configs and tokenizer.
+
+    The folder appears whole: it is written beside its place and renamed.
+
+    Args:
+        directory: where; replaced if it exists.
+        model: sharded over all ranks, each of which has to call this.
+        tokenizer: with its chat template.
+        base: the base model's own config.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        beside = Path(f"{directory}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        dtype = base.dtype or torch.float32
+        named = {
+            name.removeprefix("causal_lm."): tensor.to(dtype)
+            for name, tensor in weights.items()
+            if isinstance(tensor, torch.Tensor)
+        }
+        causal_lm = model.causal_lm
+        causal_lm.config.dtype = dtype
+        causal_lm.save_pretrained(beside, state_dict=named)
+        _restore_config(beside / "config.json", base)
+        tokenizer.save_pretrained(beside)
+        shutil.rmtree(directory, ignore_errors=True)
+        beside.rename(directory)
+    dist.barrier()
+
+
+def _restore_config(path: Path, base: PreTrainedConfig) -> None:
+    """Training changed dropout and caching settings; the model's own are exported."""
+    exported = json.loads(path.read_text())
+    exported |= {
+        name: value
+        for name, value in base.to_diff_dict().items()
+        if name in exported and name not in ("dtype", "transformers_version")
+    }
+    path.write_text(json.dumps(exported, indent=2) + "\n")
+
+
+def write_model_card(
+    directory: str,
+    config: ORPOConfig,
+    metrics: dict[str, float],
+    data: dict[str, Any],
+    version: str,
+) -> None:
+    """Write `README.md` of an exported model: what it was made from, with what, and how well."""
+    base = config.model.model_name_or_path or "a small random decoder"
+    run_name = config.output.run_name or "run"
+    card = ModelCard.from_template(
+        ModelCardData(library_name="transformers", tags=["orpo", "preference", "orpo_ray"]),
+        template_str=_CARD,
+        base=base,
+        run_name=run_name,
+        version=version,
+        data=data,
+        metrics=metrics,
+        settings=json.dumps(config.model_dump(mode="json"), indent=1) + "\n",
+    )
+    card.save(Path(directory) / "README.md")

@@ -1,0 +1,131 @@
+"""One optimizer step and one evaluation over packed rows; in training workers."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from orpo_ray.objective.head import LossScale
+from orpo_ray.objective.metrics import N_SUMS
+from orpo_ray.preference.groups import RowId
+from orpo_ray.preference.stream import StepBatch
+from orpo_ray.training.microbatch import Microbatch
+from orpo_ray.training.model import OrpoModel
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient is not a number; raised on all ranks before the optimizer moves."""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What a step changes, and the two constants it needs."""
+
+    model: OrpoModel
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    beta: float
+    max_grad_norm: float
+    seed: int
+    device: torch.device
+
+
+def loss_scale(batch: StepBatch, beta: float) -> LossScale:
+    """The divisors of a global batch; FSDP averages over ranks, so each counts that often."""
+    world_size = dist.get_world_size()
+    return LossScale(world_size / batch.n_nll_tokens, world_size / batch.n_pairs, beta)
+
+
+def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> Tensor:
+    """Move the weights by one global batch and add its metrics to `sums`.
+
+    Args:
+        trainee: model, optimizer and schedule.
+        batch: this rank's share.
+        sums: (10,) of `batch_sums`; added to in place.
+
+    Returns:
+        The norm of the whole gradient before clipping, on the device.
+
+    Raises:
+        NonFiniteError: on all ranks; nothing was changed.
+    """
+    # The generator's state is a function of the step, so there is none to save.
+    torch.manual_seed(hash((trainee.seed, batch.step, dist.get_rank())))
+    scale = loss_scale(batch, trainee.beta)
+    step_sums = torch.zeros_like(sums)
+    trainee.model.train()
+    trainee.optimizer.zero_grad(set_to_none=True)
+    for row in batch.rows:
+        output = trainee.model(Microbatch.of(row, trainee.device), scale)
+        output.loss.backward()
+        step_sums += output.sums
+    norm = gradient_norm(trainee.model, trainee.max_grad_norm)
+    if not torch.isfinite(norm):  # the one wait for the device in a step
+        raise NonFiniteError(_non_finite_rows(trainee, batch, scale))
+    trainee.optimizer.step()
+    trainee.scheduler.step()
+    sums += step_sums
+    return norm
+
+
+def gradient_norm(model: OrpoModel, max_norm: float) -> Tensor:
+    """The norm of the whole gradient, which is then clipped to `max_norm` (0: not at all)."""
+    limit = max_norm if max_norm > 0 else float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@torch.no_grad()
+def evaluate(
+    model: OrpoModel,
+    batches: Iterable[StepBatch],
+    beta: float,
+    device: torch.device,
+    pause: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Sum the metrics over an evaluation set and over all ranks; (10,) of `batch_sums`.
+
+    Args:
+        model: left in training mode.
+        batches: this rank's share of the set.
+        beta: weight of the odds-ratio term.
+        device: of this rank.
+        pause: called between batches, where a rank may see to other things.
+    """
+    sums = torch.zeros(N_SUMS, dtype=torch.float64, device=device)
+    model.eval()
+    for batch in batches:
+        scale = loss_scale(batch, beta)
+        for row in batch.rows:
+            sums += model(Microbatch.of(row, device), scale).sums
+        pause()
+    model.train()
+    dist.all_reduce(sums)
+    return sums
+
+
+def _non_finite_rows(trainee: Trainee, batch: StepBatch, scale: LossScale) -> str:
+    """Run the step's forward passes again and name the pairs whose figures are not finite."""
+    bad: list[RowId] = []
+    with torch.no_grad():
+        for row in batch.rows:
+            output = trainee.model(Microbatch.of(row, trainee.device), scale)
+            figures = output.chosen_log_probs + output.rejected_log_probs
+            bad += [
+                row_id
+                for row_id, fine in zip(row.row_ids, figures.isfinite().tolist(), strict=True)
+                if not fine
+            ]
+    everywhere: list[list[RowId]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everywhere, bad)
+    named = [row_id for part in everywhere for row_id in part] or list(batch.row_ids)
+    rows = ", ".join(f"{row_id.source}:{row_id.row}" for row_id in named[:16])
+    return (
+        f"step {batch.step + 1}: the gradient is not finite; weights are as before it. "
+        f"Rows (source:row) {rows}{' ...' if len(named) > 16 else ''}"
+    )
