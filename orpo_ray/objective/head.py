@@ -103,7 +103,9 @@ def orpo_head(
     Returns:
         The loss, the weighted sum of NLL in nats, and each completion's mean log-probability.
     """
-    loss, nll_sum, log_probs = _OrpoHead.apply(hidden, weight, bias, targets, scale, softcap)
+    loss, nll_sum, log_probs = _OrpoHead.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, scale, softcap
+    )
     return HeadOutput(loss=loss, nll_sum=nll_sum, completion_log_probs=log_probs)
 
 

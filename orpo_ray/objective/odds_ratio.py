@@ -52,7 +52,7 @@ def log1mexp(x: Float[Tensor, "*n"], largest_slope: float = LARGEST_SLOPE) -> Fl
     Source:
         Value: M. Maechler, "Accurately computing log(1 - exp(-|a|))", 2012.
     """
-    result: Tensor = _Log1mExp.apply(x, largest_slope)
+    result: Tensor = _Log1mExp.apply(x, largest_slope)  # type: ignore[no-untyped-call]
     return result
 
 

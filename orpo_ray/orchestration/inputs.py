@@ -1,7 +1,8 @@
 """Turning what a user names (files, a hub id, objects in memory) into files; on the driver."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,6 @@ def _base_model(config: ORPOConfig) -> ModelSource:
 
 def _make_demo(output_directory: Path, seed: int) -> RunInputs:
     """The demo's pairs, tokenizer and random base model, made once below the output directory."""
-    import json
-
     home = output_directory / f"demo-{seed}"
     model = home / "base-model"
     train, evals = home / "train.jsonl", home / "eval.jsonl"
@@ -143,8 +142,3 @@ def keep_dataset(dataset: Any, directory: Path) -> str:
     if not path.exists():
         dataset.to_parquet(str(path))
     return str(path)
-
-
-def with_model(inputs: RunInputs, model: ModelSource) -> RunInputs:
-    """The same inputs with another model."""
-    return replace(inputs, model=model)

@@ -68,8 +68,8 @@ class RunWatcher:
         if self._log_size() > self._log_offset:
             with (self._directory / LOG).open() as file:
                 file.seek(self._log_offset)
-                for line in file.read().splitlines():
-                    self._console.print(line, markup=False)
+                for text in file.read().splitlines():
+                    self._console.print(text, markup=False)
                 self._log_offset = file.tell()
         for line in read_metrics(self._directory):
             if line["step"] > self._shown_step:

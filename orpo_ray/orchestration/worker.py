@@ -1,5 +1,6 @@
 """What Ray Train runs on every rank: hand the training floor its job, and take its answer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.feed import TRAIN
+from orpo_ray.preference.stream import TokenStream
+from orpo_ray.training.evaluation import run_evaluation
 from orpo_ray.training.loop import ModelSource, ResumeError, TrainingJob, run_training
 from orpo_ray.training.sharding import UnsupportedModelError
 from orpo_ray.training.step import NonFiniteError
@@ -24,7 +27,7 @@ class WorkerTask:
         config: the run.
         model: where base model and tokenizer are.
         run_directory: absolute path, the same on every node.
-        evals: metric prefix of every evaluation set, by its name in the feed.
+        evals: evaluation sets by their name in the feed, which is their metric prefix.
         data_report: for the model card.
         version: of this project.
     """
@@ -32,7 +35,7 @@ class WorkerTask:
     config: ORPOConfig
     model: ModelSource
     run_directory: str
-    evals: dict[str, str]
+    evals: tuple[str, ...]
     data_report: dict[str, Any]
     version: str
 
@@ -55,18 +58,15 @@ class WorkerAnswer:
 def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
     """Run the training loop on this rank."""
     task = loop_config["task"]
-    device = torch.device("cpu")
-    if task.config.ray.use_gpu:
-        device = ray.train.torch.get_device()
     job = TrainingJob(
         config=task.config,
         model=task.model,
         run_directory=task.run_directory,
         train=ray.train.get_dataset_shard(TRAIN),
-        evals={prefix: ray.train.get_dataset_shard(name) for name, prefix in task.evals.items()},
+        evals=_eval_streams(task),
         data_report=task.data_report,
         version=task.version,
-        device=device,
+        device=_device(task),
         report=_Reporter(task.run_directory),
     )
     # These would come back at every attempt: they are answers, not failures to start again from.
@@ -78,15 +78,39 @@ def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
         return WorkerAnswer({}, failure=str(error))
 
 
+def evaluate_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
+    """Evaluate the task's model on this rank."""
+    task = loop_config["task"]
+    evals = _eval_streams(task)
+    try:
+        metrics = run_evaluation(task.config, task.model.model, evals, _device(task))
+    except UnsupportedModelError as error:
+        return WorkerAnswer({}, refusal=str(error))
+    return WorkerAnswer({"after": metrics})
+
+
+def _eval_streams(task: WorkerTask) -> dict[str, TokenStream]:
+    """This rank's evaluation streams; a set's name in the feed is its metric prefix."""
+    return {name: ray.train.get_dataset_shard(name) for name in task.evals}
+
+
+def _device(task: WorkerTask) -> torch.device:
+    """This rank's device."""
+    if task.config.ray.use_gpu:
+        device: torch.device = ray.train.torch.get_device()
+        return device
+    return torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class _Reporter:
     """Tells Ray Train of a checkpoint that is already in its place."""
 
     run_directory: str
 
-    def __call__(self, metrics: dict[str, Any], name: str) -> None:
+    def __call__(self, metrics: Mapping[str, Any], name: str) -> None:
         ray.train.report(
-            metrics,
+            dict(metrics),
             checkpoint=Checkpoint.from_directory(str(Path(self.run_directory, name))),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,

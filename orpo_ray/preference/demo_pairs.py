@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-MEETS = 0.35
+MEETS = 0.28
 RANKED_SHARE = 0.25
 REQUIREMENTS = 3
 _ATTEMPTS = 1000
 
+Contrast = tuple[str, str]
 Draft = Callable[[random.Random, Sequence[bool]], str]
 Option = TypeVar("Option")
 
@@ -51,42 +52,71 @@ class DemoPair:
     task: str
 
 
-NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jill", "Kim", "Leo")
-COLOURS = ("red", "blue", "green", "black", "white", "brown", "pink", "grey")
-ITEMS = ("scarf", "lamp", "chair", "clock", "kettle", "jacket", "basket", "mirror", "carpet", "tent")
-CITIES = ("Oslo", "Rome", "Paris", "Cairo", "Lima", "Delhi", "Kyoto", "Quito")
-PETS = ("cat", "dog", "horse", "parrot", "goat", "rabbit", "turtle", "hen")
-DRINKS = ("tea", "milk", "cocoa", "juice", "water", "coffee", "cider", "broth")
-WORDS = ("apple", "river", "stone", "cloud", "bread", "tiger", "piano", "train", "candle", "garden")
-TOPICS = ("the book", "the visit", "the garden", "the concert", "the recipe", "the photo")
+WOMEN = ["Ann", "Cara", "Eva", "Hana", "Jill", "Kim", "Mia", "Olga", "Rita", "Tess", "Uma", "Zoe"]
+MEN = ["Ben", "Dan", "Finn", "Gus", "Ivo", "Leo", "Ned", "Paul", "Sam", "Vic", "Will", "Yuri"]
+NAMES = WOMEN + MEN
+COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey", "gold", "purple"]
+THINGS = ["river", "stone", "cloud", "tiger", "piano", "candle", "garden", "bridge", "coat", "boat"]
+VERBS = ["paint", "work", "cook", "play", "walk", "rest", "talk", "train"]
 
+# Two of a kind that are easily mixed up: where one is asked for, a draft may give the other.
+ITEMS = (("scarf", "shawl"), ("lamp", "clock"), ("kettle", "teapot"))
+TOPICS = (("book", "song"), ("visit", "concert"), ("cake", "recipe"))
+CITIES = (("Oslo", "Rome"), ("Cairo", "Lima"))
+PETS = (("cat", "dog"), ("horse", "parrot"))
+DRINKS = (("tea", "milk"), ("cocoa", "juice"))
+DAYS = (("yesterday", "tomorrow"),)
+PLACES = (("home", "park"), ("school", "beach"))
+TIMES = (("dawn", "night"), ("noon", "dusk"))
+JOINTS = (("a comma", "a dash"), ("the word and", "the word or"))
+CASES = (("small letters", "capitals"),)
+MARKS = (("a full stop", "an exclamation mark"),)
+TONES = (("kind", "firm"),)
+REGISTERS = (("formal", "casual"),)
+
+WRITTEN = {
+    "yesterday": "{}ed",
+    "tomorrow": "will {}",
+    "home": "at home",
+    "park": "in the park",
+    "school": "at school",
+    "beach": "on the beach",
+    "dawn": "before sunrise",
+    "night": "after dark",
+    "noon": "over lunch",
+    "dusk": "at sunset",
+    "a comma": ", ",
+    "a dash": " - ",
+    "the word and": " and ",
+    "the word or": " or ",
+    "a full stop": ".",
+    "an exclamation mark": "!",
+}
+
+ASKS = (
+    "{} asks where the {} is.",
+    "{} is waiting for the {}.",
+    "A letter from {} is about the {}.",
+    "{} ordered the {} last week.",
+)
 OPENINGS = {
     "kind": ("Thank you for asking us.", "It is good to hear.", "We are glad you wrote."),
-    "firm": ("Please read the order first.", "It is not our fault.", "We have answered this already."),
+    "firm": ("Please read the order.", "It is not our fault.", "We have said it already."),
 }
+SITUATIONS = ("is on its way", "will come on Monday", "left our shop today", "is ready now")
 CLOSINGS = {
     "kind": ("Write to us at any time.", "We are happy to help."),
     "firm": ("Do not write to us again.", "We will not discuss it."),
 }
-SITUATIONS = ("is on its way", "will come on Monday", "left our shop today", "is ready now")
-ASKS = (
-    "A customer asks where the {item} is.",
-    "A customer is waiting for the {item}.",
-    "A letter came in about the {item}.",
-    "Someone ordered the {item} last week.",
-)
-
-FORMAL = ("teacher", "doctor", "judge", "mayor", "lawyer")
-CASUAL = ("friend", "cousin", "brother", "sister", "neighbour")
+READERS = {
+    "formal": ("teacher", "doctor", "judge", "mayor", "lawyer"),
+    "casual": ("friend", "cousin", "brother", "sister", "neighbour"),
+}
 GREETINGS = {"formal": ("Dear", "Good morning"), "casual": ("Hey", "Hello there")}
 FAREWELLS = {
     "formal": ("Yours sincerely", "With kind regards"),
     "casual": ("See you soon", "Lots of love"),
 }
-
-JOINTS = {"a comma": ", ", "a dash": " - ", "the word and": " and ", "the word or": " or "}
-MARKS = {"a full stop": ".", "an exclamation mark": "!", "a question mark": "?"}
-CASES: dict[str, Callable[[str], str]] = {"small letters": str.lower, "capitals": str.upper}
 
 
 def write_demo_pairs(directory: str, n_train: int, n_eval: int, seed: int) -> tuple[str, str]:
@@ -165,15 +195,15 @@ def _rated(task: Task, rng: random.Random) -> Iterator[DemoPair]:
 
 def _reply(rng: random.Random) -> Task:
     """Answer a customer about the right thing, opening and closing in the tone asked for."""
-    item, other = _two(rng, [f"{colour} {item}" for colour in COLOURS for item in ITEMS])
-    tone, opposite = _two(rng, list(OPENINGS))
-    prompt = f"{_pick(rng, ASKS).format(item=item)} Write a {tone} reply.\n"
+    item, tone = _mixed_up(rng, ITEMS), _mixed_up(rng, TONES)
+    prompt = f"{_pick(rng, ASKS).format(_pick(rng, NAMES), item[0])} Write a {tone[0]} reply.\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
-        opening = _pick(rng, OPENINGS[tone if meets[0] else opposite])
-        thing = item if meets[1] else other
-        closing = _pick(rng, CLOSINGS[tone if meets[2] else opposite])
-        return f"{opening} Your {thing} {_pick(rng, SITUATIONS)}. {closing}"
+        opening, thing, closing = _given((tone, item, tone), meets)
+        return (
+            f"{_pick(rng, OPENINGS[opening])} The {thing} {_pick(rng, SITUATIONS)}. "
+            f"{_pick(rng, CLOSINGS[closing])}"
+        )
 
     return Task("reply", prompt, draft)
 
@@ -181,33 +211,31 @@ def _reply(rng: random.Random) -> Task:
 def _letter(rng: random.Random) -> Task:
     """Greet and sign off as the reader's standing asks, about the right topic."""
     name = _pick(rng, NAMES)
-    topic, other = _two(rng, TOPICS)
-    register, opposite = _two(rng, ("formal", "casual"))
-    reader = _pick(rng, FORMAL if register == "formal" else CASUAL)
-    prompt = f"Write to {name}, your {reader}, and say thanks for {topic}.\n"
+    topic, register = _mixed_up(rng, TOPICS), _mixed_up(rng, REGISTERS)
+    reader = _pick(rng, READERS[register[0]])
+    prompt = f"Write to {name}, your {reader}, and say thanks for the {topic[0]}.\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
-        greeting = _pick(rng, GREETINGS[register if meets[0] else opposite])
-        farewell = _pick(rng, FAREWELLS[register if meets[2] else opposite])
-        return f"{greeting} {name}, thanks for {topic if meets[1] else other}. {farewell}!"
+        greeting, thing, farewell = _given((register, topic, register), meets)
+        return (
+            f"{_pick(rng, GREETINGS[greeting])} {name}, thanks for the {thing}. "
+            f"{_pick(rng, FAREWELLS[farewell])}!"
+        )
 
     return Task("letter", prompt, draft)
 
 
 def _format(rng: random.Random) -> Task:
-    """Join two words with the joint, the case and the end mark asked for."""
-    first, second = _two(rng, WORDS)
-    joint, case, mark = (_two(rng, list(options)) for options in (JOINTS, CASES, MARKS))
-    prompt = (
-        f"Join {first} and {second} with {joint[0]}. Use {case[0]}. End with {mark[0]}.\n"
-    )
+    """Join a colour and a thing with the joint, the case and the end mark asked for."""
+    first, second = _pick(rng, COLOURS), _pick(rng, THINGS)
+    asked = [_mixed_up(rng, options) for options in (JOINTS, CASES, MARKS)]
+    joint, case, mark = (right for right, _ in asked)
+    prompt = f"Join {first} and {second} with {joint}. Use {case}. End with {mark}.\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
-        between, casing, end = (
-            options[0 if met else 1]
-            for options, met in zip((joint, case, mark), meets, strict=True)
-        )
-        return CASES[casing](f"{first}{JOINTS[between]}{second}") + MARKS[end]
+        between, casing, end = _given(asked, meets)
+        text = f"{first}{WRITTEN[between]}{second}{WRITTEN[end]}"
+        return text.upper() if casing == "capitals" else text
 
     return Task("format", prompt, draft)
 
@@ -215,48 +243,45 @@ def _format(rng: random.Random) -> Task:
 def _facts(rng: random.Random) -> Task:
     """Say again what the prompt says about a person, in another order."""
     name = _pick(rng, NAMES)
-    city, pet, drink = (_two(rng, options) for options in (CITIES, PETS, DRINKS))
-    prompt = f"{name} lives in {city[0]}, has a {pet[0]} and likes {drink[0]}. Who is {name}?\n"
+    known = [_mixed_up(rng, options) for options in (CITIES, PETS, DRINKS)]
+    city, pet, drink = (right for right, _ in known)
+    prompt = f"{name} lives in {city}, has a {pet} and likes {drink}. Who is {name}?\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
-        home, animal, taste = (
-            options[0 if met else 1]
-            for options, met in zip((city, pet, drink), meets, strict=True)
-        )
+        home, animal, taste = _given(known, meets)
         return f"{name} likes {taste}, lives in {home} and has a {animal}."
 
     return Task("facts", prompt, draft)
 
 
-def _count(rng: random.Random) -> Task:
-    """Say who of two has more, or fewer, of what, and how many."""
-    winner, loser = _two(rng, NAMES)
-    thing, other = _two(rng, ITEMS)
-    few, many = sorted(_two(rng, range(2, 10)))
-    word, number, rest = ("more", many, few) if rng.random() < 0.5 else ("fewer", few, many)
-    holders = [f"{winner} has {number}", f"{loser} has {rest}"]
-    if rng.random() < 0.5:
-        holders.reverse()
-    prompt = f"{holders[0]} {thing}s, {holders[1]}. Who has {word}?\n"
+def _diary(rng: random.Random) -> Task:
+    """Turn a note into a sentence with the tense, the place and the time that it gives."""
+    name, verb = _pick(rng, NAMES), _pick(rng, VERBS)
+    noted = [_mixed_up(rng, options) for options in (DAYS, PLACES, TIMES)]
+    day, place, time = (right for right, _ in noted)
+    prompt = f"Note: {name}, {verb}, {day}, {place}, {time}. Make it a sentence.\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
-        who = winner if meets[0] else loser
-        amount = number if meets[1] else rest
-        return f"{who} has {word}, that is {amount} {thing if meets[2] else other}s."
+        tense, where, when = (WRITTEN[option] for option in _given(noted, meets))
+        return f"{name} {tense.format(verb)} {where} {when}."
 
-    return Task("count", prompt, draft)
+    return Task("diary", prompt, draft)
 
 
-FAMILIES = (_reply, _letter, _format, _facts, _count)
+FAMILIES = (_reply, _letter, _format, _facts, _diary)
+
+
+def _given(asked: Sequence[Contrast], meets: Sequence[bool]) -> tuple[str, ...]:
+    """What a draft gives for each requirement: the right option or the one it is mixed up with."""
+    return tuple(right if met else wrong for (right, wrong), met in zip(asked, meets, strict=True))
+
+
+def _mixed_up(rng: random.Random, contrasts: Sequence[Contrast]) -> Contrast:
+    """The option a prompt asks for, and the one that a draft may give instead."""
+    one, other = _pick(rng, contrasts)
+    return (one, other) if rng.random() < 0.5 else (other, one)
 
 
 def _pick(rng: random.Random, options: Sequence[Option]) -> Option:
     """One of the options; from `random()` alone, the only draw Python promises to keep stable."""
     return options[int(rng.random() * len(options))]
-
-
-def _two(rng: random.Random, options: Sequence[Option]) -> tuple[Option, Option]:
-    """Two different options, in random order."""
-    first = int(rng.random() * len(options))
-    second = int(rng.random() * (len(options) - 1))
-    return options[first], options[second + (second >= first)]

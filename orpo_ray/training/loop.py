@@ -25,11 +25,12 @@ from orpo_ray.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from orpo_ray.training.evaluation import evaluate_streams
 from orpo_ray.training.export import export_model, write_model_card
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.run_files import RunFiles, summary
 from orpo_ray.training.sharding import build_model
-from orpo_ray.training.step import Trainee, evaluate, train_step
+from orpo_ray.training.step import Trainee, train_step
 
 FINAL = "final"
 Report = Callable[[Mapping[str, Any], str], None]
@@ -248,13 +249,8 @@ class _Loop:
         }
 
     def _evaluate(self) -> dict[str, Any]:
-        metrics: dict[str, Any] = {}
-        for prefix, stream in self.job.evals.items():
-            batches = stream.batches(0, stream.steps_per_epoch)
-            sums = evaluate(self.trainee.model, batches, self.weights.beta, self.job.device)
-            figures = metrics_from_sums(sums.tolist(), self.weights)
-            metrics |= {prefix + name: value for name, value in figures.items()}
-        return metrics
+        job = self.job
+        return evaluate_streams(self.trainee.model, job.evals, job.config.orpo.beta, job.device)
 
     def _log(self, line: dict[str, Any]) -> None:
         self.latest |= line

@@ -1,6 +1,6 @@
 """One optimizer step and one evaluation over packed rows; in training workers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,6 @@ def evaluate(
     batches: Iterable[StepBatch],
     beta: float,
     device: torch.device,
-    pause: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Sum the metrics over an evaluation set and over all ranks; (10,) of `batch_sums`.
 
@@ -95,7 +94,6 @@ def evaluate(
         batches: this rank's share of the set.
         beta: weight of the odds-ratio term.
         device: of this rank.
-        pause: called between batches, where a rank may see to other things.
     """
     sums = torch.zeros(N_SUMS, dtype=torch.float64, device=device)
     model.eval()
@@ -103,7 +101,6 @@ def evaluate(
         scale = loss_scale(batch, beta)
         for row in batch.rows:
             sums += model(Microbatch.of(row, device), scale).sums
-        pause()
     model.train()
     dist.all_reduce(sums)
     return sums

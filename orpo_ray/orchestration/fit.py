@@ -1,0 +1,73 @@
+"""One Ray Train run: workers, feed and settings put together; on the driver."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray.train.torch import TorchConfig, TorchTrainer
+
+import orpo_ray
+from orpo_ray.config import ConfigError, ORPOConfig
+from orpo_ray.orchestration import cluster
+from orpo_ray.orchestration.feed import TRAIN, FeedPlan, PlannedFeed
+from orpo_ray.orchestration.worker import WorkerAnswer, WorkerTask
+from orpo_ray.training.loop import ModelSource
+
+Work = Callable[[dict[str, WorkerTask]], WorkerAnswer]
+
+
+class TrainingError(RuntimeError):
+    """Training stopped for a reason of its own, which another attempt would meet again."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What Ray Train is given.
+
+    Args:
+        config: settled by `cluster.with_cluster`.
+        model: base model and tokenizer.
+        run_directory: where the run and Ray Train's own state of it are kept.
+        plans: the feed, by data set name.
+        data_report: for the model card.
+    """
+
+    config: ORPOConfig
+    model: ModelSource
+    run_directory: Path
+    plans: Mapping[str, FeedPlan]
+    data_report: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, work: Work) -> WorkerAnswer:
+        """Run `work` on every rank; returns rank 0's answer.
+
+        Raises:
+            ConfigError: for what the workers refuse.
+            TrainingError: for what another attempt would meet again.
+            ray.train.TrainingFailedError: when workers keep failing.
+        """
+        task = WorkerTask(
+            config=self.config,
+            model=self.model,
+            run_directory=str(self.run_directory),
+            evals=tuple(name for name in self.plans if name != TRAIN),
+            data_report=dict(self.data_report),
+            version=orpo_ray.__version__,
+        )
+        backend = "cpu:gloo,cuda:nccl" if self.config.ray.use_gpu else "gloo"
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"task": task},
+            torch_config=TorchConfig(backend=backend),
+            scaling_config=cluster.scaling(self.config),
+            run_config=cluster.run_settings(self.config, self.run_directory),
+            datasets={name: plan.shard_list() for name, plan in self.plans.items()},
+            dataset_config=PlannedFeed(self.plans),
+        )
+        answer: WorkerAnswer = trainer.fit().return_value
+        if answer.refusal:
+            raise ConfigError([answer.refusal])
+        if answer.failure:
+            raise TrainingError(answer.failure)
+        return answer

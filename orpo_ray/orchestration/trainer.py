@@ -1,0 +1,134 @@
+"""ORPOTrainer: what a TRL user writes, with the import changed; on the driver."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.orchestration.inputs import RunInputs, find_inputs, keep_dataset
+from orpo_ray.orchestration.run import TrainResult, evaluate, train
+from orpo_ray.preference.sources import find_files
+from orpo_ray.training.loop import FINAL, ModelSource
+
+
+class ORPOTrainer:
+    """Train a model on preference pairs with ORPO, on the Ray cluster at hand or this machine.
+
+    Args:
+        model: folder, hub id, or a model in memory; unset: the one that `args` names.
+        args: the run.
+        train_dataset: a path or glob, a hub id, a `datasets.Dataset`, a Ray Dataset, or a dict of
+            lists with `prompt`, `chosen` and `rejected`; unset: the files that `args` names.
+        eval_dataset: the same, or a dict of such data sets by name, whose metrics are then
+            `eval_<name>_...`.
+        processing_class: the tokenizer; unset: the model's own.
+
+    Raises:
+        DataError: for missing files and data that cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        args: ORPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        config = args or ORPOConfig()
+        if config.output.run_name is None:
+            config = config.replace(run_name=time.strftime("orpo-%Y%m%d-%H%M%S"))
+        output_directory = Path(config.output.output_dir).expanduser().resolve()
+        self._run_directory = output_directory / str(config.output.run_name)
+        self._kept = self._run_directory / "inputs"
+        if model is not None:
+            name = model if isinstance(model, str) else self._keep_model(model)
+            config = config.replace(model_name_or_path=name)
+        if train_dataset is not None:
+            config = config.replace(train_files=self._files(train_dataset), dataset_name=None)
+        inputs = find_inputs(config, output_directory)
+        if eval_dataset is not None:
+            inputs = dataclasses.replace(inputs, eval_files=self._eval_files(eval_dataset))
+        if processing_class is not None:
+            inputs = dataclasses.replace(
+                inputs, model=self._keep_tokenizer(processing_class, inputs)
+            )
+        self.args = config
+        self.result: TrainResult | None = None
+        self._inputs = inputs
+
+    def train(self) -> TrainResult:
+        """Train; with the `run_name` of an earlier run, go on from its newest checkpoint."""
+        self.result = train(self.args, self._inputs)
+        return self.result
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the evaluation data: of the trained model, before `train()` of the base.
+
+        Raises:
+            DataError: without evaluation data.
+        """
+        inputs = self._inputs
+        if self.result is not None:
+            trained = dataclasses.replace(inputs.model, model=self.result.model_directory)
+            inputs = dataclasses.replace(inputs, model=trained)
+        return evaluate(self.args, inputs)
+
+    def save_model(self, output_dir: str | None = None) -> str:
+        """Copy the trained model, ready for `from_pretrained`; returns where it lies.
+
+        Args:
+            output_dir: made if missing; unset: it stays where it is, in the run directory.
+
+        Raises:
+            FileNotFoundError: before `train()` has ended.
+        """
+        final = self._run_directory / FINAL
+        if not final.is_dir():
+            raise FileNotFoundError(f"{final}: no trained model yet; call train() first")
+        if output_dir is None:
+            return str(final)
+        shutil.copytree(final, output_dir, dirs_exist_ok=True)
+        return output_dir
+
+    def _files(self, dataset: Any) -> tuple[str, ...]:
+        """The files of one data set, written if it is in memory."""
+        if isinstance(dataset, str | Path):
+            return _named_dataset(str(dataset), self._kept)
+        return (keep_dataset(dataset, self._kept),)
+
+    def _eval_files(self, dataset: Any) -> dict[str, tuple[str, ...]]:
+        """The files of every evaluation set, by metric prefix."""
+        named = isinstance(dataset, Mapping) and not any(
+            isinstance(value, list | tuple) for value in dataset.values()
+        )
+        if not named:
+            return {"eval_": self._files(dataset)}
+        return {f"eval_{name}_": self._files(part) for name, part in dataset.items()}
+
+    def _keep_model(self, model: PreTrainedModel) -> str:
+        """Write a model held in memory into the run directory."""
+        folder = self._kept / "model"
+        model.save_pretrained(folder)
+        return str(folder)
+
+    def _keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase, inputs: RunInputs) -> ModelSource:
+        """Write a tokenizer held in memory into the run directory."""
+        folder = self._kept / "tokenizer"
+        tokenizer.save_pretrained(folder)
+        return dataclasses.replace(inputs.model, tokenizer=str(folder))
+
+
+def _named_dataset(name: str, directory: Path) -> tuple[str, ...]:
+    """A path, a glob, or a hub id as `owner/name` that is no path here."""
+    on_hub = name.count("/") == 1 and not Path(name).suffix and not Path(name).parent.exists()
+    if on_hub:
+        from datasets import load_dataset
+
+        return (keep_dataset(load_dataset(name, split="train"), directory),)
+    return tuple(find_files([name]))

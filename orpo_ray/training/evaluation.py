@@ -1,0 +1,41 @@
+"""Metrics of a model over evaluation sets, without training it; in training workers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.objective.metrics import OrpoWeights, metrics_from_sums
+from orpo_ray.preference.stream import TokenStream
+from orpo_ray.training.model import OrpoModel
+from orpo_ray.training.sharding import build_model
+from orpo_ray.training.step import evaluate
+
+
+def evaluate_streams(
+    model: OrpoModel, evals: Mapping[str, TokenStream], beta: float, device: torch.device
+) -> dict[str, Any]:
+    """The metrics of every evaluation set, each name after the set's prefix.
+
+    Args:
+        model: sharded over all ranks, each of which has to call this.
+        evals: this rank's stream of every set, by metric prefix (`eval_`, `eval_<name>_`).
+        beta: weight of the odds-ratio term.
+        device: of this rank.
+    """
+    weights = OrpoWeights(beta, model.router_coef)
+    metrics: dict[str, Any] = {}
+    for prefix, stream in evals.items():
+        sums = evaluate(model, stream.batches(0, stream.steps_per_epoch), beta, device)
+        figures = metrics_from_sums(sums.tolist(), weights)
+        metrics |= {prefix + name: value for name, value in figures.items()}
+    return metrics
+
+
+def run_evaluation(
+    config: ORPOConfig, model_path: str, evals: Mapping[str, TokenStream], device: torch.device
+) -> dict[str, Any]:
+    """Load a model and evaluate it; see `evaluate_streams`."""
+    model = build_model(config, model_path, device)
+    return evaluate_streams(model, evals, config.orpo.beta, device)

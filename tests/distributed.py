@@ -1,0 +1,73 @@
+"""Running a function on several gloo processes, as training workers do, without Ray."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def run_ranks(n_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run `function(*args)` in `n_ranks` processes that share a process group.
+
+    Args:
+        n_ranks: processes, each with one thread.
+        function: importable by name; its return value must be picklable.
+        args: handed to every rank.
+
+    Returns:
+        What each rank returned, by rank.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(rank, n_ranks, port, folder, function, args))
+            for rank in range(n_ranks)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        answers = []
+        for rank in range(n_ranks):
+            path = Path(folder, str(rank))
+            assert path.exists(), f"rank {rank} ended with exit code {ranks[rank].exitcode}"
+            answers.append(pickle.loads(path.read_bytes()))
+    errors = [answer for answer in answers if isinstance(answer, _Failure)]
+    assert not errors, "\n".join(error.text for error in errors)
+    return answers
+
+
+class _Failure:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _rank(
+    rank: int, n_ranks: int, port: int, folder: str, function: Callable[..., Any], args: Any
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(n_ranks),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo")
+        answer = function(*args)
+        dist.destroy_process_group()
+    except Exception:
+        answer = _Failure(f"rank {rank}:\n{traceback.format_exc()}")
+    Path(folder, str(rank)).write_bytes(pickle.dumps(answer))
