@@ -1,13 +1,18 @@
-"""The whole run as one typed, frozen value, and how YAML files and overrides become it."""
+"""The whole run as one typed, frozen value."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _some_steps(value: int) -> int:
+    if value == 0:
+        raise ValueError("0 steps: give a number of steps, or -1 to go by epochs")
+    return value
 
 
 class ConfigError(ValueError):
@@ -21,7 +26,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A frozen group of settings that knows no keys but its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
+    )
 
 
 class ModelSection(Section):
@@ -104,7 +111,9 @@ class TrainSection(Section):
     adam_epsilon: float = Field(1e-8, gt=0.0, le=1.0, description="AdamW's epsilon.")
     max_grad_norm: float = Field(1.0, ge=0.0, le=1e9, description="Clip above it; 0: never.")
     num_train_epochs: float = Field(3.0, gt=0.0, le=1e6, description="Passes over the pairs.")
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; wins over epochs; -1: unset.")
+    max_steps: Annotated[int, AfterValidator(_some_steps)] = Field(
+        -1, ge=-1, description="Optimizer steps; wins over epochs; -1: unset."
+    )
     per_device_train_batch_size: PositiveInt = Field(8, description="Pairs a worker and pass.")
     gradient_accumulation_steps: PositiveInt = Field(1, description="Passes an optimizer step.")
     global_batch_size: PositiveInt | None = Field(
@@ -126,12 +135,6 @@ class TrainSection(Section):
     save_steps: PositiveInt = Field(500, description="Steps between checkpoints.")
     save_total_limit: PositiveInt | None = Field(2, description="Checkpoints kept; null: all.")
     seed: int = Field(42, ge=0, lt=2**32, description="Of the order, dropout and demo weights.")
-
-    @model_validator(mode="after")
-    def _some_steps(self) -> Self:
-        if self.max_steps == 0:
-            raise ValueError("max_steps is 0: give a number of steps, or -1 to go by epochs")
-        return self
 
 
 class RaySection(Section):
@@ -174,8 +177,8 @@ class ORPOConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _leaves_into_sections(cls, values: Any) -> Any:
-        return _routed(values) if isinstance(values, Mapping) else values
+    def _route(cls, values: Any) -> Any:
+        return leaves_into_sections(values) if isinstance(values, Mapping) else values
 
     @property
     def pairs_per_step(self) -> int:
@@ -209,7 +212,7 @@ SECTIONS: dict[str, type[Section]] = {
 SECTION_OF = {leaf: name for name, section in SECTIONS.items() for leaf in section.model_fields}
 
 
-def _routed(values: Mapping[str, Any]) -> dict[str, Any]:
+def leaves_into_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     """Put bare leaf names into their sections; unknown names stay, to be refused."""
     routed = {
         key: dict(value) if key in SECTIONS and isinstance(value, Mapping) else value
@@ -221,87 +224,3 @@ def _routed(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(section, dict):
             section[leaf] = values[leaf]
     return routed
-
-
-def load_config(path: str | None, overrides: Sequence[str]) -> ORPOConfig:
-    """Read a YAML file, apply `key=value` overrides, and check everything at once.
-
-    Args:
-        path: a YAML file, or None for the embedded demo.
-        overrides: dotted (`orpo.beta=0.2`) or bare (`beta=0.2`) settings; the last one wins.
-
-    Raises:
-        ConfigError: with every finding, one or two lines each.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    findings = [
-        f"{override}: not a key=value setting" for override in overrides if "=" not in override
-    ]
-    if findings:
-        raise ConfigError(findings)
-    merged: dict[str, Any] = {}
-    try:
-        layers = [OmegaConf.from_dotlist([override]) for override in overrides]
-        if path is not None:
-            layers.insert(0, OmegaConf.load(path))
-        for layer in layers:
-            values = OmegaConf.to_container(layer, resolve=True)
-            if not isinstance(values, dict):
-                raise ConfigError([f"{path}: holds a list, not settings"])
-            _merge(merged, _routed({str(key): value for key, value in values.items()}))
-    except FileNotFoundError:
-        raise ConfigError([f"{path}: no such config file"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([f"{path or 'override'}: not valid YAML: {_flat(error)}"]) from None
-    return parse_config(merged)
-
-
-def parse_config(values: Mapping[str, Any]) -> ORPOConfig:
-    """Check a mapping of sections and leaves.
-
-    Raises:
-        ConfigError: with every finding, one or two lines each.
-    """
-    try:
-        return ORPOConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError([_finding(details) for details in error.errors()]) from None
-
-
-def _merge(target: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    """Lay the sections of `layer` over those of `target`, leaf by leaf."""
-    for key, value in layer.items():
-        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
-            target[key] |= value
-        else:
-            target[key] = value
-
-
-def _finding(details: Any) -> str:
-    """One pydantic error as `field: what is wrong; the nearest valid name`."""
-    where = ".".join(str(part) for part in details["loc"])
-    if details["type"] == "extra_forbidden":
-        return f"{where}: no such setting{_nearest(details['loc'])}"
-    message = details["msg"].removeprefix("Value error, ")
-    value = details.get("input")
-    shown = "" if isinstance(value, Mapping | BaseModel) else f" (got {value!r})"
-    return f"{where or 'config'}: {message[:1].lower()}{message[1:]}{shown}"
-
-
-def _nearest(loc: Sequence[Any]) -> str:
-    """Suggest the valid name that is most like the last part of `loc`."""
-    name = str(loc[-1])
-    near = difflib.get_close_matches(name, [*SECTION_OF, *SECTIONS], n=1, cutoff=0.5)
-    if not near:
-        return "; see --help for all of them"
-    return f"; did you mean {'.'.join([SECTION_OF[near[0]], near[0]]) if near[0] in SECTION_OF else near[0]}?"
-
-
-def _flat(error: Exception) -> str:
-    """The text of an error on one line."""
-    return " ".join(str(error).split())

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from orpo_ray.config import ORPOConfig, to_yaml
+from orpo_ray.config import ORPOConfig
+from orpo_ray.config_file import to_yaml
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_report import write_data_report
 from orpo_ray.orchestration.feed import TRAIN, eval_plan, train_plan

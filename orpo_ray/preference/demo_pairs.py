@@ -100,17 +100,18 @@ ASKS = (
     "{} ordered the {} last week.",
 )
 OPENINGS = {
-    "kind": ("Thank you for asking us.", "It is good to hear.", "We are glad you wrote."),
-    "firm": ("Please read the order.", "It is not our fault.", "We have said it already."),
+    "kind": ("Thank you for asking.", "We are glad to help."),
+    "firm": ("Please read the order.", "It is not our fault."),
 }
-SITUATIONS = ("is on its way", "will come on Monday", "left our shop today", "is ready now")
+SITUATIONS = ("is on its way", "will come on Monday")
 CLOSINGS = {
-    "kind": ("Write to us at any time.", "We are happy to help."),
-    "firm": ("Do not write to us again.", "We will not discuss it."),
+    "kind": ("Write to us at any time.", "Have a very nice day."),
+    "firm": ("Do not write to us again.", "This is our last reply."),
 }
+NOTES = ("Write to {}, your {}, and say thanks for the {}.", "Thank {}, your {}, for the {}.")
 READERS = {
-    "formal": ("teacher", "doctor", "judge", "mayor", "lawyer"),
-    "casual": ("friend", "cousin", "brother", "sister", "neighbour"),
+    "formal": ("teacher", "doctor", "judge"),
+    "casual": ("friend", "cousin", "brother"),
 }
 GREETINGS = {"formal": ("Dear", "Good morning"), "casual": ("Hey", "Hello there")}
 FAREWELLS = {
@@ -213,7 +214,7 @@ def _letter(rng: random.Random) -> Task:
     name = _pick(rng, NAMES)
     topic, register = _mixed_up(rng, TOPICS), _mixed_up(rng, REGISTERS)
     reader = _pick(rng, READERS[register[0]])
-    prompt = f"Write to {name}, your {reader}, and say thanks for the {topic[0]}.\n"
+    prompt = f"{_pick(rng, NOTES).format(name, reader, topic[0])}\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
         greeting, thing, farewell = _given((register, topic, register), meets)
@@ -241,15 +242,15 @@ def _format(rng: random.Random) -> Task:
 
 
 def _facts(rng: random.Random) -> Task:
-    """Say again what the prompt says about a person, in another order."""
+    """Say in short what the prompt says about a person."""
     name = _pick(rng, NAMES)
     known = [_mixed_up(rng, options) for options in (CITIES, PETS, DRINKS)]
     city, pet, drink = (right for right, _ in known)
-    prompt = f"{name} lives in {city}, has a {pet} and likes {drink}. Who is {name}?\n"
+    prompt = f"{name} lives in {city}, has a {pet} and likes {drink}. In short?\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
         home, animal, taste = _given(known, meets)
-        return f"{name} likes {taste}, lives in {home} and has a {animal}."
+        return f"{home}, a {animal}, {taste}."
 
     return Task("facts", prompt, draft)
 

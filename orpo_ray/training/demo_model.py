@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def make_demo_model(directory: str, texts: Iterable[str], seed: int) -> None:
-    """Save a tokenizer trained on `texts` and an untrained decoder of 1.8 M parameters.
+    """Save a tokenizer trained on `texts` and an untrained decoder of 1.2 M parameters.
 
     Args:
         directory: where `AutoTokenizer` and `AutoModelForCausalLM` load them from; made when
@@ -34,10 +34,10 @@ def make_demo_model(directory: str, texts: Iterable[str], seed: int) -> None:
     tokenizer.save_pretrained(directory)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=160,
+        intermediate_size=400,
         num_hidden_layers=4,
-        num_attention_heads=6,
+        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=True,

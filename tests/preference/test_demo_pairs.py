@@ -120,9 +120,8 @@ def _format_score(prompt: str, answer: str) -> int:
 
 def _facts_score(prompt: str, answer: str) -> int:
     """How many of the three facts in the answer stand in the prompt."""
-    said = answer.rstrip(".").replace(",", "").split()
     known = prompt.replace(",", "").replace(".", "").split()
-    return sum(said[said.index(before) + 1] in known for before in ("in", "a", "likes"))
+    return sum(said.split()[-1] in known for said in answer.rstrip(".").split(", "))
 
 
 SCORES = {"format": _format_score, "facts": _facts_score}

@@ -1,0 +1,149 @@
+"""Reading a config from a YAML file and overrides, and saying all that is wrong with it at once."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from orpo_ray.config import (
+    SECTION_OF,
+    SECTIONS,
+    ConfigError,
+    ORPOConfig,
+    leaves_into_sections,
+)
+
+# What users of other trainers type for settings that are far from ours by letters.
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "base_model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "lambda": "beta",
+    "alpha": "beta",
+    "orpo_alpha": "beta",
+    "sequence_len": "max_length",
+    "max_seq_length": "max_length",
+    "datasets": "train_files",
+    "data_files": "train_files",
+    "train_file": "train_files",
+    "dataset": "dataset_name",
+    "scheduler": "lr_scheduler_type",
+    "lr_scheduler": "lr_scheduler_type",
+    "gpus": "use_gpu",
+    "workers": "num_workers",
+    "keep_checkpoints": "save_total_limit",
+}
+
+
+def load_config(path: str | None, overrides: Sequence[str]) -> ORPOConfig:
+    """Read a YAML file, lay `key=value` overrides over it, and check everything at once.
+
+    Args:
+        path: a YAML file, or None for nothing but defaults.
+        overrides: dotted (`orpo.beta=0.2`) or bare (`beta=0.2`) settings; the last one wins.
+
+    Raises:
+        ConfigError: with every finding, one or two lines each.
+    """
+    findings: list[str] = []
+    layers = [_file_layer(path, findings)] if path is not None else []
+    layers += [_override_layer(override, findings) for override in overrides]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, leaves_into_sections(layer), findings)
+    try:
+        config = ORPOConfig.model_validate(merged)
+    except ValidationError as error:
+        findings += [_finding(details) for details in error.errors()]
+    if findings:
+        raise ConfigError(findings)
+    return config
+
+
+def to_yaml(config: ORPOConfig) -> str:
+    """The whole config as YAML, which `load_config` reads back to the same value."""
+    import yaml
+
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text
+
+
+def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
+    """The settings of a YAML file; empty, with a finding, when it has none that can be read."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError:
+        findings.append(f"{path}: no such config file")
+    except (OSError, UnicodeDecodeError) as error:
+        findings.append(f"{path}: cannot be read: {_on_one_line(error)}")
+    except (YAMLError, OmegaConfBaseException) as error:
+        findings.append(f"{path}: not valid YAML: {_on_one_line(error)}")
+    else:
+        if isinstance(values, dict):
+            return {str(key): value for key, value in values.items()}
+        findings.append(f"{path}: holds a list, not settings")
+    return {}
+
+
+def _override_layer(override: str, findings: list[str]) -> dict[str, Any]:
+    """One `key=value` setting as nested sections."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if "=" not in override.strip("="):
+        findings.append(f"{override}: not a key=value setting")
+        return {}
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        findings.append(f"{override}: not valid YAML: {_on_one_line(error)}")
+        return {}
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _merge(target: dict[str, Any], layer: Mapping[str, Any], findings: list[str]) -> None:
+    """Lay the sections of `layer` over those of `target`, leaf by leaf."""
+    for key, value in layer.items():
+        if key in SECTIONS and not isinstance(value, Mapping):
+            if value is not None:
+                findings.append(f"{key}: is a section, not a setting (got {value!r})")
+        elif isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            target[key] |= value
+        else:
+            target[key] = value
+
+
+def _finding(details: Any) -> str:
+    """One pydantic error as `field: what is wrong; the nearest valid name`."""
+    where = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "extra_forbidden":
+        return f"{where}: no such setting{_nearest(str(details['loc'][-1]))}"
+    message = details["msg"].removeprefix("Value error, ")
+    value = details.get("input")
+    shown = "" if isinstance(value, Mapping | BaseModel) else f" (got {value!r})"
+    return f"{where or 'config'}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _nearest(name: str) -> str:
+    """Suggest the valid name that `name` is most like."""
+    near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else []
+    near += difflib.get_close_matches(name, [*SECTION_OF, *SECTIONS], n=1, cutoff=0.5)
+    if not near:
+        return "; --help lists all of them"
+    section = SECTION_OF.get(near[0])
+    return f"; did you mean {section}.{near[0]}?" if section else f"; did you mean {near[0]}?"
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

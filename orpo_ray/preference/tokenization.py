@@ -1,0 +1,121 @@
+"""From text to token ids: one pass over prompt and answer, the border by offsets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.preference.records import Reason, Refusal
+from orpo_ray.preference.templates import PairText, shared_length
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """A pair as a group of two completions, and whether one of them was cut."""
+
+    group: PromptGroup
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class PairTokenizer:
+    """Turns pairs of text into token ids with a fast tokenizer.
+
+    Args:
+        tokenizer: a `PreTrainedTokenizerFast`.
+        max_length: tokens of prompt plus completion; a longer completion loses its end.
+
+    Raises:
+        DataError: for a tokenizer without offsets or without an end-of-sequence token.
+    """
+
+    tokenizer: Any
+    max_length: int
+
+    def __post_init__(self) -> None:
+        name = self.tokenizer.name_or_path
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                [f"model_name_or_path: {name} has a slow tokenizer, which gives no offsets"]
+            )
+        if self.tokenizer.eos_token_id is None:
+            raise DataError([f"model_name_or_path: {name} has a tokenizer without an eos_token"])
+        # Saved with some tokenizers; here nothing may be cut or filled up unseen.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
+
+    def tokenize(
+        self, texts: Sequence[PairText], row_ids: Sequence[RowId]
+    ) -> list[TokenizedPair | Refusal]:
+        """Tokenize a batch of pairs."""
+        sides = [text.prompt + side for text in texts for side in (text.chosen, text.rejected)]
+        # Special tokens that stand in the text are read as such; none are added here.
+        encodings = self.tokenizer.backend_tokenizer.encode_batch(sides, add_special_tokens=False)
+        return [
+            self._pair(len(text.prompt), encodings[2 * index : 2 * index + 2], row_ids[index])
+            for index, text in enumerate(texts)
+        ]
+
+    def _pair(
+        self, border: int, encodings: Sequence[Any], row_id: RowId
+    ) -> TokenizedPair | Refusal:
+        """Cut both sides at the border, end them, and truncate them."""
+        sides = [encoding.ids for encoding in encodings]
+        prompts = [
+            ids[: _prompt_tokens(encoding.offsets, border)]
+            for ids, encoding in zip(sides, encodings, strict=True)
+        ]
+        # Where a token merges across the border on one side only, the prompt ends before it.
+        n_prompt = shared_length(*prompts)
+        prompt = sides[0][:n_prompt]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and sides[0][:1] != [bos]:
+            prompt = [bos, *prompt]
+        completions = []
+        for ids in sides:
+            completion = ids[n_prompt:]
+            completions.append(completion if completion[-1:] == [eos] else [*completion, eos])
+        return self._truncated(prompt, completions, row_id)
+
+    def _truncated(
+        self, prompt: list[int], completions: list[list[int]], row_id: RowId
+    ) -> TokenizedPair | Refusal:
+        room = self.max_length - len(prompt)
+        if room < 1:
+            return Refusal(
+                Reason.NOTHING_LEFT,
+                f"the prompt has {len(prompt)} tokens and max_length is {self.max_length}",
+            )
+        chosen, rejected = (completion[:room] for completion in completions)
+        if chosen == rejected:
+            reason = Reason.IDENTICAL_AFTER_TRUNCATION
+            if max(map(len, completions)) <= room:
+                reason = Reason.IDENTICAL_ANSWERS
+            return Refusal(reason, "chosen and rejected are the same tokens")
+        if not prompt and min(len(chosen), len(rejected)) < 2:
+            return Refusal(
+                Reason.NO_PREDICTED_TOKEN,
+                "with no prompt and no beginning-of-sequence token an answer of one token has "
+                "nothing before it",
+            )
+        group = PromptGroup(
+            prompt=np.asarray(prompt, dtype=np.int32),
+            completions=(np.asarray(chosen, np.int32), np.asarray(rejected, np.int32)),
+            pairs=((0, 1),),
+            row_ids=(row_id,),
+        )
+        return TokenizedPair(group, truncated=max(map(len, completions)) > room)
+
+
+def _prompt_tokens(offsets: Sequence[tuple[int, int]], border: int) -> int:
+    """How many leading tokens end inside the prompt; one that straddles the border does not.
+
+    The end decides and not the start, which byte-level tokenizers may move past a leading space.
+    """
+    for index, (_, end) in enumerate(offsets):
+        if end > border:
+            return index
+    return len(offsets)

@@ -1,0 +1,89 @@
+"""What a run would take, before it takes it: batch, steps, memory; on the driver, without Ray."""
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.preference.sources import find_files
+from orpo_ray.training.loop import total_steps
+
+_GIB = 2**30
+# fp32 master weight, gradient, and AdamW's two moments.
+_BYTES_PER_PARAMETER = 16
+# Per token and layer, in units of the hidden width: inputs of norms, q, k, v, attention output,
+# and three times the MLP's width (gate, up, product), about 8/3 x hidden each.
+_ACTIVATIONS_PER_TOKEN = 6 + 3 * 8 / 3
+
+
+def plan_lines(config: ORPOConfig) -> list[str]:
+    """The effective batch, the steps and the memory a worker needs, a line each.
+
+    Raises:
+        DataError: for files that are not there.
+    """
+    train = config.train
+    lines = [
+        f"effective batch: {config.pairs_per_step} pairs a step "
+        f"({train.per_device_train_batch_size} a worker and pass x "
+        f"{train.gradient_accumulation_steps} passes x {config.ray.num_workers} workers)"
+    ]
+    if config.data.train_files is None:
+        lines.append("steps: the demo's pairs and model are made when the run starts")
+    else:
+        n_rows = count_rows(find_files(config.data.train_files))
+        steps = total_steps(config, -(-n_rows // config.pairs_per_step))
+        lines.append(
+            f"steps: {steps}, from at most {n_rows} pairs (refused rows are not known yet)"
+        )
+    if config.model.model_name_or_path is not None:
+        lines += _memory_lines(config, config.model.model_name_or_path)
+    return lines
+
+
+def count_rows(paths: Sequence[str]) -> int:
+    """Rows in files of pairs, blank lines included; quick, nothing is checked."""
+    return sum(_count_rows(path) for path in paths)
+
+
+def _count_rows(path: str) -> int:
+    if path.endswith(".parquet"):
+        n_rows: int = pq.ParquetFile(path).metadata.num_rows
+        return n_rows
+    content = Path(path).read_bytes()
+    if path.endswith(".gz"):
+        content = gzip.decompress(content)
+    if path.removesuffix(".gz").endswith(".jsonl"):
+        return content.count(b"\n") + (not content.endswith(b"\n"))
+    array = json.loads(content)
+    return len(array) if isinstance(array, list) else 1
+
+
+def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
+    """Memory a worker needs for its shard, one microbatch, and one chunk of logits."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_config = AutoConfig.from_pretrained(model_path, revision=config.model.model_revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    text_config = model_config.get_text_config()
+    layers, width = text_config.num_hidden_layers, text_config.hidden_size
+    value_bytes = 2 if config.train.bf16 else 4
+    kept_layers = 1 if config.train.gradient_checkpointing else layers
+    per_token = kept_layers * _ACTIVATIONS_PER_TOKEN + (layers - kept_layers)
+    state = n_parameters * _BYTES_PER_PARAMETER / config.ray.num_workers
+    activations = config.microbatch_tokens * per_token * width * value_bytes
+    logits = 2 * 4 * config.train.head_chunk_tokens * text_config.vocab_size
+    total = state + activations + logits
+    return [
+        f"memory a worker: about {total / _GIB:.2f} GiB = {state / _GIB:.2f} weights, gradients "
+        f"and AdamW ({n_parameters:,} parameters x 16 bytes / {config.ray.num_workers} workers) + "
+        f"{activations / _GIB:.2f} activations of {config.microbatch_tokens} tokens + "
+        f"{logits / _GIB:.2f} logits of {config.train.head_chunk_tokens} positions and their "
+        "gradient"
+    ]
