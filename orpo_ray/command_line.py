@@ -51,7 +51,7 @@ def run_job(argv: Sequence[str], description: str, action: Callable[[ORPOConfig]
 
 
 def read_arguments(settings: Sequence[str]) -> ORPOConfig:
-    """The config of `[CONFIG.yaml] [key=value ...]`; without a file, the embedded demo's.
+    """The config of `[CONFIG.yaml] [key=value ...]`; with neither file nor model, the demo's.
 
     Raises:
         ConfigError: with every finding.
@@ -62,6 +62,9 @@ def read_arguments(settings: Sequence[str]) -> ORPOConfig:
         raise ConfigError([f"{name}: a second config file" for name in files[1:]])
     if files:
         return load_config(files[0], overrides)
+    config = load_config(None, overrides)
+    if config.model.model_name_or_path is not None:
+        return config  # the demo's learning rate is for a model that knows nothing yet
     with resources.as_file(resources.files("orpo_ray") / DEMO) as demo:
         return load_config(str(demo), overrides)
 

@@ -1,9 +1,9 @@
 """Starting or joining Ray, and asking it for workers; on the driver."""
 
 import json
+import logging
 import math
 import os
-import warnings
 from pathlib import Path
 
 import ray
@@ -14,6 +14,7 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config import ConfigError, ORPOConfig
 
@@ -23,8 +24,6 @@ _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
@@ -32,12 +31,13 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; quietly."""
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
+    disable_progress_bar()
+    for logger in ("ray", "ray.data"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     if ray.is_initialized():
         return
     local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=FutureWarning)  # of Ray's own future defaults
-        ray.init(log_to_driver=False, logging_level="WARNING", **local)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
 
 
 def with_cluster(config: ORPOConfig) -> ORPOConfig:

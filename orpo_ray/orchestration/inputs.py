@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from orpo_ray.config import ORPOConfig
 from orpo_ray.preference.demo_pairs import write_demo_pairs
 from orpo_ray.preference.errors import DataError
@@ -85,6 +87,7 @@ def _make_demo(output_directory: Path, seed: int) -> RunInputs:
     model = home / "base-model"
     train, evals = home / "train.jsonl", home / "eval.jsonl"
     if not (model / "config.json").exists():
+        disable_progress_bar()
         home.mkdir(parents=True, exist_ok=True)
         write_demo_pairs(str(home), DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS, seed)
         texts = []

@@ -52,7 +52,8 @@ class RunWatcher:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def _watch(self) -> None:
         while not self._ended.wait(_POLL_S):

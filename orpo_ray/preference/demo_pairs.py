@@ -110,7 +110,7 @@ CLOSINGS = {
 }
 NOTES = ("Write to {}, your {}, and say thanks for the {}.", "Thank {}, your {}, for the {}.")
 READERS = {
-    "formal": ("teacher", "doctor", "judge"),
+    "formal": ("teacher", "doctor", "lawyer"),
     "casual": ("friend", "cousin", "brother"),
 }
 GREETINGS = {"formal": ("Dear", "Good morning"), "casual": ("Hey", "Hello there")}
@@ -180,14 +180,12 @@ def _new_task(rng: random.Random, taken: set[str]) -> Task | None:
 
 
 def _rated(task: Task, rng: random.Random) -> Iterator[DemoPair]:
-    """Draw the drafts of one prompt until some differ in score, and pair those that do."""
+    """Draw all drafts of one prompt until some differ in score, and pair those that do."""
     n_drafts = 2 if rng.random() >= RANKED_SHARE else 3 + int(2 * rng.random())
     scored: dict[str, int] = {}
     while len(scored) < n_drafts or len(set(scored.values())) == 1:
-        meets = [rng.random() < MEETS for _ in range(REQUIREMENTS)]
-        if len(scored) == n_drafts:
-            scored.clear()
-        scored[task.draft(rng, meets)] = sum(meets)
+        drawn = [[rng.random() < MEETS for _ in range(REQUIREMENTS)] for _ in range(n_drafts)]
+        scored = {task.draft(rng, meets): sum(meets) for meets in drawn}
     for chosen, high in scored.items():
         for rejected, low in scored.items():
             if high > low:

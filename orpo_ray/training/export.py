@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from orpo_ray.config import ORPOConfig
 from orpo_ray.training.model import OrpoModel
 
+_RECORD = "orpo_ray.json"
 _CARD = """---
 {{ card_data }}
 ---
@@ -68,6 +69,7 @@ def export_model(
     model: OrpoModel,
     tokenizer: PreTrainedTokenizerBase,
     base: PreTrainedConfig,
+    step: int,
 ) -> None:
     """Gather the weights on rank 0 and write model, configs and tokenizer.
 
@@ -78,6 +80,7 @@ def export_model(
         model: sharded over all ranks, each of which has to call this.
         tokenizer: with its chat template.
         base: the base model's own config.
+        step: optimizer steps that the model was trained for.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
@@ -95,9 +98,16 @@ def export_model(
         causal_lm.save_pretrained(beside, state_dict=named)
         _restore_config(beside / "config.json", base)
         tokenizer.save_pretrained(beside)
+        (beside / _RECORD).write_text(json.dumps({"step": step}) + "\n")
         shutil.rmtree(directory, ignore_errors=True)
         beside.rename(directory)
     dist.barrier()
+
+
+def exported_step(directory: str) -> int | None:
+    """The step of the model that lies in an export folder, or None when there is none."""
+    record = Path(directory, _RECORD)
+    return int(json.loads(record.read_text())["step"]) if record.exists() else None
 
 
 def _restore_config(path: Path, base: PreTrainedConfig) -> None:

@@ -26,7 +26,7 @@ from orpo_ray.training.checkpoint import (
     save_checkpoint,
 )
 from orpo_ray.training.evaluation import evaluate_streams
-from orpo_ray.training.export import export_model, write_model_card
+from orpo_ray.training.export import export_model, exported_step, write_model_card
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.run_files import RunFiles, summary
 from orpo_ray.training.sharding import build_model
@@ -203,14 +203,14 @@ class _Loop:
         if self.saved_step != self.step:
             self._save()
         final = Path(job.run_directory, FINAL)
-        done = [final.exists()]
+        done = [exported_step(str(final)) == self.step]
         dist.broadcast_object_list(done)
         if done[0]:
             return
         source = job.model
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision)
         base = AutoConfig.from_pretrained(source.model, revision=source.revision)
-        export_model(str(final), self.trainee.model, tokenizer, base)
+        export_model(str(final), self.trainee.model, tokenizer, base, self.step)
         if self.files.is_writer:
             figures = summary(Path(job.run_directory))["after"]
             write_model_card(str(final), job.config, figures, dict(job.data_report), job.version)
