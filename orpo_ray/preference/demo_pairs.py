@@ -5,15 +5,17 @@ requirement with probability `MEETS`, independently; the rater counts the requir
 meets, and of two drafts with different counts the higher one is chosen. So a chosen answer is the
 better of two drafts, not a perfect one, as in data that people rate.
 
-**What that does to likelihood.** With `MEETS` = 0.35 the better of two drafts meets a given
-requirement 0.52 of the time (`tests/preference/test_demo_pairs.py` derives it), so NLL on chosen
-answers alone learns that meeting and missing it are about equally likely, however long it trains:
-likelihood follows frequency, and the frequencies say almost nothing. Which side of a pair is
-better is only in the comparison, and only the odds-ratio term makes it. `beta=0` on the same data
-therefore learns the language and hardly any of the preference.
+**What that does to likelihood.** Good drafts are rare: the better of two meets a requirement only
+0.52 of the time, and among chosen drafts those that meet one requirement are likelier than those
+that meet two or three. NLL on chosen answers learns these frequencies, so it prefers the common
+draft to the good one, however long it trains; learnt perfectly, they order 0.73 of the pairs
+(`tests/preference/test_demo_pairs.py` derives both numbers), and hardly any pair by a margin.
+Which of two drafts is better is said by the comparison alone, and only the odds-ratio term reads
+it. That is why `beta=0` on the same pairs learns the language and little of the preference.
 
 **What cannot solve it.** What meets a requirement in one prompt misses it in another, so no token
-is good or bad by itself; both sides are fluent, use the same words and have the same lengths.
+is good or bad by itself; both sides are fluent, use the same words and have the same lengths. A
+miss is always the same mix-up (`Oslo` for `Rome`), so it is as frequent as what it stands for.
 """
 
 import json
@@ -110,8 +112,8 @@ CLOSINGS = {
 }
 NOTES = ("Write to {}, your {}, and say thanks for the {}.", "Thank {}, your {}, for the {}.")
 READERS = {
-    "formal": ("teacher", "doctor", "lawyer"),
-    "casual": ("friend", "cousin", "brother"),
+    "formal": ("teacher", "doctor"),
+    "casual": ("friend", "cousin"),
 }
 GREETINGS = {"formal": ("Dear", "Good morning"), "casual": ("Hey", "Hello there")}
 FAREWELLS = {

@@ -20,7 +20,15 @@ from orpo_ray.preference.packing import GroupSpan
 
 PACKED_ATTENTION = "orpo_ray_packed"
 # What decoders pass along that changes nothing here.
-_HARMLESS = {"position_ids", "use_cache", "output_attentions", "is_causal", "cache_position"}
+_HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+}
 
 
 class PackingNotSupportedError(RuntimeError):

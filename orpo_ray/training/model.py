@@ -59,9 +59,13 @@ class OrpoModel(nn.Module):
     def use_attention(self, attention: AttentionPath) -> None:
         """Choose between the packed row and padded rows; both give the same numbers."""
         self.attention = attention
-        implementation = PACKED_ATTENTION if attention == "packed" else "sdpa"
-        if attention == "padded" and not getattr(self.causal_lm, "_supports_sdpa", False):
-            implementation = "eager"
+        implementation = PACKED_ATTENTION
+        if attention == "padded":
+            # Capped scores are more than SDPA computes.
+            config = self.causal_lm.config.get_text_config()
+            capped = getattr(config, "attn_logit_softcapping", None) is not None
+            sdpa = getattr(self.causal_lm, "_supports_sdpa", False) and not capped
+            implementation = "sdpa" if sdpa else "eager"
         self.causal_lm.set_attn_implementation(implementation)
 
     def forward(self, batch: Microbatch, scale: LossScale) -> OrpoOutput:

@@ -151,7 +151,7 @@ def test_frequency_says_little_about_quality(task: str) -> None:
     frequencies orders rightly only the pairs with k = 0, which is never chosen:
     0.3732 x 0.6268 / 0.3210 = 0.73 of them.
 
-    1200 pairs or more: standard deviation at most 0.015; the tolerance is four of them.
+    950 pairs or more: standard deviation at most 0.016; the tolerance is four of them.
     """
     pairs = demo_pairs(12000, random.Random(SEED), set())
     runs = (list(run) for _, run in groupby(pairs, key=lambda pair: pair.prompt))
