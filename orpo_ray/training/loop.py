@@ -183,7 +183,7 @@ class _Loop:
 
     def run(self) -> None:
         """All steps from here to the end."""
-        if self.step == 0 and self.n_steps:
+        if self.step == 0 and self.job.evals:
             self._log({"step": 0, "epoch": 0.0} | self._evaluate())
         batches = self.job.train.batches(self.step, self.n_steps)
         started = time.perf_counter()

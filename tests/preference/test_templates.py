@@ -1,0 +1,128 @@
+"""Rendering messages with a chat template."""
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.records import Message, Record
+from orpo_ray.preference.templates import PairText, render, shared_length
+from orpo_ray.training.demo_model import train_tokenizer
+
+CHATML = (
+    "{% for message in messages %}"
+    "<|{{ message.role }}|>{{ message.content }}<|eos|>{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# Opens the answer with an empty thought that a finished answer does not show.
+THINKING = CHATML.replace("<|assistant|>{% endif %}", "<|assistant|><think></think>{% endif %}")
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(["some text"])
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+CHAT = Record((user("hi"),), (assistant("yes"),), (assistant("no"),))
+
+
+def rendered(tokenizer: Any, template: str | None, record: Record) -> PairText:
+    tokenizer.chat_template = template
+    return render(record, tokenizer)
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_text_stays_as_it_is(tokenizer: Any, template: str | None) -> None:
+    record = Record("p <|eos|>\n", " c\n", "r<|eos|>\n")
+    assert rendered(tokenizer, template, record) == PairText("p <|eos|>\n", " c\n", "r<|eos|>\n")
+
+
+def test_messages_ask_for_the_answer_and_end_with_it(tokenizer: Any) -> None:
+    """The template's line end after the last `<|eos|>` is no part of the answer."""
+    assert rendered(tokenizer, CHATML, CHAT) == PairText(
+        "<|user|>hi<|eos|>\n<|assistant|>", "yes<|eos|>", "no<|eos|>"
+    )
+
+
+def test_a_template_that_does_not_end_its_answers(tokenizer: Any) -> None:
+    """What follows the answer stays when it is not an end of sequence: the model learns it."""
+    assert rendered(tokenizer, CHATML.replace("<|eos|>", "<|end|>"), CHAT) == PairText(
+        "<|user|>hi<|end|>\n<|assistant|>", "yes<|end|>\n", "no<|end|>\n"
+    )
+
+
+def test_several_turns_and_several_messages_an_answer(tokenizer: Any) -> None:
+    tool = {"role": "tool", "content": "42"}
+    record = Record(
+        ({"role": "system", "content": "be short"}, user("a"), assistant("b"), user("c")),
+        (assistant("look"), tool, assistant("42")),
+        (assistant("41"),),
+    )
+    text = rendered(tokenizer, CHATML, record)
+    assert text.prompt == (
+        "<|system|>be short<|eos|>\n<|user|>a<|eos|>\n<|assistant|>b<|eos|>\n"
+        "<|user|>c<|eos|>\n<|assistant|>"
+    )
+    assert text.chosen == "look<|eos|>\n<|tool|>42<|eos|>\n<|assistant|>42<|eos|>"
+    assert text.rejected == "41<|eos|>"
+
+
+def test_the_prompt_is_what_all_renderings_share(tokenizer: Any) -> None:
+    """An opened thought that the finished answers do not have is in neither part."""
+    text = rendered(tokenizer, THINKING, CHAT)
+    assert text == PairText("<|user|>hi<|eos|>\n<|assistant|>", "yes<|eos|>", "no<|eos|>")
+
+
+def test_a_prompt_that_ends_with_the_assistant_leaves_its_turn_open(tokenizer: Any) -> None:
+    record = Record((user("hi"), assistant("Well,")), (assistant("yes"),), (assistant("no"),))
+    text = rendered(tokenizer, CHATML, record)
+    assert text.prompt == "<|user|>hi<|eos|>\n<|assistant|>Well,"
+    assert text.chosen == "<|eos|>\n<|assistant|>yes<|eos|>"
+    assert text.rejected == "<|eos|>\n<|assistant|>no<|eos|>"
+
+
+def test_answers_without_a_prompt(tokenizer: Any) -> None:
+    record = Record((), (assistant("yes"),), (assistant("no"),))
+    assert rendered(tokenizer, CHATML, record) == PairText(
+        "", "<|assistant|>yes<|eos|>", "<|assistant|>no<|eos|>"
+    )
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+def test_prompt_and_answer_are_the_template_of_the_whole(tokenizer: Any, template: str) -> None:
+    text = rendered(tokenizer, template, CHAT)
+    for side, messages in ((text.chosen, CHAT.chosen), (text.rejected, CHAT.rejected)):
+        whole = tokenizer.apply_chat_template([*CHAT.prompt, *messages], tokenize=False)
+        assert text.prompt + side == whole.rstrip("\n")
+
+
+def test_further_fields_of_a_message_reach_the_template(tokenizer: Any) -> None:
+    template = CHATML.replace("message.content", "(message.name or '') + message.content")
+    record = Record(({**user("hi"), "name": "Ann: "},), CHAT.chosen, CHAT.rejected)
+    assert rendered(tokenizer, template, record).prompt.startswith("<|user|>Ann: hi<|eos|>")
+
+
+@pytest.mark.parametrize("template", [None, ""])
+def test_messages_need_a_template(tokenizer: Any, template: str | None) -> None:
+    with pytest.raises(DataError, match=r"no chat template.*use a chat model's tokenizer"):
+        rendered(tokenizer, template, CHAT)
+
+
+def test_shared_length() -> None:
+    assert shared_length("abcd", "abce", "abx") == 2
+    assert shared_length("ab", "abc") == 2
+    assert shared_length("", "a") == 0
+    assert shared_length([1, 2], [3, 2]) == 0
