@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from orpo_ray.config import ORPOConfig
-from orpo_ray.config_file import to_yaml
+from orpo_ray.config_file import load_config, to_yaml
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_report import write_data_report
 from orpo_ray.orchestration.feed import TRAIN, eval_plan, train_plan
@@ -23,6 +23,8 @@ from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shards import TokenSet
 from orpo_ray.training.loop import FINAL, total_steps
 from orpo_ray.training.run_files import summary
+
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def _start(config: ORPOConfig, inputs: RunInputs | None, only_evals: bool = Fals
         config = config.replace(run_name=time.strftime("orpo-%Y%m%d-%H%M%S"))
     output_directory = Path(config.output.output_dir).expanduser().resolve()
     run_directory = output_directory / str(config.output.run_name)
+    config = _with_batch_size(config, run_directory, console)
     inputs = inputs or find_inputs(config, output_directory)
     cluster.connect()
     config = cluster.with_cluster(config)
@@ -147,9 +150,22 @@ def _start(config: ORPOConfig, inputs: RunInputs | None, only_evals: bool = Fals
     write_data_report(
         str(run_directory), {name.rstrip("_"): tokens for name, tokens in token_sets.items()}
     )
-    (run_directory / "config.yaml").write_text(to_yaml(config))
+    (run_directory / CONFIG).write_text(to_yaml(config))
     report = json.loads((run_directory / "data_report.json").read_text())
     return _Start(config, inputs, run_directory, token_sets, report, console)
+
+
+def _with_batch_size(config: ORPOConfig, run_directory: Path, console: Console) -> ORPOConfig:
+    """Settle the pairs of a step; a run that goes on with other workers keeps those it had."""
+    earlier = run_directory / CONFIG
+    if config.train.global_batch_size is None and earlier.exists():
+        before = load_config(str(earlier), [])
+        shares = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        same_shares = all(getattr(before.train, n) == getattr(config.train, n) for n in shares)
+        if same_shares and before.pairs_per_step != config.pairs_per_step:
+            console.print(f"going on with {before.pairs_per_step} pairs a step, as before")
+            return config.replace(global_batch_size=before.pairs_per_step)
+    return config.replace(global_batch_size=config.pairs_per_step)
 
 
 def _eval_plans(start: _Start) -> dict[str, Any]:

@@ -74,7 +74,11 @@ def assert_same(result, expected) -> None:
         if gradient is None:  # an expert that no token was sent to
             continue
         torch.testing.assert_close(
-            gradients[name].double(), gradient.double(), rtol=1e-4, atol=TOLERANCE * largest, msg=name
+            gradients[name].double(),
+            gradient.double(),
+            rtol=1e-4,
+            atol=TOLERANCE * largest,
+            msg=name,
         )
 
 

@@ -77,6 +77,6 @@ def test_rows_that_are_neither_kept_nor_refused_stop_the_run(
 ) -> None:
     """One row too few in the sum of the set, or in that of one file."""
     tokens = token_set(tmp_path / "set", total, part)
-    with pytest.raises(AssertionError, match="train: .* does not add up"):
+    with pytest.raises(AssertionError, match=r"train: .* does not add up"):
         write_data_report(str(tmp_path), {"train": tokens})
     assert not (tmp_path / "data_report.json").exists()

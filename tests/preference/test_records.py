@@ -38,8 +38,9 @@ def test_dialogues_are_cut_at_the_last_assistant() -> None:
 
 def test_an_assistant_inside_a_line_is_no_turn() -> None:
     before = "\n\nHuman: hi\n\nAssistant:"
-    record = normalise({"chosen": before + " Assistant: me\nAssistant: I", "rejected": before + "b"})
-    assert record == Record(before, " Assistant: me\nAssistant: I", "b")
+    answer = " Assistant: me\nAssistant: I"
+    record = normalise({"chosen": before + answer, "rejected": before + "b"})
+    assert record == Record(before, answer, "b")
 
 
 def test_messages_with_a_prompt() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_ray.preference.groups import PromptGroup, RowId, TokenIds
@@ -37,6 +37,7 @@ def plain(group: PromptGroup) -> tuple[object, ...]:
     return group.prompt.tolist(), completions, group.pairs, group.row_ids
 
 
+@settings(deadline=None)
 @given(content=st.lists(groups(), max_size=5))
 def test_a_shard_gives_back_what_it_was_given(
     tmp_path_factory: pytest.TempPathFactory, content: list[PromptGroup]

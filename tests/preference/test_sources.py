@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_ray.preference.errors import DataError
@@ -94,6 +94,7 @@ def test_marks_blank_lines_and_line_ends(tmp_path: Path, name: str, rows_per_spl
 LINES = [b'{"a": 1}', b'{"a": "\\n"}', b"", b"  ", b"\r", b"{nope", b"[1]", b'{"a": 2}\r', b"\xff"]
 
 
+@settings(deadline=None)
 @given(lines=st.lists(st.sampled_from(LINES), min_size=1), rows_per_split=st.integers(1, 5))
 def test_any_cut_gives_the_rows_of_the_whole(lines: list[bytes], rows_per_split: int) -> None:
     content = b"\n".join(lines)
@@ -205,9 +206,8 @@ def test_folders_globs_and_paths(tmp_path: Path) -> None:
     assert names("*.json*") == ["a.json", "b.jsonl", "z[1].json.gz"]
     assert names("**/*.parquet") == ["deep/c.parquet"]
     assert names("z[1].json.gz") == ["z[1].json.gz"]
-    assert names("deep", "b.jsonl", ".", "a.json") == [*everything[2:4], "b.jsonl", "a.json"] + [
-        "z[1].json.gz"
-    ]
+    mixed = names("deep", "b.jsonl", ".", "a.json")
+    assert mixed == ["deep/c.parquet", "deep/d.jsonl.gz", "b.jsonl", "a.json", "z[1].json.gz"]
 
 
 def test_relative_paths_and_the_home_folder(

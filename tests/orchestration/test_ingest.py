@@ -1,0 +1,377 @@
+"""Ingest on a real Ray: every format and every reason in, token shards and their counts out."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ray.exceptions import RayTaskError
+
+from orpo_ray.orchestration.data_report import write_data_report
+from orpo_ray.orchestration.ingest import IngestRequest, ingest, load_tokenizer
+from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.preference.records import Reason, Record, normalise
+from orpo_ray.preference.shards import MANIFEST_NAME, TokenSet, read_shard
+from orpo_ray.preference.templates import render
+from orpo_ray.preference.tokenization import PairTokenizer, TokenizedPair
+from orpo_ray.training.demo_model import CHAT_TEMPLATE, train_tokenizer
+
+pytestmark = [
+    pytest.mark.usefixtures("ray_cluster"),
+    # Ray 2.60 sets deprecated fields of its own context to their defaults, and warns itself.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+]
+
+MAX_LENGTH, SHARD_ROWS = 24, 3
+LONG = "q" * 40  # in no merge: 40 tokens
+BEFORE = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant:"
+
+
+def text_row(i: int) -> dict[str, Any]:
+    return {"prompt": f"p{i}: ", "chosen": "yes" * (i % 3 + 1), "rejected": "no"}
+
+
+def chat_row(i: int) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": f"u{i}"}],
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+
+
+# One line each, and why it is refused; the four without a reason are kept.
+LINES: list[tuple[bytes | dict[str, Any], Reason | None]] = [
+    (text_row(0), None),
+    (b'{"prompt": "cut', Reason.MALFORMED_JSON),
+    (b"[1, 2]", Reason.NOT_AN_OBJECT),
+    ({"prompt": "p", "chosen": "c"}, Reason.MISSING_FIELD),
+    (text_row(1), None),
+    (text_row(0) | {"chosen": 7}, Reason.WRONG_TYPE),
+    (text_row(0) | {"chosen": "\ud83d"}, Reason.WRONG_TYPE),
+    (text_row(0) | {"chosen": []}, Reason.MIXED_TYPES),
+    (chat_row(0) | {"chosen": [{"role": "assistant"}]}, Reason.BAD_MESSAGE),
+    (chat_row(0) | {"chosen": [{"role": "user", "content": "c"}]}, Reason.NOT_AN_ANSWER),
+    (text_row(0) | {"chosen": " "}, Reason.EMPTY_CHOSEN),
+    (text_row(0) | {"rejected": ""}, Reason.EMPTY_REJECTED),
+    (text_row(0) | {"rejected": "yes"}, Reason.IDENTICAL_ANSWERS),
+    ({"chosen": BEFORE + "a", "rejected": "\n\nAssistant: b"}, Reason.PROMPT_NOT_SHARED),
+    (text_row(0) | {"prompt": LONG}, Reason.NOTHING_LEFT),
+    (
+        text_row(0) | {"chosen": LONG + "a", "rejected": LONG + "b"},
+        Reason.IDENTICAL_AFTER_TRUNCATION,
+    ),
+    (text_row(2) | {"chosen": LONG}, None),
+    (chat_row(3), None),
+]
+N_KEPT = {"lines.jsonl": 4, "packed.jsonl.gz": 5, "array.json": 4, "table.parquet": 7}
+N_READ = N_KEPT | {"lines.jsonl": len(LINES), "array.json": 5}
+DIALOGUES = [{"chosen": BEFORE + f" {i}a", "rejected": BEFORE + f" {i}b"} for i in range(5)]
+
+
+def write_files(folder: Path) -> tuple[str, ...]:
+    """A file of every kind, in the order of their names as given, not of the alphabet."""
+    lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line, _ in LINES]
+    (folder / "lines.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\r\n\r\n")
+    packed = "\n\n".join(map(json.dumps, DIALOGUES))
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress(packed.encode()))
+    array = [chat_row(0), text_row(1), "no object", chat_row(2), text_row(3)]
+    (folder / "array.json").write_text(json.dumps(array))
+    table = pa.Table.from_pylist([chat_row(i) for i in range(7)])
+    pq.write_table(table, folder / "table.parquet", row_group_size=4)
+    return tuple(str(folder / name) for name in N_KEPT)
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What was asked for, and what came of it."""
+
+    request: IngestRequest
+    tokens: TokenSet
+
+    def groups(self) -> list[PromptGroup]:
+        """All groups, in the order of the shards."""
+        shards = [f"{self.tokens.directory}/{shard.name}" for shard in self.tokens.shards]
+        return [group for shard in shards for group in read_shard(shard)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = ["yes no p: Human: Assistant: hi hello and? user: assistant: " * 20, BEFORE * 20]
+    train_tokenizer(texts).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def ingested(
+    ray_cluster: None, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> Ingested:
+    folder = tmp_path_factory.mktemp("files")
+    request = IngestRequest(
+        files=write_files(folder),
+        tokenizer=tokenizer_folder,
+        revision=None,
+        max_length=MAX_LENGTH,
+        shard_rows=SHARD_ROWS,
+        cache_directory=str(tmp_path_factory.mktemp("cache")),
+    )
+    return Ingested(request, ingest(request))
+
+
+def file_bytes(directory: str) -> dict[str, bytes]:
+    files = [path for path in Path(directory).rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def test_every_row_read_is_kept_or_refused(ingested: Ingested) -> None:
+    report = ingested.tokens.report
+    refused = Counter(str(reason) for _, reason in LINES if reason) + Counter(["not_an_object"])
+    assert report["refused"] == dict(refused)
+    assert report["rows_read"] == sum(N_READ.values()) == 35
+    assert report["rows_kept"] == sum(N_KEPT.values()) == ingested.tokens.n_pairs
+    assert report["rows_refused"] == refused.total()
+    assert report["rows_read"] == report["rows_kept"] + report["rows_refused"]
+
+
+def test_every_file_has_its_own_counts(ingested: Ingested) -> None:
+    sources = ingested.tokens.report["sources"]
+    assert [Path(path).name for path in sources] == list(N_KEPT)
+    assert tuple(sources) == ingested.tokens.sources == ingested.request.files
+    for path, counts in sources.items():
+        name = Path(path).name
+        assert (counts["rows_read"], counts["rows_kept"]) == (N_READ[name], N_KEPT[name])
+        assert counts["rows_refused"] == N_READ[name] - N_KEPT[name]
+    for count in ("tokens", "truncated_pairs", "rows_refused"):
+        total = sum(counts[count] for counts in sources.values())
+        assert ingested.tokens.report[count] == total
+
+
+def test_tokens_and_cut_answers_are_counted(ingested: Ingested) -> None:
+    """An answer that was cut is one that does not end in the end of sequence."""
+    groups = ingested.groups()
+    report = ingested.tokens.report
+    assert report["tokens"] == sum(group.n_tokens for group in groups)
+    assert report["tokens"] == sum(shard.n_tokens for shard in ingested.tokens.shards)
+    assert report["longest_group_tokens"] == max(group.n_tokens for group in groups)
+    eos = load_tokenizer(ingested.request.tokenizer, None).eos_token_id
+    cut = [group for group in groups if {int(ids[-1]) for ids in group.completions} != {eos}]
+    assert RowId(0, 16) in {group.row_ids[0] for group in cut}  # the long answer
+    assert report["truncated_pairs"] == len(cut) < len(groups)
+    for group in groups:
+        lengths = [len(group.prompt) + len(ids) for ids in group.completions]
+        assert max(lengths) <= MAX_LENGTH
+
+
+def test_shards_are_in_the_order_of_the_files(ingested: Ingested) -> None:
+    """Rows count from 0, blank lines too, so every other line of the packed file has a pair."""
+    kept = [row for row, (_, reason) in enumerate(LINES) if reason is None]
+    rows = [kept, [0, 2, 4, 6, 8], [0, 1, 3, 4], list(range(7))]
+    expected = [RowId(source, row) for source, numbers in enumerate(rows) for row in numbers]
+    assert [group.row_ids for group in ingested.groups()] == [(row_id,) for row_id in expected]
+    for shard in ingested.tokens.shards:
+        groups = read_shard(f"{ingested.tokens.directory}/{shard.name}")
+        assert len(groups) == shard.n_groups == shard.n_pairs <= SHARD_ROWS
+        assert sum(group.n_tokens for group in groups) == shard.n_tokens
+
+
+def test_tokens_are_those_of_the_row(ingested: Ingested) -> None:
+    """The steps of one row, done here one by one for every row of the four files."""
+    lines = [line if isinstance(line, dict) else {} for line, _ in LINES]
+    rows: list[dict[int, dict[str, Any]]] = [
+        dict(enumerate(lines)),
+        {2 * i: row for i, row in enumerate(DIALOGUES)},
+        {0: chat_row(0), 1: text_row(1), 3: chat_row(2), 4: text_row(3)},
+        {i: chat_row(i) for i in range(7)},
+    ]
+    tokenizer = load_tokenizer(ingested.request.tokenizer, None)
+    pairs = PairTokenizer(tokenizer, MAX_LENGTH)
+    for group in ingested.groups():
+        (row_id,) = group.row_ids
+        record = normalise(rows[row_id.source][row_id.row])
+        assert isinstance(record, Record)
+        (expected,) = pairs.tokenize([render(record, tokenizer)], [row_id])
+        assert isinstance(expected, TokenizedPair)
+        assert group.prompt.tolist() == expected.group.prompt.tolist()
+        for completion, other in zip(group.completions, expected.group.completions, strict=True):
+            assert completion.tolist() == other.tolist()
+
+
+def test_every_refused_row_is_in_quarantine(ingested: Ingested, tmp_path: Path) -> None:
+    """Rows count from 1 there, as editors count lines."""
+    write_data_report(str(tmp_path), {"train": ingested.tokens})
+    lines = (tmp_path / "quarantine" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    first, _, third, _ = ingested.request.files
+    bad = [(first, row + 1, str(reason)) for row, (_, reason) in enumerate(LINES) if reason]
+    bad.append((third, 3, "not_an_object"))
+    assert [(entry["file"], entry["row"], entry["reason"]) for entry in entries] == bad
+    assert entries[0]["excerpt"] == '{"prompt": "cut'
+    assert entries[-1]["excerpt"] == "no object"
+    assert all(0 < len(entry["excerpt"]) <= 200 and entry["detail"] for entry in entries)
+    report = json.loads((tmp_path / "data_report.json").read_text())
+    assert report["train"]["rows_refused"] == len(entries)
+
+
+def test_the_same_files_give_the_same_bytes(ingested: Ingested, tmp_path: Path) -> None:
+    again = ingest(replace(ingested.request, cache_directory=str(tmp_path)))
+    assert again == replace(ingested.tokens, directory=again.directory)
+    assert Path(again.directory).name == Path(ingested.tokens.directory).name
+    old, new = file_bytes(ingested.tokens.directory), file_bytes(again.directory)
+    assert old.pop(MANIFEST_NAME) != new.pop(MANIFEST_NAME)  # each names its folder
+    assert new == old
+
+
+def test_an_ingest_that_died_before_its_manifest_is_done_again(
+    ingested: Ingested, tmp_path: Path
+) -> None:
+    first = ingest(replace(ingested.request, cache_directory=str(tmp_path)))
+    whole = file_bytes(first.directory)
+    Path(first.directory, MANIFEST_NAME).unlink()
+    Path(first.directory, first.shards[0].name).write_bytes(b"torn")
+    Path(first.directory, first.shards[-1].name).unlink()
+    assert ingest(replace(ingested.request, cache_directory=str(tmp_path))) == first
+    assert file_bytes(first.directory) == whole
+
+
+CACHED = """
+import json, sys
+from orpo_ray.orchestration.ingest import IngestRequest, ingest
+fields = json.loads(sys.argv[1])
+tokens = ingest(IngestRequest(**fields | {"files": tuple(fields["files"])}))
+print(json.dumps([tokens.directory, tokens.report, "ray" in sys.modules]))
+"""
+
+
+def test_a_second_process_finds_the_tokens_without_ray(ingested: Ingested) -> None:
+    """Not even imported, so that a resume or a trial starts at once; no file is touched."""
+    before = {path: path.stat().st_mtime_ns for path in Path(ingested.tokens.directory).rglob("*")}
+    command = [sys.executable, "-c", CACHED, json.dumps(vars(ingested.request))]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    directory, report, imported_ray = json.loads(answer.stdout)
+    assert (directory, report) == (ingested.tokens.directory, ingested.tokens.report)
+    assert imported_ray is False
+    after = {path: path.stat().st_mtime_ns for path in Path(ingested.tokens.directory).rglob("*")}
+    assert after == before
+
+
+def test_what_changes_the_tokens_changes_the_key(
+    ingested: Ingested, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    """Lengths, shard sizes, a template, another tokenizer, a file's content, fewer files."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(text_row(1)) + "\n")
+    base = replace(
+        ingested.request, files=(str(tmp_path / "rows.jsonl"),), cache_directory=str(tmp_path)
+    )
+    template = load_tokenizer.__wrapped__(tokenizer_folder, None)
+    template.chat_template = CHAT_TEMPLATE.replace("assistant:", "model:")
+    template.save_pretrained(tmp_path / "template")
+    train_tokenizer(["other words"]).save_pretrained(tmp_path / "other")
+    requests = [
+        base,
+        replace(base, max_length=MAX_LENGTH + 1),
+        replace(base, shard_rows=SHARD_ROWS + 1),
+        replace(base, tokenizer=str(tmp_path / "template")),
+        replace(base, tokenizer=str(tmp_path / "other")),
+    ]
+    directories = [ingest(request).directory for request in requests]
+    assert ingest(base).directory == directories[0]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(text_row(2)) + "\n")
+    changed = ingest(base)
+    assert len({*directories, changed.directory}) == len(requests) + 1
+    assert changed.report["rows_kept"] == 1
+
+
+def request_for(ingested: Ingested, folder: Path, name: str, content: bytes) -> IngestRequest:
+    (folder / name).write_bytes(content)
+    return replace(
+        ingested.request, files=(str(folder / name),), cache_directory=str(folder / "cache")
+    )
+
+
+WRAPPED = pytest.mark.xfail(
+    strict=True,
+    raises=RayTaskError,
+    reason="Ray Data wraps a task's error in its own, so that the DataError is not found",
+)
+
+
+@WRAPPED
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("torn.jsonl.gz", gzip.compress(os.urandom(1000))[:-20]),
+        ("broken.json", b'[{"prompt": "p"'),
+        ("broken.parquet", b"PAR1 not really"),
+    ],
+)
+def test_a_file_that_cannot_be_read_ends_the_ingest(
+    ingested: Ingested, tmp_path: Path, name: str, content: bytes
+) -> None:
+    """The data task's error reaches the driver as it is, and no token set exists."""
+    with pytest.raises(DataError, match=name.replace(".", r"\.")) as caught:
+        ingest(request_for(ingested, tmp_path, name, content))
+    assert len(caught.value.lines) == 1
+    assert list(tmp_path.rglob(MANIFEST_NAME)) == []
+
+
+def test_when_every_row_is_refused_the_first_are_shown(ingested: Ingested, tmp_path: Path) -> None:
+    """Also the second time, from the cache."""
+    request = request_for(ingested, tmp_path, "bad.jsonl", b"{\n\n" + b'{"prompt": "p"}\n' * 4)
+    path = tmp_path / "bad.jsonl"
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            ingest(request)
+        counts, *rows = caught.value.lines
+        assert counts == f"no usable row in {path}: 1 malformed_json, 4 missing_field"
+        assert rows[0] == f"{path}:1: malformed_json: the row cannot be read as one JSON object"
+        assert rows[1].startswith(f"{path}:3: missing_field: chosen is missing")
+
+
+def test_files_without_rows_are_refused(ingested: Ingested, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the files hold no row"):
+        ingest(request_for(ingested, tmp_path, "blank.jsonl", b"\n  \n"))
+
+
+@WRAPPED
+def test_messages_without_a_template_are_refused(ingested: Ingested, tmp_path: Path) -> None:
+    plain = load_tokenizer.__wrapped__(ingested.request.tokenizer, None)
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path / "plain")
+    request = request_for(ingested, tmp_path, "chat.jsonl", json.dumps(chat_row(0)).encode())
+    with pytest.raises(DataError, match="no chat template"):
+        ingest(replace(request, tokenizer=str(tmp_path / "plain")))
+
+
+SURROGATE = chat_row(1) | {"chosen": [{"role": "assistant", "content": "half \ud83d"}]}
+SYSTEM = chat_row(1) | {"prompt": [{"role": "system", "content": "s"}]}
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=RayTaskError,
+    reason="an error of the tokenizer or the template ends the ingest",
+)
+@pytest.mark.parametrize("row", [SURROGATE, SYSTEM], ids=["surrogate", "template"])
+def test_a_row_that_cannot_be_rendered_or_encoded_costs_one_row(
+    ingested: Ingested, tmp_path: Path, row: dict[str, Any]
+) -> None:
+    """Gemma's and Mistral's templates raise on turns that they do not know."""
+    strict = load_tokenizer.__wrapped__(ingested.request.tokenizer, None)
+    strict.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        + CHAT_TEMPLATE
+    )
+    strict.save_pretrained(tmp_path / "strict")
+    lines = "\n".join(map(json.dumps, [chat_row(0), row, chat_row(2)]))
+    request = request_for(ingested, tmp_path, "chat.jsonl", lines.encode())
+    report = ingest(replace(request, tokenizer=str(tmp_path / "strict"))).report
+    assert (report["rows_read"], report["rows_kept"], report["rows_refused"]) == (3, 2, 1)

@@ -1,0 +1,95 @@
+"""The README is true: its commands and its Python block run as they stand."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orpo_ray.config import SECTIONS
+from tests.conftest import ROOT
+
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(start: str) -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [line.split() for line in lines if line.startswith(start)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder as the README's reader has it: some pairs, and the config file it shows."""
+    path = tmp_path_factory.mktemp("readme")
+    pairs = [
+        {"prompt": f"What is {i} + 1?", "chosen": f"It is {i + 1}.", "rejected": f"It is {i}."}
+        for i in range(200)
+    ]
+    (path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (path / "my.yaml").write_text(blocks("yaml")[0])
+    return path
+
+
+@pytest.mark.timeout(900)
+def test_the_commands_run_in_the_order_they_are_shown(folder, run_command):
+    for command in commands("python jobs/"):
+        done = run_command(folder, *command[1:])
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+    log = (folder / "runs" / "first" / "run.log").read_text()
+    assert "resumed at step 20 of 30" in log
+    for name in ("first", "second"):
+        shown = re.findall(r"^\| `([^`*X]+?)/?` \|", TEXT, flags=re.MULTILINE)
+        there = [n for n in shown if (folder / "runs" / name / n).exists()]
+        assert {"config.yaml", "data_report.json", "metrics.jsonl", "final", "run.log"} <= {*there}
+        assert list((folder / "runs" / name).glob("checkpoints/step-*/MANIFEST.json"))
+
+
+@pytest.mark.timeout(600)
+def test_the_python_block_runs(folder):
+    (block,) = blocks("python")
+    script = folder / "example.py"
+    script.write_text(block)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    model = Path(done.stdout.strip().splitlines()[-1])
+    assert (model / "model.safetensors").exists()
+
+
+def test_the_two_commands_are_targets_of_make():
+    """They install and run for minutes; here it is shown that make knows what to do."""
+    for command in commands("make"):
+        done = subprocess.run(
+            [command[0], "--dry-run", *command[1:]],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (
+        "bin/python jobs/train.py"
+        in subprocess.run(
+            ["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+    )
+
+
+def test_the_table_has_every_setting_with_its_default():
+    for section, model in SECTIONS.items():
+        for name, field in model.model_fields.items():
+            default = json.dumps(field.get_default(), default=list)
+            assert f"| `{section}.{name}` | `{default}` | {field.description} |" in TEXT
