@@ -28,9 +28,11 @@ def write_data_report(run_directory: str, token_sets: Mapping[str, TokenSet]) ->
             if part["rows_read"] != part["rows_kept"] + part["rows_refused"]:
                 raise AssertionError(f"{name}: {part} does not add up")
         report[name] = counts
+        listed = run / QUARANTINE / f"{name}.jsonl"
+        listed.unlink(missing_ok=True)
         if tokens.report["quarantine"]:
-            (run / QUARANTINE).mkdir(exist_ok=True)
-            with (run / QUARANTINE / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            listed.parent.mkdir(exist_ok=True)
+            with listed.open("w", encoding="utf-8") as file:
                 for source in tokens.report["quarantine"]:
                     file.write(Path(tokens.directory, source).read_text(encoding="utf-8"))
     (run / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")

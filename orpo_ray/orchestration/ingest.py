@@ -17,17 +17,18 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from jinja2 import TemplateError
 
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import RowId
-from orpo_ray.preference.records import Refusal, excerpt, normalise
+from orpo_ray.preference.records import Reason, Refusal, excerpt, normalise
 from orpo_ray.preference.shards import Shard, TokenSet, write_shard
 from orpo_ray.preference.sources import RawRow, Split, read_split, split_file
 from orpo_ray.preference.templates import PairText, render
 from orpo_ray.preference.tokenization import PairTokenizer
 
 # Raised whenever the same input would give other tokens or another report.
-CODE_VERSION = 1
+CODE_VERSION = 2
 QUARANTINE = "quarantine"
 _BATCH_ROWS = 256
 
@@ -73,7 +74,7 @@ def ingest(request: IngestRequest) -> TokenSet:
 
 def _cache_key(request: IngestRequest) -> str:
     """A hash of everything that could change the tokens."""
-    tokenizer = load_tokenizer(request.tokenizer, request.revision)
+    tokenizer = load_tokenizer(request.tokenizer, request.revision, request.max_length).tokenizer
     stats = [os.stat(path) for path in request.files]
     parts = [
         CODE_VERSION,
@@ -89,31 +90,28 @@ def _cache_key(request: IngestRequest) -> str:
 
 
 @functools.cache
-def load_tokenizer(name: str, revision: str | None) -> Any:
-    """The tokenizer of a folder or hub id, once a process."""
+def load_tokenizer(name: str, revision: str | None, max_length: int) -> PairTokenizer:
+    """The tokenizer of a folder or hub id, once a process.
+
+    Raises:
+        DataError: when it cannot be used for pairs.
+    """
     from transformers import AutoTokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a data task has one CPU
-    PairTokenizer(tokenizer := AutoTokenizer.from_pretrained(name, revision=revision), 1)
-    return tokenizer
+    return PairTokenizer(AutoTokenizer.from_pretrained(name, revision=revision), max_length)
 
 
 def _run_tasks(request: IngestRequest, directory: str) -> list[dict[str, Any]]:
     """Read all files with Ray Data; returns a summary of every shard in source order."""
     import ray.data
-    from ray.exceptions import RayTaskError
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     numbered = [{"source": i, "path": path} for i, path in enumerate(request.files)]
-    try:
-        splits = _each(numbered, _SplitFile(request.shard_rows))
-        summaries = _each(splits, _TokenizeSplit(request, directory))
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, DataError):
-            raise cause from None
-        raise
+    splits = _each(numbered, _SplitFile(request.shard_rows))
+    summaries = _each(splits, _TokenizeSplit(request, directory))
     return sorted(summaries, key=lambda summary: (summary["source"], summary["first_row"]))
 
 
@@ -162,13 +160,12 @@ class _TokenizeSplit:
     def _write_chunk(self, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
         """Tokenize up to `shard_rows` rows, write what is kept and what is not."""
         request, name = self.request, f"{source:05d}-{chunk[0].number:010d}"
-        tokenizer = load_tokenizer(request.tokenizer, request.revision)
-        pairs = PairTokenizer(tokenizer, request.max_length)
+        pairs = load_tokenizer(request.tokenizer, request.revision, request.max_length)
         groups, refused, truncated = [], [], 0
         for batch in _batches(chunk, _BATCH_ROWS):
             kept: list[tuple[RawRow, PairText]] = []
             for raw in batch:
-                text = _text(raw, tokenizer)
+                text = _text(raw, pairs.tokenizer)
                 if isinstance(text, Refusal):
                     refused.append((raw, text))
                 else:
@@ -228,7 +225,12 @@ def _text(raw: RawRow, tokenizer: Any) -> PairText | Refusal:
             raise AssertionError(f"row {raw.number} has neither a record nor a problem")
         return Refusal(raw.problem, "the row cannot be read as one JSON object")
     record = normalise(raw.record)
-    return record if isinstance(record, Refusal) else render(record, tokenizer)
+    if isinstance(record, Refusal):
+        return record
+    try:
+        return render(record, tokenizer)
+    except TemplateError as error:  # as templates do for turns that their model does not take
+        return Refusal(Reason.TEMPLATE_REFUSED, f"the chat template says: {error}")
 
 
 def _batches(rows: Sequence[RawRow], size: int) -> Iterator[Sequence[RawRow]]:

@@ -26,6 +26,7 @@ class Reason(StrEnum):
     EMPTY_REJECTED = "empty_rejected"
     IDENTICAL_ANSWERS = "identical_answers"
     PROMPT_NOT_SHARED = "prompt_not_shared"
+    TEMPLATE_REFUSED = "template_refused"
     NOTHING_LEFT = "nothing_left_after_truncation"
     IDENTICAL_AFTER_TRUNCATION = "identical_after_truncation"
     NO_PREDICTED_TOKEN = "no_predicted_token"
@@ -80,9 +81,7 @@ def _state(row: Mapping[str, Any], name: str) -> str:
 def _content(name: str, value: Any) -> Content | Refusal:
     """Text, or a list of messages each with a role and content."""
     if isinstance(value, str):
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            return Refusal(Reason.WRONG_TYPE, f"{name} holds half of a surrogate pair, not text")
-        return value
+        return value if _is_text(value) else _half_a_pair(name)
     if not isinstance(value, list):
         return Refusal(Reason.WRONG_TYPE, f"{name} is a {type(value).__name__}, not text or a list")
     for index, message in enumerate(value):
@@ -91,8 +90,18 @@ def _content(name: str, value: Any) -> Content | Refusal:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 return Refusal(Reason.BAD_MESSAGE, f"{name}[{index}] has no {key} that is text")
+            if not _is_text(message[key]):
+                return _half_a_pair(f"{name}[{index}].{key}")
     # Parquet gives every message every field; those that are null were never there.
     return tuple({k: v for k, v in message.items() if v is not None} for message in value)
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _half_a_pair(name: str) -> Refusal:
+    return Refusal(Reason.WRONG_TYPE, f"{name} holds half of a surrogate pair, not text")
 
 
 def _with_prompt(fields: dict[str, Content]) -> Record | Refusal:

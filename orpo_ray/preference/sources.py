@@ -66,7 +66,9 @@ def find_files(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         matches = _matches(pattern)
         if not matches:
-            problems.append(f"{pattern}: no such file or folder")
+            folder = Path(pattern).expanduser().is_dir()
+            what = f"no file in it ends in {', '.join(SUFFIXES)}" if folder else "no such file or folder"
+            problems.append(f"{pattern}: {what}")
         for path in matches:
             if not path.endswith(SUFFIXES):
                 problems.append(f"{path}: not a kind of file that is read ({', '.join(SUFFIXES)})")
@@ -80,13 +82,14 @@ def find_files(patterns: Sequence[str]) -> list[str]:
 
 def _matches(pattern: str) -> list[str]:
     """Absolute paths for one pattern; of a folder, the files below it that can be read."""
-    expanded = str(Path(pattern).expanduser().absolute())
-    if Path(expanded).is_dir():
-        below = sorted(str(path) for path in Path(expanded).rglob("*") if path.is_file())
-        return [path for path in below if path.endswith(SUFFIXES)]
-    if Path(expanded).is_file():
-        return [expanded]
-    return sorted(path for path in glob.glob(expanded, recursive=True) if Path(path).is_file())
+    expanded = Path(pattern).expanduser()
+    if expanded.is_dir():
+        below = [path for path in expanded.rglob("*") if path.name.endswith(SUFFIXES)]
+    else:
+        below = [Path(path) for path in glob.glob(str(expanded), recursive=True)]
+    if expanded.is_file():  # also where its name holds a character of globs
+        below = [expanded]
+    return sorted(str(path.resolve()) for path in below if path.is_file())
 
 
 def split_file(path: str, rows_per_split: int) -> list[Split]:
@@ -138,7 +141,7 @@ def read_split(split: Split) -> Iterator[RawRow]:
                 yield from _read_lines(file, split)
         else:
             yield from _read_array(split.path)
-    except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise DataError([f"{split.path}: cannot be read: {error}"]) from error
 
 

@@ -1,7 +1,9 @@
 """From text to token ids: one pass over prompt and answer, the border by offsets."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,9 +45,16 @@ class PairTokenizer:
             )
         if self.tokenizer.eos_token_id is None:
             raise DataError([f"model_name_or_path: {name} has a tokenizer without an eos_token"])
-        # Saved with some tokenizers; here nothing may be cut or filled up unseen.
-        self.tokenizer.backend_tokenizer.no_truncation()
-        self.tokenizer.backend_tokenizer.no_padding()
+
+    @cached_property
+    def _encoder(self) -> Any:
+        """The tokenizer without what is saved with some: cutting, filling up, trimmed offsets."""
+        encoder = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        encoder.no_truncation()
+        encoder.no_padding()
+        # A byte-level one may move a token's offsets past its white space, over the border.
+        encoder.post_processor = None
+        return encoder
 
     def tokenize(
         self, texts: Sequence[PairText], row_ids: Sequence[RowId]
@@ -53,7 +62,7 @@ class PairTokenizer:
         """Tokenize a batch of pairs."""
         sides = [text.prompt + side for text in texts for side in (text.chosen, text.rejected)]
         # Special tokens that stand in the text are read as such; none are added here.
-        encodings = self.tokenizer.backend_tokenizer.encode_batch(sides, add_special_tokens=False)
+        encodings = self._encoder.encode_batch(sides, add_special_tokens=False)
         return [
             self._pair(len(text.prompt), encodings[2 * index : 2 * index + 2], row_ids[index])
             for index, text in enumerate(texts)
@@ -77,7 +86,9 @@ class PairTokenizer:
         completions = []
         for ids in sides:
             completion = ids[n_prompt:]
-            completions.append(completion if completion[-1:] == [eos] else [*completion, eos])
+            while completion[-1:] == [eos]:
+                completion = completion[:-1]
+            completions.append([*completion, eos])
         return self._truncated(prompt, completions, row_id)
 
     def _truncated(
@@ -111,10 +122,7 @@ class PairTokenizer:
 
 
 def _prompt_tokens(offsets: Sequence[tuple[int, int]], border: int) -> int:
-    """How many leading tokens end inside the prompt; one that straddles the border does not.
-
-    The end decides and not the start, which byte-level tokenizers may move past a leading space.
-    """
+    """How many leading tokens end inside the prompt; one that straddles the border does not."""
     for index, (_, end) in enumerate(offsets):
         if end > border:
             return index

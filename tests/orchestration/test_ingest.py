@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ray.exceptions import RayTaskError
 
 from orpo_ray.orchestration.data_report import write_data_report
 from orpo_ray.orchestration.ingest import IngestRequest, ingest, load_tokenizer
@@ -25,11 +24,7 @@ from orpo_ray.preference.templates import render
 from orpo_ray.preference.tokenization import PairTokenizer, TokenizedPair
 from orpo_ray.training.demo_model import CHAT_TEMPLATE, train_tokenizer
 
-pytestmark = [
-    pytest.mark.usefixtures("ray_cluster"),
-    # Ray 2.60 sets deprecated fields of its own context to their defaults, and warns itself.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
-]
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 MAX_LENGTH, SHARD_ROWS = 24, 3
 LONG = "q" * 40  # in no merge: 40 tokens
@@ -162,7 +157,7 @@ def test_tokens_and_cut_answers_are_counted(ingested: Ingested) -> None:
     assert report["tokens"] == sum(group.n_tokens for group in groups)
     assert report["tokens"] == sum(shard.n_tokens for shard in ingested.tokens.shards)
     assert report["longest_group_tokens"] == max(group.n_tokens for group in groups)
-    eos = load_tokenizer(ingested.request.tokenizer, None).eos_token_id
+    eos = load_tokenizer(ingested.request.tokenizer, None, 8).tokenizer.eos_token_id
     cut = [group for group in groups if {int(ids[-1]) for ids in group.completions} != {eos}]
     assert RowId(0, 16) in {group.row_ids[0] for group in cut}  # the long answer
     assert report["truncated_pairs"] == len(cut) < len(groups)
@@ -192,7 +187,7 @@ def test_tokens_are_those_of_the_row(ingested: Ingested) -> None:
         {0: chat_row(0), 1: text_row(1), 3: chat_row(2), 4: text_row(3)},
         {i: chat_row(i) for i in range(7)},
     ]
-    tokenizer = load_tokenizer(ingested.request.tokenizer, None)
+    tokenizer = load_tokenizer(ingested.request.tokenizer, None, 8).tokenizer
     pairs = PairTokenizer(tokenizer, MAX_LENGTH)
     for group in ingested.groups():
         (row_id,) = group.row_ids
@@ -271,7 +266,7 @@ def test_what_changes_the_tokens_changes_the_key(
     base = replace(
         ingested.request, files=(str(tmp_path / "rows.jsonl"),), cache_directory=str(tmp_path)
     )
-    template = load_tokenizer.__wrapped__(tokenizer_folder, None)
+    template = load_tokenizer.__wrapped__(tokenizer_folder, None, 8).tokenizer
     template.chat_template = CHAT_TEMPLATE.replace("assistant:", "model:")
     template.save_pretrained(tmp_path / "template")
     train_tokenizer(["other words"]).save_pretrained(tmp_path / "other")
@@ -297,14 +292,6 @@ def request_for(ingested: Ingested, folder: Path, name: str, content: bytes) -> 
     )
 
 
-WRAPPED = pytest.mark.xfail(
-    strict=True,
-    raises=RayTaskError,
-    reason="Ray Data wraps a task's error in its own, so that the DataError is not found",
-)
-
-
-@WRAPPED
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -341,9 +328,8 @@ def test_files_without_rows_are_refused(ingested: Ingested, tmp_path: Path) -> N
         ingest(request_for(ingested, tmp_path, "blank.jsonl", b"\n  \n"))
 
 
-@WRAPPED
 def test_messages_without_a_template_are_refused(ingested: Ingested, tmp_path: Path) -> None:
-    plain = load_tokenizer.__wrapped__(ingested.request.tokenizer, None)
+    plain = load_tokenizer.__wrapped__(ingested.request.tokenizer, None, 8).tokenizer
     plain.chat_template = None
     plain.save_pretrained(tmp_path / "plain")
     request = request_for(ingested, tmp_path, "chat.jsonl", json.dumps(chat_row(0)).encode())
@@ -355,17 +341,12 @@ SURROGATE = chat_row(1) | {"chosen": [{"role": "assistant", "content": "half \ud
 SYSTEM = chat_row(1) | {"prompt": [{"role": "system", "content": "s"}]}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RayTaskError,
-    reason="an error of the tokenizer or the template ends the ingest",
-)
 @pytest.mark.parametrize("row", [SURROGATE, SYSTEM], ids=["surrogate", "template"])
 def test_a_row_that_cannot_be_rendered_or_encoded_costs_one_row(
     ingested: Ingested, tmp_path: Path, row: dict[str, Any]
 ) -> None:
     """Gemma's and Mistral's templates raise on turns that they do not know."""
-    strict = load_tokenizer.__wrapped__(ingested.request.tokenizer, None)
+    strict = load_tokenizer.__wrapped__(ingested.request.tokenizer, None, 8).tokenizer
     strict.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
         + CHAT_TEMPLATE

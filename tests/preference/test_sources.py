@@ -91,6 +91,11 @@ def test_marks_blank_lines_and_line_ends(tmp_path: Path, name: str, rows_per_spl
     ]
 
 
+def test_a_mark_before_a_blank_line_is_no_row(tmp_path: Path) -> None:
+    rows = read_bytes(tmp_path / "rows.jsonl", BOM + b'\r\n{"a": 1}\r\n')
+    assert [(raw.number, raw.record) for raw in rows] == [(1, {"a": 1})]
+
+
 LINES = [b'{"a": 1}', b'{"a": "\\n"}', b"", b"  ", b"\r", b"{nope", b"[1]", b'{"a": 2}\r', b"\xff"]
 
 
@@ -186,6 +191,15 @@ def test_a_parquet_file_without_rows_has_no_split(tmp_path: Path) -> None:
     assert split_file(str(tmp_path / "none.parquet"), 10) == []
 
 
+def test_text_in_parquet_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
+    """Arrow writes and reads such bytes unseen; making a Python string of them raises."""
+    text = [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
+    column = pa.Array.from_buffers(pa.string(), 1, text)
+    pq.write_table(pa.table({"prompt": column}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet"):
+        read_all(tmp_path / "rows.parquet", 10)
+
+
 def make_files(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -219,6 +233,13 @@ def test_relative_paths_and_the_home_folder(
     assert find_files(["a.jsonl", "./a.jsonl", "~/a.jsonl", "*.jsonl"]) == [
         str(tmp_path / "a.jsonl")
     ]
+
+
+def test_two_names_of_one_file_are_one_file(tmp_path: Path) -> None:
+    """Else its rows would be trained twice an epoch."""
+    make_files(tmp_path, "a.jsonl", "deep/b.jsonl")
+    patterns = [str(tmp_path / "a.jsonl"), str(tmp_path / "deep" / ".." / "a.jsonl")]
+    assert find_files(patterns) == [str(tmp_path / "a.jsonl")]
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -78,6 +78,8 @@ def byte_ends(tokenizer: Any, ids: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@example(prompt="ab:\n", chosen="    ab", rejected="    abb")
+@example(prompt="", chosen=" a", rejected=" \n")
 @settings(deadline=None)
 @given(
     prompt=st.text("ab \n\u00e9\U0001f600"),
@@ -134,18 +136,7 @@ def test_a_space_before_the_answer_is_the_answers() -> None:
     assert WORDS.decode(rejected) == " abb</s>"
 
 
-@pytest.mark.parametrize(
-    "trim_offsets",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True, reason="trimmed offsets end before a token's last space"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("trim_offsets", [False, True])
 def test_the_indentation_of_an_answer_is_the_answers(trim_offsets: bool) -> None:
     """The line end and three spaces are one token, which ends inside the answer.
 
@@ -173,7 +164,6 @@ def test_an_answer_ends_in_one_end_of_sequence(chosen: str) -> None:
     assert ids[-1] == EOS
 
 
-@pytest.mark.xfail(strict=True, reason="one end of sequence at the end is kept, two are not cut")
 @pytest.mark.parametrize("chosen", ["b</s></s>", "b </s></s>"])
 def test_two_ends_of_sequence_become_one(chosen: str) -> None:
     """An answer that already ends in `</s>`, in a template that writes its own after it."""
@@ -204,9 +194,22 @@ def test_without_such_a_token_none_is_added() -> None:
 def test_ids_that_the_tokenizer_adds_by_itself_are_not_doubled() -> None:
     """This one begins every text with its token, so that calling it would add a second."""
     tokenizer = train_tokenizer(["some text"])
+    called = tokenizer("some text")["input_ids"]
     prompt, *_ = ids_of(group_of(tokenizer, "some text", " a", " b"))
-    assert prompt == tokenizer("some text")["input_ids"]
+    assert prompt == called
     assert prompt.count(tokenizer.bos_token_id) == 1
+
+
+def test_only_the_named_tokens_are_added() -> None:
+    """This post-processor writes `<s>`, which the tokenizer does not name as its beginning."""
+    tokenizer = byte_bpe()
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ids
+    )
+    assert ids_of(group_of(tokenizer, "a", " ab", " b")) == ids_of(
+        group_of(WORDS, "a", " ab", " b")
+    )
 
 
 def test_a_saved_truncation_or_padding_does_not_apply() -> None:
@@ -313,12 +316,14 @@ def trl_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[Any]
         model = LlamaForCausalLM(
             LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes)
         )
+        # Set at all, it warns of its new name.
+        quiet: dict[str, Any] = {"gradient_checkpointing": None}
         args = ORPOConfig(
             output_dir=str(tmp_path_factory.mktemp("trl")),
             max_length=max_length,
             use_cpu=True,
             report_to=[],
-            gradient_checkpointing=None,
+            **quiet,
             remove_unused_columns=False,
         )
         return ORPOTrainer(
@@ -362,4 +367,4 @@ def test_real_rows_have_the_ids_that_trl_gives_them(
         assert (prompt, chosen) == theirs["chosen"]
         assert (prompt, rejected) == theirs["rejected"]
         n_kept += 1
-    assert n_kept > len(records) // 2
+    assert n_kept > 400

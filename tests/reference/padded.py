@@ -49,9 +49,9 @@ def reference_orpo(
     output = model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
     log_probs = torch.log_softmax(output.logits, dim=-1)
 
-    nll_terms, w, l = [], [], []
+    nll_terms, w, v = [], [], []
     for index, (prompt, chosen, rejected) in enumerate(pairs):
-        for answer, means, row in ((chosen, w, index), (rejected, l, len(pairs) + index)):
+        for answer, means, row in ((chosen, w, index), (rejected, v, len(pairs) + index)):
             first = max(len(prompt), 1)  # a token with nothing before it is not predicted
             predicted = range(first, len(prompt) + len(answer))
             scores = torch.stack([log_probs[row, at - 1, ids[row, at]] for at in predicted])
@@ -61,7 +61,7 @@ def reference_orpo(
                 if nll_scope == "all":
                     inside = range(1, len(prompt))
                     nll_terms += [-log_probs[row, at - 1, ids[row, at]] for at in inside]
-    chosen_means, rejected_means = torch.stack(w), torch.stack(l)
+    chosen_means, rejected_means = torch.stack(w), torch.stack(v)
     # log(p / (1 - p)) of both sides, with 1 - p = -expm1(log p).
     log_odds = (chosen_means - torch.log(-torch.expm1(chosen_means))) - (
         rejected_means - torch.log(-torch.expm1(rejected_means))
