@@ -67,7 +67,11 @@ def find_files(patterns: Sequence[str]) -> list[str]:
         matches = _matches(pattern)
         if not matches:
             folder = Path(pattern).expanduser().is_dir()
-            what = f"no file in it ends in {', '.join(SUFFIXES)}" if folder else "no such file or folder"
+            what = (
+                f"no file in it ends in {', '.join(SUFFIXES)}"
+                if folder
+                else "no such file or folder"
+            )
             problems.append(f"{pattern}: {what}")
         for path in matches:
             if not path.endswith(SUFFIXES):

@@ -6,7 +6,7 @@ causal), and every further completion, whose keys are its prompt's and its own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -52,17 +52,17 @@ class Segment:
     prompt_length: int
 
 
-@dataclass(frozen=True)
 class PackedLayout:
-    """Who sees whom in one packed row; masks and indices are made once and shared by layers."""
+    """Who sees whom in one packed row; masks and indices are made once and shared by layers.
 
-    segments: tuple[Segment, ...]
-    device: torch.device
-    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    Not a dataclass on purpose: FSDP walks through those at every layer.
 
-    @staticmethod
-    def of(spans: Sequence[GroupSpan], device: torch.device) -> "PackedLayout":
-        """The segments of a row of groups."""
+    Args:
+        spans: the groups of the row, in order.
+        device: of the row.
+    """
+
+    def __init__(self, spans: Sequence[GroupSpan], device: torch.device) -> None:
         segments, start = [], 0
         for span in spans:
             first = span.prompt + (span.completions[0] if span.completions else 0)
@@ -72,7 +72,9 @@ class PackedLayout:
                 segments.append(Segment(token, length, start, span.prompt))
                 token += length
             start = token
-        return PackedLayout(tuple(segments), device)
+        self.segments = tuple(segments)
+        self.device = device
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def mask(self, segment: Segment, window: int | None) -> Tensor:
         """Which of prompt and own keys each query of a segment sees; (queries, keys), bool."""

@@ -1,7 +1,5 @@
 """A packed row as tensors on a worker's device."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,50 +7,35 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from orpo_ray.objective.head import Chunk, Targets
-from orpo_ray.preference.groups import RowId
-from orpo_ray.preference.packing import GroupSpan, PackedRow
+from orpo_ray.preference.packing import PackedRow
 from orpo_ray.training.attention import PackedLayout
 
 
-@dataclass(frozen=True)
 class Microbatch:
     """One forward and backward pass of work: a packed row, its layout and its targets.
 
+    Not a dataclass on purpose: FSDP walks through those at every layer, and casts their numbers.
+
     Args:
-        token_ids: the row.
-        position_ids: position of every token in its own (prompt + completion) sequence.
-        multiplicity: how often each token would stand in padded rows.
-        layout: who attends to whom.
-        targets: what is predicted.
-        n_nll_tokens: tokens of the NLL, each as often as pairs count it.
-        row_ids: source row of every pair.
+        row: the packed row, moved to the device without waiting for it.
+        device: of this rank.
     """
 
-    token_ids: Int[Tensor, " tokens"]
-    position_ids: Int[Tensor, " tokens"]
-    multiplicity: Float[Tensor, " tokens"]
-    spans: tuple[GroupSpan, ...]
-    layout: PackedLayout
-    targets: Targets
-    n_nll_tokens: int
-    row_ids: tuple[RowId, ...]
-
-    @property
-    def n_pairs(self) -> int:
-        """Pairs in this row."""
-        return len(self.row_ids)
-
-    @staticmethod
-    def of(row: PackedRow, device: torch.device) -> "Microbatch":
-        """Move a packed row to a device, without waiting for it."""
-
+    def __init__(self, row: PackedRow, device: torch.device) -> None:
         def move(array: npt.NDArray[np.generic]) -> Tensor:
             host = torch.from_numpy(array)
             if device.type != "cuda":
                 return host
             return host.pin_memory().to(device, non_blocking=True)
 
-        targets = Targets(
+        self.token_ids: Int[Tensor, " tokens"] = move(row.token_ids)
+        self.position_ids: Int[Tensor, " tokens"] = move(row.position_ids)
+        self.multiplicity: Float[Tensor, " tokens"] = move(row.multiplicity)
+        self.spans = row.spans
+        self.layout = PackedLayout(row.spans, device)
+        self.n_nll_tokens = row.n_nll_tokens
+        self.n_pairs = row.n_pairs
+        self.targets = Targets(
             positions=move(row.positions),
             predicted_at=move(row.predicted_at),
             token_ids=move(row.target_ids),
@@ -65,14 +48,4 @@ class Microbatch:
                 Chunk(chunk.positions, chunk.targets, chunk.completions, chunk.pairs)
                 for chunk in row.chunks
             ),
-        )
-        return Microbatch(
-            token_ids=move(row.token_ids),
-            position_ids=move(row.position_ids),
-            multiplicity=move(row.multiplicity),
-            spans=row.spans,
-            layout=PackedLayout.of(row.spans, device),
-            targets=targets,
-            n_nll_tokens=row.n_nll_tokens,
-            row_ids=row.row_ids,
         )

@@ -1,7 +1,6 @@
 """A decoder with the ORPO objective as its output: the module that a training worker shards."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,9 +17,10 @@ from orpo_ray.training.padded import pad_rows
 AttentionPath = Literal["packed", "padded"]
 
 
-@dataclass(frozen=True)
-class OrpoOutput:
+class OrpoOutput(NamedTuple):
     """What a forward pass gives: the scaled loss, the metrics' sums, and figures by pair.
+
+    A named tuple, in which every version of FSDP finds the tensor that carries the gradient.
 
     Args:
         loss: scaled by the divisors of the global batch; carries the gradient.

@@ -1,5 +1,7 @@
 """Building a sharded model: meta device, FSDP2, then weights from rank 0; in training workers."""
 
+import dataclasses
+
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
@@ -110,7 +112,9 @@ def _shard(model: OrpoModel, causal_lm: PreTrainedModel, device: torch.device, b
     blocks = [module for module in causal_lm.modules() if type(module).__name__ in block_names]
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # The root is given counts and weights beside token ids: those are not to be rounded.
+    root_policy = dataclasses.replace(policy, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=root_policy)
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:

@@ -61,7 +61,7 @@ def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> Tensor:
     trainee.model.train()
     trainee.optimizer.zero_grad(set_to_none=True)
     for row in batch.rows:
-        output = trainee.model(Microbatch.of(row, trainee.device), scale)
+        output = trainee.model(Microbatch(row, trainee.device), scale)
         output.loss.backward()
         step_sums += output.sums
     norm = gradient_norm(trainee.model, trainee.max_grad_norm)
@@ -100,7 +100,7 @@ def evaluate(
     for batch in batches:
         scale = loss_scale(batch, beta)
         for row in batch.rows:
-            sums += model(Microbatch.of(row, device), scale).sums
+            sums += model(Microbatch(row, device), scale).sums
     model.train()
     dist.all_reduce(sums)
     return sums
@@ -111,7 +111,7 @@ def _non_finite_rows(trainee: Trainee, batch: StepBatch, scale: LossScale) -> st
     bad: list[RowId] = []
     with torch.no_grad():
         for row in batch.rows:
-            output = trainee.model(Microbatch.of(row, trainee.device), scale)
+            output = trainee.model(Microbatch(row, trainee.device), scale)
             figures = output.chosen_log_probs + output.rejected_log_probs
             bad += [
                 row_id

@@ -56,7 +56,7 @@ def run(name, nll_scope="all", attention="packed", chunk_tokens=16, n_microbatch
     sums = torch.zeros(10, dtype=torch.float64)
     total = 0.0
     for row in rows:
-        output = model(Microbatch.of(row, torch.device("cpu")), scale)
+        output = model(Microbatch(row, torch.device("cpu")), scale)
         output.loss.backward()
         total += output.loss.item()
         sums += output.sums
@@ -129,7 +129,7 @@ def test_a_ranking_equals_its_pairs_apart():
     assert together_row.n_nll_tokens == apart_row.n_nll_tokens
     scale = LossScale(1 / apart_row.n_nll_tokens, 1 / apart_row.n_pairs, BETA)
     together, separate = (
-        model(Microbatch.of(row, torch.device("cpu")), scale) for row in (together_row, apart_row)
+        model(Microbatch(row, torch.device("cpu")), scale) for row in (together_row, apart_row)
     )
     assert together.loss.item() == pytest.approx(separate.loss.item(), rel=1e-12)
     torch.testing.assert_close(together.sums, separate.sums, rtol=1e-12, atol=0)
@@ -139,7 +139,7 @@ def test_a_row_without_groups_takes_part_with_nothing():
     causal_lm = tiny_model("llama", torch.float32)
     model = OrpoModel(causal_lm, "packed", None)
     row = pack([], 64, prompt_counts=True)
-    output = model(Microbatch.of(row, torch.device("cpu")), LossScale(0.1, 0.1, BETA))
+    output = model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, BETA))
     output.loss.backward()
     assert output.loss.item() == 0.0
     assert all(not p.grad.any() for p in causal_lm.parameters())

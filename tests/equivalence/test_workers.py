@@ -1,0 +1,53 @@
+"""One worker, two workers, and bfloat16: the same training."""
+
+import json
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.training.small_run import make_inputs, train_small
+
+STEPS = {"max_steps": 8, "logging_steps": 1, "eval_steps": 4, "save_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+def metrics(inputs, run, n_ranks, **changes):
+    run_ranks(n_ranks, train_small, inputs, run, STEPS | changes)
+    timed = ("pairs_per_s", "tokens_per_s")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def one_worker(inputs, tmp_path_factory):
+    return metrics(inputs, tmp_path_factory.mktemp("one"), 1)
+
+
+def test_two_workers_equal_one(inputs, one_worker, tmp_path):
+    """FSDP over two ranks changes the order of additions: about 1e-6 after 8 steps of 1e-2."""
+    for two, one in zip(metrics(inputs, tmp_path, 2), one_worker, strict=True):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+def test_recomputed_activations_change_nothing(inputs, one_worker, tmp_path):
+    for again, one in zip(
+        metrics(inputs, tmp_path, 1, gradient_checkpointing=True), one_worker, strict=True
+    ):
+        assert again == pytest.approx(one, rel=1e-6, abs=1e-7)
+
+
+def test_bfloat16_stays_close_and_counts_exactly(inputs, one_worker, tmp_path):
+    """8 bits of mantissa: about 0.4 % a number; the learning rate and counts are not rounded."""
+    for half, one in zip(metrics(inputs, tmp_path, 2, bf16=True), one_worker, strict=True):
+        for name in ("loss", "nll_loss", "eval_loss", "logps/chosen", "eval_logps/rejected"):
+            if name in one:
+                assert half[name] == pytest.approx(one[name], rel=1e-2)
+        if "learning_rate" in one:
+            assert half["learning_rate"] == one["learning_rate"]
+        assert half != one
