@@ -42,42 +42,42 @@ def find_inputs(config: ORPOConfig, output_directory: Path) -> RunInputs:
     data = config.data
     if data.dataset_name:
         return _from_hub(config, output_directory)
-    demo_data = data.train_files is None
-    train_files, eval_files = data.train_files, data.eval_files
-    if demo_data or config.model.model_name_or_path is None:
-        demo = _make_demo(output_directory, config.train.seed)
-        model = demo.model
-        if demo_data:
-            train_files, eval_files = demo.train_files, eval_files or demo.eval_files["eval_"]
-    if config.model.model_name_or_path is not None:
-        model = _base_model(config)
-    found: dict[str, list[str]] = {}
     problems: list[str] = []
-    for name, patterns in (("train", train_files), ("eval", eval_files)):
-        try:
-            found[name] = find_files(patterns) if patterns else []
-        except DataError as error:
-            problems += [f"{name}_files: {line}" for line in error.lines]
+    train_files = _found("train_files", data.train_files, problems)
+    eval_files = _found("eval_files", data.eval_files, problems)
+    model = _base_model(config, problems)
     if problems:
         raise DataError(problems)
-    evals = {"eval_": tuple(found["eval"])} if found["eval"] else {}
-    return RunInputs(tuple(found["train"]), evals, model)
+    if model is None or data.train_files is None:
+        demo = _make_demo(output_directory, config.train.seed)
+        model = model or demo.model
+        if data.train_files is None:
+            train_files = demo.train_files
+            eval_files = eval_files or demo.eval_files["eval_"]
+    return RunInputs(train_files, {"eval_": eval_files} if eval_files else {}, model)
 
 
-def _base_model(config: ORPOConfig) -> ModelSource:
-    """The base model that the config names.
+def _found(setting: str, patterns: tuple[str, ...] | None, problems: list[str]) -> tuple[str, ...]:
+    """The files of a setting; what is wrong with them is added to `problems`."""
+    try:
+        return tuple(find_files(patterns or ()))
+    except DataError as error:
+        problems += [f"{setting}: {line}" for line in error.lines]
+        return ()
 
-    Raises:
-        DataError: when it looks like a folder and is none.
-    """
-    name = config.model.model_name_or_path or ""
+
+def _base_model(config: ORPOConfig, problems: list[str]) -> ModelSource | None:
+    """The base model that the config names, if it does; a folder that is none is a problem."""
+    name = config.model.model_name_or_path
+    if name is None:
+        return None
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise DataError([f"model_name_or_path: {name} holds no config.json"])
+            problems.append(f"model_name_or_path: {name} holds no config.json")
         return ModelSource(str(path.resolve()), str(path.resolve()))
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise DataError([f"model_name_or_path: {name}: no such folder"])
+        problems.append(f"model_name_or_path: {name}: no such folder")
     return ModelSource(name, name, config.model.model_revision)
 
 

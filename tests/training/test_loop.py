@@ -73,16 +73,8 @@ def test_the_exported_model_loads_as_it_is(whole_run, inputs):
     assert (whole_run / "final" / "README.md").read_text().startswith("---\n")
 
 
-def test_a_resumed_run_ends_byte_identical(whole_run, inputs, tmp_path):
-    run = interrupted_copy(whole_run, tmp_path / "run", last_step=14)
-    run_ranks(2, train_small, inputs, run, {})
-    assert weights_digest(run) == weights_digest(whole_run)
-    assert metrics_without_times(run) == metrics_without_times(whole_run)
-    assert "resumed at step 14 of 24" in (run / "run.log").read_text()
-
-
-def test_a_damaged_checkpoint_is_passed_over_with_its_reason(whole_run, inputs, tmp_path):
-    """One bit flipped in a shard of the newest checkpoint: the one before is used."""
+def test_a_killed_run_with_a_damaged_checkpoint_ends_byte_identical(whole_run, inputs, tmp_path):
+    """One bit flipped in a shard of the newest checkpoint: the one before is used, and says so."""
     run = interrupted_copy(whole_run, tmp_path / "run", last_step=21)
     shard = run / "checkpoints" / "step-00000021" / "__1_0.distcp"
     content = bytearray(shard.read_bytes())
@@ -90,6 +82,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(whole_run, inputs, 
     shard.write_bytes(content)
     run_ranks(2, train_small, inputs, run, {})
     assert weights_digest(run) == weights_digest(whole_run)
+    assert metrics_without_times(run) == metrics_without_times(whole_run)
     log = (run / "run.log").read_text()
     assert "step-00000021 passed over: __1_0.distcp does not match its checksum" in log
     assert "resumed at step 14 of 24" in log

@@ -1,0 +1,138 @@
+"""The command line: exit codes, what is printed, and what is not imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from orpo_ray.command_line import read_arguments
+from orpo_ray.config import SECTION_OF, ORPOConfig
+from tests.conftest import ROOT
+
+TRAIN = "jobs/train.py"
+
+
+def imported_by(*arguments: str) -> tuple[int, set[str]]:
+    """Exit code of a command line, and the top-level modules it imported."""
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = {[str(ROOT / TRAIN), *arguments]!r}\n"
+        "code = 0\n"
+        "try:\n"
+        "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    code = end.code or 0\n"
+        "print('MODULES', code, *sorted({name.split('.')[0] for name in sys.modules}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    code, *modules = done.stdout.rsplit("MODULES ", 1)[1].split()
+    return int(code), set(modules)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["--print-schema"], 0), (["bta=1", "beta=-1"], 2)]
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(arguments, code):
+    got, modules = imported_by(*arguments)
+    assert got == code
+    assert not modules & {"torch", "ray", "transformers", "pyarrow", "datasets"}
+
+
+def test_a_bad_config_is_two_lines_and_exit_2(run_command, tmp_path):
+    done = run_command(tmp_path, TRAIN, "bta=1", "beta=-1")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: orpo.beta: input should be greater than or equal to 0 (got -1)",
+        "error: bta: no such setting; did you mean orpo.beta?",
+    ]
+
+
+def test_missing_files_and_folders_are_exit_2_all_at_once(run_command, tmp_path):
+    done = run_command(
+        tmp_path, TRAIN, "train_files=gone.jsonl", "eval_files=no/*.jsonl", "model_name_or_path=./m"
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: train_files: gone.jsonl: no such file or folder",
+        "error: eval_files: no/*.jsonl: no such file or folder",
+        "error: model_name_or_path: ./m: no such folder",
+    ]
+
+
+def test_no_usable_row_is_exit_2_with_the_reasons(run_command, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n{]\n')
+    done = run_command(tmp_path, TRAIN, "train_files=bad.jsonl")
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    path = tmp_path / "bad.jsonl"
+    assert lines == [
+        f"error: no usable row in {path}: 1 identical_answers, 1 malformed_json",
+        f"error: {path}:1: identical_answers: chosen and rejected are the same",
+        f"error: {path}:2: malformed_json: the row cannot be read as one JSON object",
+    ]
+
+
+def test_help_names_every_setting(run_command, tmp_path):
+    done = run_command(tmp_path, TRAIN, "--help")
+    assert done.returncode == 0
+    assert all(f"  {leaf} = " in done.stdout for leaf in SECTION_OF)
+
+
+def test_the_schema_is_json_with_every_setting(run_command, tmp_path):
+    schema = json.loads(run_command(tmp_path, TRAIN, "--print-schema").stdout)
+    leaves = {leaf for part in schema["$defs"].values() for leaf in part["properties"]}
+    assert leaves == set(SECTION_OF)
+
+
+def test_a_dry_run_says_batch_steps_and_memory(run_command, tmp_path):
+    """100 pairs, 2 x 3 x 1 pairs a step: 17 steps an epoch, 2 epochs: 34.
+
+    The model: embedding 50 x 8, tied to the head; a layer of 4 x 8 x 8 attention, 3 x 8 x 16 MLP
+    and two norms; a last norm: 400 + 256 + 384 + 16 + 8 = 1,064 parameters.
+    """
+    from transformers import LlamaConfig
+
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(row)}\n" * 100)
+    LlamaConfig(
+        vocab_size=50,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    ).save_pretrained(tmp_path / "model")
+    done = run_command(
+        tmp_path,
+        TRAIN,
+        "--dry-run",
+        "train_files=pairs.jsonl",
+        "model_name_or_path=model",
+        "per_device_train_batch_size=2",
+        "gradient_accumulation_steps=3",
+        "num_train_epochs=2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "effective batch: 6 pairs a step" in done.stdout
+    assert "steps: 34, from at most 100 pairs" in done.stdout
+    assert "1,064 parameters" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_demos_settings_are_for_the_demos_model_only():
+    """Its learning rate is for a model that knows nothing yet."""
+    assert read_arguments([]).train.learning_rate == 3e-3
+    assert read_arguments(["train_files=a.jsonl"]).train.learning_rate == 3e-3
+    assert read_arguments(["model_name_or_path=org/model"]) == ORPOConfig(
+        model_name_or_path="org/model"
+    )
+
+
+def test_a_second_config_file_is_refused(run_command, tmp_path):
+    done = run_command(tmp_path, TRAIN, "a.yaml", "b.yaml")
+    assert done.returncode == 2
+    assert done.stderr == "error: b.yaml: a second config file\n"

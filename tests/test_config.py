@@ -1,0 +1,149 @@
+"""The config: what it accepts, and how it says no."""
+
+import itertools
+
+import pytest
+from pydantic import ValidationError
+
+from orpo_ray.config import SECTION_OF, SECTIONS, ConfigError, ORPOConfig
+from orpo_ray.config_file import load_config, to_yaml
+
+
+def refusals(*overrides: str, path: str | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return list(caught.value.lines)
+
+
+def test_leaf_names_are_unique_and_no_section_is_one():
+    leaves = list(itertools.chain(*(model.model_fields for model in SECTIONS.values())))
+    assert len(leaves) == len(set(leaves)) == len(SECTION_OF)
+    assert not set(leaves) & set(SECTIONS)
+
+
+def test_a_setting_may_stand_in_its_section_or_bare():
+    bare = ORPOConfig(beta=0.3, num_workers=4)
+    assert bare == ORPOConfig(orpo={"beta": 0.3}, ray={"num_workers": 4})
+    assert bare == load_config(None, ["beta=0.3", "ray.num_workers=4"])
+
+
+def test_the_last_setting_wins(tmp_path):
+    (tmp_path / "run.yaml").write_text("beta: 0.5\ntrain:\n  seed: 3\n")
+    config = load_config(str(tmp_path / "run.yaml"), ["beta=0.2", "orpo.beta=0.3"])
+    assert (config.orpo.beta, config.train.seed) == (0.3, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "section", "leaf", "value"),
+    [
+        ("learning_rate: 1e-5", "train", "learning_rate", 1e-5),
+        ("shuffle: no", "data", "shuffle", False),
+        ("shuffle: off", "data", "shuffle", False),
+        ("bf16: null", "train", "bf16", None),
+        ("train_files: a.jsonl", "data", "train_files", ("a.jsonl",)),
+        ("train_files: [a.jsonl, b.jsonl]", "data", "train_files", ("a.jsonl", "b.jsonl")),
+        ("run_name: 7", "output", "run_name", "7"),
+    ],
+)
+def test_yaml_means_the_same_in_a_file_and_an_override(tmp_path, text, section, leaf, value):
+    (tmp_path / "run.yaml").write_text(text)
+    from_file = load_config(str(tmp_path / "run.yaml"), [])
+    override = load_config(None, [text.replace(": ", "=", 1)])
+    assert getattr(getattr(from_file, section), leaf) == value
+    assert from_file == override
+
+
+def test_yaml_round_trip(tmp_path):
+    config = ORPOConfig(beta=1e-5, train_files=["a", "b"], resources_per_worker={"CPU": 0.5})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "config.yaml"), []) == config
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        ORPOConfig().orpo.beta = 0.2  # type: ignore[misc]
+
+
+def test_replace_checks_what_it_puts_in():
+    assert ORPOConfig().replace(beta=0.2).orpo.beta == 0.2
+    with pytest.raises(ValidationError):
+        ORPOConfig().replace(beta=-1)
+
+
+def test_all_findings_come_at_once():
+    lines = refusals(
+        "bta=1", "train.lr=3", "orpo=3", "beta=-1", "num_workers=x", "optim.x=1", "max_steps=0"
+    )
+    assert lines[0] == "orpo: is a section, not a setting (got 3)"
+    assert sorted(lines[1:]) == [
+        "bta: no such setting; did you mean orpo.beta?",
+        "optim: no such setting; --help lists all of them",
+        "orpo.beta: input should be greater than or equal to 0 (got -1)",
+        "ray.num_workers: input should be a valid integer, unable to parse string as an integer "
+        "(got 'x')",
+        "train.lr: no such setting; did you mean train.learning_rate?",
+        "train.max_steps: 0 steps: give a number of steps, or -1 to go by epochs (got 0)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("beta=.inf", "orpo.beta"),
+        ("learning_rate=2", "less than or equal to 1"),
+        ("num_workers=0", "greater than or equal to 1"),
+        ("warmup_ratio=1.5", "less than or equal to 1"),
+        ("lr_scheduler_type=lineer", "'linear', 'cosine'"),
+        ("run_name=../else", "output.run_name"),
+        ("shuffle=maybe", "valid boolean"),
+        ("beta", "not a key=value setting"),
+        ("beta=[1", "not valid YAML"),
+        ("epochs=3", "did you mean train.num_train_epochs?"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_said(override, part):
+    (line,) = refusals(override)
+    assert part in line
+    assert "\n" not in line
+
+
+def test_two_sources_of_pairs_are_refused():
+    (line,) = refusals("train_files=a.jsonl", "dataset_name=org/pairs")
+    assert line == "data: train_files and dataset_name are both set: keep one"
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("beta: 1\nbeta: 2\n", "duplicate key"),
+        ("[1, 2]", "holds a list"),
+        ("a: [", "not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path, content, part):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    (line,) = refusals(path=str(path))
+    assert line.startswith(str(path))
+    assert part in line
+
+
+def test_a_missing_file_is_refused_with_all_else():
+    lines = refusals("beta=-1", path="gone.yaml")
+    assert lines[0] == "gone.yaml: no such config file"
+    assert len(lines) == 2
+
+
+def test_pairs_of_a_step_and_tokens_of_a_microbatch():
+    """4 pairs x 3 passes x 2 workers = 24, unless given; 4 pairs x 100 tokens = 400."""
+    config = ORPOConfig(
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        num_workers=2,
+        max_length=100,
+    )
+    assert config.pairs_per_step == 24
+    assert config.replace(global_batch_size=8).pairs_per_step == 8
+    assert config.microbatch_tokens == 400
+    assert config.replace(max_tokens_per_microbatch=9).microbatch_tokens == 9
