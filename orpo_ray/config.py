@@ -1,5 +1,6 @@
 """The whole run as one typed, frozen value."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -179,6 +180,12 @@ class ORPOConfig(Section):
     @classmethod
     def _route(cls, values: Any) -> Any:
         return leaves_into_sections(values) if isinstance(values, Mapping) else values
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of a run: `max_steps`, else as many as the epochs take."""
+        if self.train.max_steps > 0:
+            return self.train.max_steps
+        return math.ceil(self.train.num_train_epochs * steps_per_epoch)
 
     @property
     def pairs_per_step(self) -> int:

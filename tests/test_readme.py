@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,9 +36,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.timeout(900)
-def test_the_commands_run_in_the_order_they_are_shown(folder, run_command):
+def test_the_commands_run_in_the_order_they_are_shown(folder, run_command, ray_cluster):
     for command in commands("python jobs/"):
-        done = run_command(folder, *command[1:])
+        done = run_command(folder, *command[1:], ray_address=ray_cluster)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
         assert "Traceback" not in done.stderr
     log = (folder / "runs" / "first" / "run.log").read_text()
@@ -51,21 +50,10 @@ def test_the_commands_run_in_the_order_they_are_shown(folder, run_command):
         assert list((folder / "runs" / name).glob("checkpoints/step-*/MANIFEST.json"))
 
 
-@pytest.mark.timeout(600)
-def test_the_python_block_runs(folder):
-    (block,) = blocks("python")
-    script = folder / "example.py"
-    script.write_text(block)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    model = Path(done.stdout.strip().splitlines()[-1])
+def test_the_python_block_runs(folder, ray_cluster, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    model = Path(capsys.readouterr().out.strip().splitlines()[-1])
     assert (model / "model.safetensors").exists()
 
 

@@ -12,7 +12,7 @@ from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.feed import TRAIN, FeedPlan, PlannedFeed
 from orpo_ray.orchestration.worker import WorkerAnswer, WorkerTask
-from orpo_ray.training.loop import ModelSource
+from orpo_ray.training.model_source import ModelSource
 
 Work = Callable[[dict[str, WorkerTask]], WorkerAnswer]
 

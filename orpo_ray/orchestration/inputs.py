@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
 from orpo_ray.config import ORPOConfig
 from orpo_ray.preference.demo_pairs import write_demo_pairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.sources import find_files
-from orpo_ray.training.demo_model import make_demo_model
-from orpo_ray.training.loop import ModelSource
+from orpo_ray.training.model_source import ModelSource
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400
 
@@ -87,6 +84,10 @@ def _make_demo(output_directory: Path, seed: int) -> RunInputs:
     model = home / "base-model"
     train, evals = home / "train.jsonl", home / "eval.jsonl"
     if not (model / "config.json").exists():
+        from transformers.utils.logging import disable_progress_bar
+
+        from orpo_ray.training.demo_model import make_demo_model
+
         disable_progress_bar()
         home.mkdir(parents=True, exist_ok=True)
         write_demo_pairs(str(home), DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS, seed)

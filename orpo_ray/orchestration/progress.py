@@ -10,7 +10,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from orpo_ray.training.run_files import LOG, read_metrics
+from orpo_ray.training.run_files import LOG, METRICS, read_metrics
 
 _POLL_S = 0.3
 
@@ -26,7 +26,8 @@ class RunWatcher:
         self._thread = threading.Thread(target=self._watch, name="orpo-progress", daemon=True)
         # Only what is new is shown when a run directory goes on.
         self._shown_step = max((line["step"] for line in read_metrics(directory)), default=-1)
-        self._log_offset = self._log_size()
+        self._log_offset = self._size(LOG)
+        self._metrics_seen = 0
         self._started_at: tuple[int, float] | None = None
         self._progress = Progress(
             BarColumn(bar_width=24),
@@ -60,18 +61,21 @@ class RunWatcher:
             self._show_new()
         self._show_new()
 
-    def _log_size(self) -> int:
-        path = self._directory / LOG
+    def _size(self, name: str) -> int:
+        path = self._directory / name
         return path.stat().st_size if path.exists() else 0
 
     def _show_new(self) -> None:
         """Print what was added to the log and the metrics since the last look."""
-        if self._log_size() > self._log_offset:
+        if self._size(LOG) > self._log_offset:
             with (self._directory / LOG).open() as file:
                 file.seek(self._log_offset)
                 for text in file.read().splitlines():
                     self._console.print(text, markup=False)
                 self._log_offset = file.tell()
+        if self._size(METRICS) == self._metrics_seen:
+            return
+        self._metrics_seen = self._size(METRICS)
         for line in read_metrics(self._directory):
             if line["step"] > self._shown_step:
                 self._shown_step = line["step"]

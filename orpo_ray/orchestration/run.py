@@ -21,8 +21,7 @@ from orpo_ray.orchestration.progress import RunWatcher
 from orpo_ray.orchestration.worker import evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shards import TokenSet
-from orpo_ray.training.loop import FINAL, total_steps
-from orpo_ray.training.run_files import summary
+from orpo_ray.training.run_files import FINAL, summary
 
 CONFIG = "config.yaml"
 
@@ -73,7 +72,7 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
         markup=False,
     )
     steps_per_epoch = plans[TRAIN].order.n_batches(plans[TRAIN].plan.batch_groups)
-    with RunWatcher(run_directory, total_steps(config, steps_per_epoch), console):
+    with RunWatcher(run_directory, config.total_steps(steps_per_epoch), console):
         Fit(config, start.inputs.model, run_directory, plans, start.data_report).run(train_worker)
     figures = summary(run_directory)
     result = TrainResult(

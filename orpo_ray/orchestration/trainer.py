@@ -13,7 +13,8 @@ from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs, keep_dataset
 from orpo_ray.orchestration.run import TrainResult, evaluate, train
 from orpo_ray.preference.sources import find_files
-from orpo_ray.training.loop import FINAL, ModelSource
+from orpo_ray.training.model_source import ModelSource
+from orpo_ray.training.run_files import FINAL
 
 
 class ORPOTrainer:

@@ -1,22 +1,25 @@
-"""What Ray Train runs on every rank: hand the training floor its job, and take its answer."""
+"""What Ray Train runs on every rank: hand the training floor its job, and take its answer.
+
+The training floor is imported by the ranks only: Ray also loads this module on the driver and in
+the actors that watch over a run, which would wait seconds for it and need nothing of it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 import ray.train.torch
-import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.preference.stream import TokenStream
-from orpo_ray.training.evaluation import run_evaluation
-from orpo_ray.training.loop import ModelSource, ResumeError, TrainingJob, run_training
-from orpo_ray.training.sharding import UnsupportedModelError
-from orpo_ray.training.step import NonFiniteError
+from orpo_ray.training.model_source import ModelSource
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class WorkerAnswer:
 
 def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
     """Run the training loop on this rank."""
+    from orpo_ray.training.loop import ResumeError, TrainingJob, run_training
+    from orpo_ray.training.sharding import UnsupportedModelError
+    from orpo_ray.training.step import NonFiniteError
+
     task = loop_config["task"]
     job = TrainingJob(
         config=task.config,
@@ -80,6 +87,9 @@ def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
 
 def evaluate_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
     """Evaluate the task's model on this rank."""
+    from orpo_ray.training.evaluation import run_evaluation
+    from orpo_ray.training.sharding import UnsupportedModelError
+
     task = loop_config["task"]
     evals = _eval_streams(task)
     try:
@@ -94,8 +104,10 @@ def _eval_streams(task: WorkerTask) -> dict[str, TokenStream]:
     return {name: ray.train.get_dataset_shard(name) for name in task.evals}
 
 
-def _device(task: WorkerTask) -> torch.device:
+def _device(task: WorkerTask) -> "torch.device":
     """This rank's device."""
+    import torch
+
     if task.config.ray.use_gpu:
         device: torch.device = ray.train.torch.get_device()
         return device

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.preference.sources import find_files
-from orpo_ray.training.loop import total_steps
 
 _GIB = 2**30
 # fp32 master weight, gradient, and AdamW's two moments.
@@ -35,7 +34,7 @@ def plan_lines(config: ORPOConfig) -> list[str]:
         lines.append("steps: the demo's pairs and model are made when the run starts")
     else:
         n_rows = count_rows(find_files(config.data.train_files))
-        steps = total_steps(config, -(-n_rows // config.pairs_per_step))
+        steps = config.total_steps(-(-n_rows // config.pairs_per_step))
         lines.append(
             f"steps: {steps}, from at most {n_rows} pairs (refused rows are not known yet)"
         )

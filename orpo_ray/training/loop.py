@@ -4,7 +4,6 @@ It needs a process group and nothing of Ray: batches come from an iterator and w
 goes to a function, so it runs under torchrun as well.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,32 +26,17 @@ from orpo_ray.training.checkpoint import (
 )
 from orpo_ray.training.evaluation import evaluate_streams
 from orpo_ray.training.export import export_model, exported_step, write_model_card
+from orpo_ray.training.model_source import ModelSource
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-from orpo_ray.training.run_files import RunFiles, summary
+from orpo_ray.training.run_files import FINAL, RunFiles, summary
 from orpo_ray.training.sharding import build_model
 from orpo_ray.training.step import Trainee, train_step
 
-FINAL = "final"
 Report = Callable[[Mapping[str, Any], str], None]
 
 
 class ResumeError(ValueError):
     """The run directory's checkpoint does not fit the config it is to go on with."""
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where base model and tokenizer come from: folders or hub ids.
-
-    Args:
-        model: of the base model.
-        tokenizer: of its tokenizer, usually the same.
-        revision: branch, tag or commit of a hub model.
-    """
-
-    model: str
-    tokenizer: str
-    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +65,6 @@ class TrainingJob:
     version: str
     device: torch.device
     report: Report
-
-
-def total_steps(config: ORPOConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of a run: `max_steps`, else as many as the epochs take."""
-    if config.train.max_steps > 0:
-        return config.train.max_steps
-    return math.ceil(config.train.num_train_epochs * steps_per_epoch)
 
 
 def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
@@ -129,7 +106,7 @@ class _Loop:
     def __post_init__(self) -> None:
         job, config = self.job, self.job.config
         self.files = RunFiles(Path(job.run_directory), dist.get_rank() == 0)
-        self.n_steps = total_steps(config, job.train.steps_per_epoch)
+        self.n_steps = config.total_steps(job.train.steps_per_epoch)
         model = build_model(config, job.model.model, job.device)
         optimizer = build_optimizer(model, config.train)
         self.trainee = Trainee(

@@ -1,13 +1,17 @@
-"""The text files of a run directory, as rank 0 writes and anyone reads them."""
+"""The files of a run directory: names, and the text that rank 0 writes and anyone reads."""
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
 LOG = "run.log"
+FINAL = "final"
+# What differs between two runs that are otherwise the same to the byte.
+TIMING = ("time", "pairs_per_s", "tokens_per_s")
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,10 @@ class RunFiles:
         return len(lines) - len(kept)
 
     def metrics(self, line: dict[str, Any]) -> None:
-        """Add one line to the metrics."""
+        """Add one line to the metrics; `time` is in seconds since 1970."""
         if self.is_writer:
             with (self.directory / METRICS).open("a") as file:
-                file.write(_json_line(line))
+                file.write(_json_line(line | {"time": time.time()}))
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -1,11 +1,9 @@
 """One worker, two workers, and bfloat16: the same training."""
 
-import json
-
 import pytest
 
 from tests.distributed import run_ranks
-from tests.training.small_run import make_inputs, train_small
+from tests.training.small_run import make_inputs, metrics_without_times, train_small
 
 STEPS = {"max_steps": 8, "logging_steps": 1, "eval_steps": 4, "save_steps": 8}
 
@@ -19,9 +17,7 @@ def inputs(tmp_path_factory):
 
 def metrics(inputs, run, n_ranks, **changes):
     run_ranks(n_ranks, train_small, inputs, run, STEPS | changes)
-    timed = ("pairs_per_s", "tokens_per_s")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+    return metrics_without_times(run)
 
 
 @pytest.fixture(scope="module")

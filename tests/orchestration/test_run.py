@@ -1,5 +1,6 @@
 """Whole runs under Ray Train: real data, the Python API, resuming, workers that die."""
 
+import contextlib
 import json
 import os
 import signal
@@ -115,7 +116,7 @@ def test_a_torn_snapshot_of_ray_is_set_aside(tmp_path, content):
 
 
 @pytest.mark.timeout(600)
-def test_real_dialogues_train_on_two_workers(shared_data, run_command, tmp_path):
+def test_real_dialogues_train_on_two_workers(shared_data, run_command, ray_cluster, tmp_path):
     """The issue's command; 1,000 rows are read, and each is trained on or refused by name."""
     path = shared_data / "hh_rlhf_harmless.jsonl"
     done = run_command(
@@ -126,6 +127,7 @@ def test_real_dialogues_train_on_two_workers(shared_data, run_command, tmp_path)
         "max_steps=20",
         "logging_steps=5",
         "run_name=hh",
+        ray_address=ray_cluster,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -149,7 +151,7 @@ def test_a_killed_driver_goes_on_where_its_checkpoint_was(tmp_path):
     rows = [{k: v.format(i) for k, v in row.items()} for i in range(100)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     command = [sys.executable, str(ROOT / "jobs/train.py"), "train_files=pairs.jsonl"]
-    command += ["max_steps=120", "save_steps=5", "logging_steps=5", "global_batch_size=4"]
+    command += ["max_steps=60", "save_steps=5", "logging_steps=5", "global_batch_size=4"]
     run = tmp_path / "runs" / "killed"
     process = subprocess.Popen(
         [*command, "run_name=killed"],
@@ -163,15 +165,20 @@ def test_a_killed_driver_goes_on_where_its_checkpoint_was(tmp_path):
         assert process.poll() is None
         time.sleep(0.2)
     children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if "RayTrainWorker" in child.name()]
+    assert workers
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    psutil.wait_procs(children, timeout=60)
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    for child in children:  # some of Ray's own daemons only notice after a minute
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     steps_before = [line["step"] for line in lines_of(run)]
-    assert steps_before[-1] < 120
+    assert steps_before[-1] < 60
     done = subprocess.run(
         [*command, "run_name=killed"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "resumed at step " in (run / "run.log").read_text()
     steps = [line["step"] for line in lines_of(run)]
-    assert steps == list(range(5, 121, 5))
+    assert steps == list(range(5, 61, 5))

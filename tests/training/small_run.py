@@ -15,7 +15,9 @@ from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.order import Order
 from orpo_ray.preference.shards import TokenSet, write_shard
 from orpo_ray.preference.stream import BatchPlan, TokenStream
-from orpo_ray.training.loop import ModelSource, TrainingJob, run_training
+from orpo_ray.training.loop import TrainingJob, run_training
+from orpo_ray.training.model_source import ModelSource
+from orpo_ray.training.run_files import TIMING, read_metrics
 
 VOCABULARY = 96
 N_SHARDS, SHARD_ROWS, BATCH = 5, 17, 8
@@ -96,3 +98,8 @@ def train_small(folder: Path, run: Path, changes: dict[str, Any]) -> dict[str, A
         report=lambda metrics, name: None,
     )
     return run_training(job)
+
+
+def metrics_without_times(run: Path) -> list[dict[str, Any]]:
+    """What a run logged, without what differs between two equal runs."""
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(run)]

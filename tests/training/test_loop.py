@@ -1,7 +1,6 @@
 """The training loop on real gloo processes, without Ray."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed import run_ranks
-from tests.training.small_run import make_inputs, train_small
+from tests.training.small_run import make_inputs, metrics_without_times, train_small
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +29,6 @@ def whole_run(inputs, tmp_path_factory) -> Path:
 
 def weights_digest(run: Path) -> str:
     return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
-
-
-def metrics_without_times(run: Path) -> list[dict]:
-    timed = ("pairs_per_s", "tokens_per_s")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 def interrupted_copy(run: Path, to: Path, last_step: int) -> Path:

@@ -1,0 +1,160 @@
+"""The two sides of a benchmark: each a process that takes its rounds when it is told to."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workload import MAX_LENGTH, Work
+
+LEARNING_RATE = 1e-5
+
+
+def orpo_ray_side(work: Work, line: Connection) -> None:
+    """This project's step, as its training loop takes it, without Ray."""
+    import torch.distributed as dist
+
+    from orpo_ray.config import ORPOConfig
+    from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+    from orpo_ray.preference.order import Order
+    from orpo_ray.preference.shards import TokenSet
+    from orpo_ray.preference.stream import BatchPlan, TokenStream
+    from orpo_ray.training.optimizer import build_optimizer, build_scheduler
+    from orpo_ray.training.sharding import build_model
+    from orpo_ray.training.step import Trainee, train_step
+
+    cuda = work.device == "cuda"
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    store = dist.HashStore()
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1)
+    device = torch.device(work.device)
+    n_steps = work.steps * (work.rounds + 1)
+    config = ORPOConfig(learning_rate=LEARNING_RATE, max_steps=n_steps, bf16=cuda)
+    model = build_model(config, f"{work.folder}/model", device)
+    optimizer = build_optimizer(model, config.train)
+    trainee = Trainee(
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.train, n_steps),
+        beta=config.orpo.beta,
+        max_grad_norm=config.train.max_grad_norm,
+        seed=config.train.seed,
+        device=device,
+    )
+    tokens = TokenSet.load(f"{work.folder}/tokens")
+    assert tokens is not None
+    order = Order(tuple(s.n_groups for s in tokens.shards), 1, seed=0, shuffle=False)
+    plan = BatchPlan(work.batch, work.budget_tokens, config.train.head_chunk_tokens, True)
+    batches = TokenStream(tokens, order, plan, 0, 1).batches(0, n_steps)
+    weights = OrpoWeights(config.orpo.beta, 0.0)
+
+    def steps() -> Iterator[float]:
+        for batch in batches:
+            sums = torch.zeros(N_SUMS, dtype=torch.float64, device=device)
+            train_step(trainee, batch, sums)
+            yield metrics_from_sums(sums.tolist(), weights)["loss"]
+
+    _answer(line, steps(), work)
+    dist.destroy_process_group()
+
+
+def trl_side(work: Work, line: Connection) -> None:
+    """TRL's ORPOTrainer, stopped and gone on with by a callback."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    cuda = work.device == "cuda"
+    n_steps = work.steps * (work.rounds + 1)
+    losses: list[float] = []
+
+    class Rounds(TrainerCallback):  # type: ignore[misc]
+        """Waits for its turn before a round, and says how long the round took after it."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step % work.steps == 0:
+                line.recv()
+                self.started = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # The first round, which does not count, logs each step: its losses are compared.
+            control.should_log = state.global_step <= work.steps
+            if state.global_step % work.steps == 0 and state.global_step > work.steps:
+                self._done()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
+            if "loss" in logs:
+                losses.append(float(logs["loss"]))
+                if len(losses) == work.steps:
+                    self._done()
+
+        def _done(self) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+            line.send({"seconds": time.perf_counter() - self.started, "losses": losses})
+
+    arguments = ORPOConfig(
+        output_dir=f"{work.folder}/trl",
+        per_device_train_batch_size=work.batch,
+        max_steps=n_steps,
+        max_length=MAX_LENGTH,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="linear",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        train_sampling_strategy="sequential",
+        bf16=cuda,
+        gradient_checkpointing=work.gradient_checkpointing,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = ORPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(
+            f"{work.folder}/model",
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+        ),
+        args=arguments,
+        train_dataset=Dataset.from_dict(json.loads(Path(work.folder, "pairs.json").read_text())),
+        processing_class=AutoTokenizer.from_pretrained(f"{work.folder}/model"),
+        callbacks=[Rounds()],
+    )
+    line.send("ready")
+    trainer.train()
+    line.send(peak_memory_bytes(work.device))
+
+
+def _answer(line: Connection, losses: Iterator[float], work: Work) -> None:
+    """Take one round each time the other end asks for it; then say what memory it took."""
+    line.send("ready")
+    for _ in range(work.rounds + 1):
+        line.recv()
+        started = time.perf_counter()
+        done = [next(losses) for _ in range(work.steps)]
+        line.send({"seconds": time.perf_counter() - started, "losses": done})
+    line.send(peak_memory_bytes(work.device))
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory this process held: allocated on a GPU, resident otherwise."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    (peak,) = (
+        line.split()[1]
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
+    return int(peak) * 1024
+
+
+SIDES: dict[str, Callable[[Work, Connection], None]] = {
+    "orpo_ray": orpo_ray_side,
+    "trl": trl_side,
+}

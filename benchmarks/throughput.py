@@ -1,0 +1,268 @@
+"""This project's step against TRL's ORPOTrainer, in turn: `python benchmarks/throughput.py`.
+
+Both get the same model, the same pairs in the same order and the same batch; each side is a
+process of its own. A round of one follows a round of the other, the first does not count, and of
+the others the median does. `--through-ray` compares `jobs/train.py` with the bare step instead.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from orpo_ray.preference.packing import pack
+from orpo_ray.preference.shards import read_shard
+from sides import LEARNING_RATE, SIDES
+from workload import (
+    MAX_LENGTH,
+    SIZES,
+    VOCABULARIES,
+    Work,
+    make_folder,
+    padded_tokens,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data" / "hh_rlhf_harmless.jsonl"
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What one side did: seconds of the rounds that count, first losses, most memory held."""
+
+    seconds: list[float]
+    losses: list[float]
+    peak_memory_bytes: int
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse the command line and run every comparison it asks for."""
+    args = parser().parse_args(arguments)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    console = Console(highlight=False, soft_wrap=True)
+    if device == "cpu" and not torch.cuda.is_available():
+        console.print("no GPU here: the 0.5b and 1b models on one are left out")
+    for name in args.model or (["0.5b", "1b"] if device == "cuda" else ["5m", "50m", "5m:128k"]):
+        size, _, vocabulary = name.partition(":")
+        vocabulary = vocabulary or args.vocabulary
+        if size not in SIZES or vocabulary not in VOCABULARIES:
+            raise SystemExit(f"--model: {name} is not one of {', '.join(SIZES)}, or one:128k")
+        with tempfile.TemporaryDirectory() as folder:
+            work = Work(
+                model=size,
+                vocabulary=vocabulary,
+                batch=args.batch,
+                steps=args.steps or (10 if size == "5m" and vocabulary == "16k" else 4),
+                rounds=args.rounds,
+                device=device,
+                folder=folder,
+                budget_tokens=args.budget_tokens,
+                gradient_checkpointing=args.trl_gradient_checkpointing,
+            )
+            make_folder(Path(folder), args.data, size, vocabulary, work.n_pairs)
+            result = through_ray(work) if args.through_ray else against_trl(work)
+        console.print(_table(result))
+        print(json.dumps(result))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(description=__doc__)
+    found.add_argument("--model", action="append", help="5m, 50m, 0.5b, 1b, or one with :128k")
+    found.add_argument("--vocabulary", choices=VOCABULARIES, default="16k")
+    found.add_argument("--data", default=str(DATA), help="a file of pairs")
+    found.add_argument("--batch", type=int, default=8, help="pairs a step")
+    found.add_argument("--steps", type=int, help="steps a round")
+    found.add_argument("--rounds", type=int, default=3, help="rounds that count")
+    found.add_argument("--device", choices=("cpu", "cuda"))
+    found.add_argument("--budget-tokens", type=int, default=8192, help="a microbatch's")
+    found.add_argument("--through-ray", action="store_true")
+    found.add_argument("--trl-gradient-checkpointing", action="store_true")
+    return found
+
+
+def against_trl(work: Work) -> dict[str, Any]:
+    """Rounds of both sides in turn, and what follows from them."""
+    ours, theirs = in_turn(work, ["orpo_ray", "trl"])
+    peak = matmul_flops_per_s(work.device)
+    counts = useful_work(work)
+    pairs = work.batch * work.steps
+    ours_s, theirs_s = statistics.median(ours.seconds), statistics.median(theirs.seconds)
+    differences = [abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
+    return described(work) | {
+        "orpo_ray_pairs_per_s": pairs / ours_s,
+        "trl_pairs_per_s": pairs / theirs_s,
+        "ratio": theirs_s / ours_s,
+        "useful_tokens_per_s": counts["useful_tokens"] / work.rounds / ours_s,
+        "padded_over_useful_tokens": counts["padded_tokens"] / counts["useful_tokens"],
+        "orpo_ray_peak_memory_gib": ours.peak_memory_bytes / 2**30,
+        "trl_peak_memory_gib": theirs.peak_memory_bytes / 2**30,
+        "memory_ratio": theirs.peak_memory_bytes / ours.peak_memory_bytes,
+        "largest_loss_difference": max(differences),
+        "matmul_peak_tflops_per_s": peak / 1e12,
+        "mfu": counts["flops"] / work.rounds / ours_s / peak,
+        "orpo_ray_round_s": ours.seconds,
+        "trl_round_s": theirs.seconds,
+    }
+
+
+def in_turn(work: Work, names: Sequence[str]) -> list[Rounds]:
+    """Start the sides and let them take their rounds one after the other."""
+    context = multiprocessing.get_context("spawn")
+    lines, processes = [], []
+    for name in names:
+        here, there = context.Pipe()
+        process = context.Process(target=SIDES[name], args=(work, there), daemon=True)
+        process.start()
+        there.close()
+        lines.append(here)
+        processes.append(process)
+    for line in lines:
+        line.recv()
+    answers: list[list[dict[str, Any]]] = [[] for _ in names]
+    for _ in range(work.rounds + 1):
+        for line, answer in zip(lines, answers, strict=True):
+            line.send("go")
+            answer.append(line.recv())
+    found = [
+        Rounds([a["seconds"] for a in answer[1:]], answer[0]["losses"], line.recv())
+        for line, answer in zip(lines, answers, strict=True)
+    ]
+    for process in processes:
+        process.join()
+    return found
+
+
+def matmul_flops_per_s(device: str) -> float:
+    """The rate of one large matrix product, the best of several: fp32 on a CPU, bf16 on a GPU."""
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best
+
+
+def useful_work(work: Work) -> dict[str, float]:
+    """Tokens and floating-point operations of the rounds that count.
+
+    6 operations for a weight and token it multiplies (2 forward, 4 backward), the head's only
+    where it predicts something; and 12 for a query, key and width of head, for those that see one
+    another.
+    """
+    config = AutoConfig.from_pretrained(f"{work.folder}/model")
+    width, layers = config.hidden_size, config.num_hidden_layers
+    head_width = width // config.num_attention_heads
+    attention = 2 * width * head_width * (config.num_attention_heads + config.num_key_value_heads)
+    block = attention + 3 * width * config.intermediate_size
+    groups = read_shard(f"{work.folder}/tokens/0.parquet")[work.batch * work.steps :]
+    tokens = padded = flops = 0
+    for first in range(0, len(groups), work.batch):
+        batch = groups[first : first + work.batch]
+        row = pack(batch, 1 << 30, True)
+        tokens += len(row.token_ids)
+        padded += padded_tokens(batch)
+        seen = sum(
+            len(g.prompt) * (len(g.prompt) + 1) // 2
+            + sum(len(c) * len(g.prompt) + len(c) * (len(c) + 1) // 2 for c in g.completions)
+            for g in batch
+        )
+        flops += 6 * layers * block * len(row.token_ids)
+        flops += 6 * config.vocab_size * width * len(row.positions)
+        flops += 12 * layers * width * seen
+    return {"useful_tokens": tokens, "padded_tokens": padded, "flops": flops}
+
+
+def through_ray(work: Work) -> dict[str, Any]:
+    """`jobs/train.py` on the same work against the bare step, in turn, three times each."""
+    pairs = work.batch * work.steps * work.rounds
+    bare_s, ray_s = [], []
+    for attempt in range(3):
+        (bare,) = in_turn(work, ["orpo_ray"])
+        bare_s.append(sum(bare.seconds))
+        ray_s.append(_run_train(work, attempt))
+    return described(work) | {
+        "bare_pairs_per_s": pairs / statistics.median(bare_s),
+        "through_ray_pairs_per_s": pairs / statistics.median(ray_s),
+        "ratio": statistics.median(bare_s) / statistics.median(ray_s),
+        "bare_s": bare_s,
+        "through_ray_s": ray_s,
+    }
+
+
+def _run_train(work: Work, attempt: int) -> float:
+    """Seconds between the logged steps that bound the rounds that count."""
+    last = work.steps * (work.rounds + 1)
+    name = f"attempt-{attempt}"
+    settings = {
+        "model_name_or_path": f"{work.folder}/model",
+        "train_files": f"{work.folder}/pairs.jsonl",
+        "output_dir": f"{work.folder}/runs",
+        "run_name": name,
+        "shuffle": "false",
+        "max_length": MAX_LENGTH,
+        "per_device_train_batch_size": work.batch,
+        "max_tokens_per_microbatch": work.budget_tokens,
+        "learning_rate": LEARNING_RATE,
+        "max_steps": last,
+        "logging_steps": work.steps,
+    }
+    command = [sys.executable, str(ROOT / "jobs" / "train.py")]
+    command += [f"{key}={value}" for key, value in settings.items()]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=dict(os.environ))
+    path = Path(work.folder, "runs", name, "metrics.jsonl")
+    times = {line["step"]: line["time"] for line in map(json.loads, path.open())}
+    return float(times[last] - times[work.steps])
+
+
+def described(work: Work) -> dict[str, Any]:
+    """What was compared, on what."""
+    facts = {k: v for k, v in asdict(work).items() if k != "folder"}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return facts | {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+        "hardware": torch.cuda.get_device_name()
+        if work.device == "cuda"
+        else f"{os.cpu_count()} cores, {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": version("trl"),
+    }
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['model']}, vocabulary {result['vocabulary']}", show_header=False)
+    for name, value in result.items():
+        if isinstance(value, float):
+            table.add_row(name.replace("_", " "), f"{value:.4g}")
+    return table
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
