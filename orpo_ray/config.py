@@ -43,6 +43,27 @@ class ModelSection(Section):
         "auto", description="auto packs where that is exact for the model, and says what it chose."
     )
     disable_dropout: bool = Field(True, description="Set every dropout of the model to 0.")
+    torch_compile: bool = Field(False, description="Compile the decoder layers.")
+    lora_r: PositiveInt | None = Field(
+        None, description="Rank of LoRA adapters; unset: all weights are trained."
+    )
+    lora_alpha: float = Field(32.0, gt=0.0, le=1e6, description="Adapters count alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="On what goes into an adapter.")
+    lora_target_modules: tuple[str, ...] | None = Field(
+        None, description="Names of adapted linear layers; unset: all but the head."
+    )
+    load_in_4bit: bool = Field(False, description="QLoRA: not in this version; refused.")
+    merge_adapter: bool = Field(
+        False, description="final/ is the merged model; unset: the adapter alone."
+    )
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Self:
+        if self.load_in_4bit:
+            raise ValueError("load_in_4bit: 4-bit base weights are not in this version")
+        if self.lora_r is None and (self.merge_adapter or self.lora_target_modules):
+            raise ValueError("merge_adapter and lora_target_modules are for LoRA: set lora_r")
+        return self
 
 
 class DataSection(Section):
@@ -57,6 +78,9 @@ class DataSection(Section):
     dataset_test_split: str | None = Field(None, description="Split of dataset_name to evaluate.")
     max_length: int = Field(
         1024, ge=2, description="Tokens of prompt plus completion; a longer completion is cut."
+    )
+    group_by_prompt: bool = Field(
+        False, description="Pairs of one prompt share it; batch sizes then count prompts."
     )
     shuffle: bool = Field(True, description="false keeps the files' order.")
     shuffle_window_shards: PositiveInt = Field(
@@ -129,6 +153,12 @@ class TrainSection(Section):
     )
     bf16: bool | None = Field(None, description="Compute in bfloat16; unset: on GPUs only.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory.")
+    gradient_checkpointing_every: PositiveInt = Field(
+        1, description="With it: in every n-th layer only."
+    )
+    cpu_offload: bool = Field(
+        False, description="On GPUs: keep weights, gradients and optimizer state on the host."
+    )
     logging_steps: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
     eval_steps: PositiveInt | None = Field(
         None, description="Steps between evaluations; unset: only at the start and the end."

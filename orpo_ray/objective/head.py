@@ -116,6 +116,7 @@ class _OrpoHead(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scale, softcap):  # type: ignore[no-untyped-def]
         chunked = _ChunkedPass(hidden, weight, bias, targets, scale, softcap)
         chunked.needs_grad = any(ctx.needs_input_grad)
+        chunked.weight_is_trained = ctx.needs_input_grad[1]
         for chunk in targets.chunks:
             chunked.run(chunk)
         ctx.save_for_backward(chunked.grad_hidden, chunked.grad_weight, chunked.grad_bias)
@@ -130,7 +131,7 @@ class _OrpoHead(torch.autograd.Function):
         hidden_dtype, weight_dtype = ctx.dtypes
         return (
             (grad_hidden * grad_loss).to(hidden_dtype),
-            (grad_weight * grad_loss).to(weight_dtype),
+            None if grad_weight is None else (grad_weight * grad_loss).to(weight_dtype),
             None if grad_bias is None else (grad_bias * grad_loss).to(weight_dtype),
             *(None,) * 3,
         )
@@ -150,18 +151,20 @@ class _ChunkedPass:
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.targets, self.scale, self.softcap = targets, scale, softcap
-        self.needs_grad = False
+        self.needs_grad = self.weight_is_trained = False
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.loss = hidden.new_zeros((), dtype=self.dtype)
         self.nll_sum = hidden.new_zeros((), dtype=self.dtype)
         self.completion_log_probs = torch.zeros_like(targets.completion_lengths, dtype=self.dtype)
-        self._grads: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._grads: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
-    def _gradients(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _gradients(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Where gradients are summed; made at the first use, so evaluation needs none."""
         if self._grads is None:
-            weight = torch.zeros_like(self.weight, dtype=self.dtype)
-            bias = None if self.bias is None else torch.zeros_like(self.bias, dtype=self.dtype)
+            weight = bias = None
+            if self.weight_is_trained:
+                weight = torch.zeros_like(self.weight, dtype=self.dtype)
+                bias = None if self.bias is None else torch.zeros_like(self.bias, dtype=self.dtype)
             self._grads = (torch.zeros_like(self.hidden), weight, bias)
         return self._grads
 
@@ -232,6 +235,8 @@ class _ChunkedPass:
             grad_bias += grad_logits.sum(dim=0)
         narrow: Any = grad_logits.to(self.weight.dtype)
         grad_hidden[positions] = narrow @ self.weight
+        if grad_weight is None:
+            return
         if narrow.dtype == grad_weight.dtype:
             grad_weight.addmm_(narrow.T, hidden)
         else:

@@ -19,6 +19,8 @@ import numpy as np
 import xxhash
 from jinja2 import TemplateError
 
+from orpo_ray.orchestration.data_tasks import each
+from orpo_ray.orchestration.grouping import group_shards, prompt_keys
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.records import Reason, Refusal, excerpt, normalise
@@ -28,7 +30,7 @@ from orpo_ray.preference.templates import PairText, render
 from orpo_ray.preference.tokenization import PairTokenizer
 
 # Raised whenever the same input would give other tokens or another report.
-CODE_VERSION = 2
+CODE_VERSION = 3
 QUARANTINE = "quarantine"
 _BATCH_ROWS = 256
 
@@ -44,6 +46,7 @@ class IngestRequest:
         max_length: tokens of prompt plus completion.
         shard_rows: source rows in one token shard.
         cache_directory: parent of the token sets, on storage that every node reaches.
+        group_by_prompt: whether pairs of one prompt become one group.
     """
 
     files: tuple[str, ...]
@@ -52,6 +55,7 @@ class IngestRequest:
     max_length: int
     shard_rows: int
     cache_directory: str
+    group_by_prompt: bool = False
 
 
 def ingest(request: IngestRequest) -> TokenSet:
@@ -67,6 +71,9 @@ def ingest(request: IngestRequest) -> TokenSet:
         summaries = _run_tasks(request, str(directory))
         found = _gathered(request, str(directory), summaries)
         found.save()
+        for path in directory.glob("*.parquet"):  # shards of pairs that became shards of prompts
+            if path.name not in {shard.name for shard in found.shards}:
+                path.unlink()
     if not found.n_pairs:
         raise DataError(_nothing_usable(found))
     return found
@@ -84,7 +91,7 @@ def _cache_key(request: IngestRequest) -> str:
         ],
         tokenizer.backend_tokenizer.to_str(),
         [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template],
-        [request.max_length, request.shard_rows],
+        [request.max_length, request.shard_rows, request.group_by_prompt],
     ]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, default=str).encode())
 
@@ -104,25 +111,10 @@ def load_tokenizer(name: str, revision: str | None, max_length: int) -> PairToke
 
 def _run_tasks(request: IngestRequest, directory: str) -> list[dict[str, Any]]:
     """Read all files with Ray Data; returns a summary of every shard in source order."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
     numbered = [{"source": i, "path": path} for i, path in enumerate(request.files)]
-    splits = _each(numbered, _SplitFile(request.shard_rows))
-    summaries = _each(splits, _TokenizeSplit(request, directory))
+    splits = each(numbered, _SplitFile(request.shard_rows))
+    summaries = each(splits, _TokenizeSplit(request, directory))
     return sorted(summaries, key=lambda summary: (summary["source"], summary["first_row"]))
-
-
-def _each(items: list[dict[str, Any]], work: Any) -> list[dict[str, Any]]:
-    """Apply `work` to every item in a data task of its own; items and answers travel as JSON."""
-    import ray.data
-
-    rows = [{"item": json.dumps(item)} for item in items]
-    dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows)))
-    answers = dataset.flat_map(work).take_all()
-    return [json.loads(answer["item"]) for answer in answers]
 
 
 @dataclass(frozen=True)
@@ -186,6 +178,7 @@ class _TokenizeSplit:
             "source": source,
             "first_row": chunk[0].number,
             "shard": shard,
+            "prompt_keys": prompt_keys(groups) if request.group_by_prompt else [],
             "quarantine": f"{QUARANTINE}/{name}.jsonl" if refused else None,
             "rows_read": len(chunk),
             "refused": Counter(str(refusal.reason) for _, refusal in refused),
@@ -250,6 +243,13 @@ def _gathered(
         "quarantine": [s["quarantine"] for s in summaries if s["quarantine"]],
     }
     shards = tuple(Shard(**summary["shard"]) for summary in summaries if summary["shard"])
+    if request.group_by_prompt:
+        shards, longest = group_shards(directory, summaries, request.shard_rows)
+        report |= {
+            "prompts": sum(shard.n_groups for shard in shards),
+            "tokens": sum(shard.n_tokens for shard in shards),
+            "longest_group_tokens": longest,
+        }
     return TokenSet(directory, shards, request.files, report)
 
 

@@ -186,6 +186,7 @@ def _request(
         max_length=config.data.max_length,
         shard_rows=config.data.shard_rows,
         cache_directory=str(cache.expanduser().resolve()),
+        group_by_prompt=config.data.group_by_prompt,
     )
 
 

@@ -16,7 +16,9 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.preference.stream import TokenStream
+from orpo_ray.training.errors import NonFiniteError, ResumeError, UnsupportedModelError
 from orpo_ray.training.model_source import ModelSource
+from orpo_ray.training.run_files import RunFiles
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +62,7 @@ class WorkerAnswer:
 
 def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
     """Run the training loop on this rank."""
-    from orpo_ray.training.loop import ResumeError, TrainingJob, run_training
-    from orpo_ray.training.sharding import UnsupportedModelError
-    from orpo_ray.training.step import NonFiniteError
+    from orpo_ray.training.loop import TrainingJob, run_training
 
     task = loop_config["task"]
     job = TrainingJob(
@@ -88,12 +88,14 @@ def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
 def evaluate_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
     """Evaluate the task's model on this rank."""
     from orpo_ray.training.evaluation import run_evaluation
-    from orpo_ray.training.sharding import UnsupportedModelError
 
     task = loop_config["task"]
     evals = _eval_streams(task)
+    files = RunFiles(Path(task.run_directory), ray.train.get_context().get_world_rank() == 0)
+    files.directory.mkdir(parents=True, exist_ok=True)
+    model, device = task.model.model, _device(task)
     try:
-        metrics = run_evaluation(task.config, task.model.model, evals, _device(task))
+        metrics = run_evaluation(task.config, model, evals, device, files.notice)
     except UnsupportedModelError as error:
         return WorkerAnswer({}, refusal=str(error))
     return WorkerAnswer({"after": metrics})

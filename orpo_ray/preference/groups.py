@@ -1,5 +1,6 @@
 """The prompt group: one prompt, its distinct completions and the pairs among them, as token ids."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,3 +37,26 @@ class PromptGroup:
     def n_tokens(self) -> int:
         """Tokens this group takes in a packed row: the prompt once, every completion once."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
+
+
+def merge_groups(groups: Sequence[PromptGroup]) -> PromptGroup:
+    """One group of all pairs of groups with the same prompt; a repeated completion stands once.
+
+    Pairs keep their order, and a pair that occurs twice still counts twice.
+
+    Args:
+        groups: at least one; all with the same prompt.
+    """
+    completions: dict[bytes, int] = {}
+    distinct: list[TokenIds] = []
+    pairs: list[tuple[int, int]] = []
+    for group in groups:
+        places = []
+        for completion in group.completions:
+            place = completions.setdefault(completion.tobytes(), len(distinct))
+            if place == len(distinct):
+                distinct.append(completion)
+            places.append(place)
+        pairs += [(places[chosen], places[rejected]) for chosen, rejected in group.pairs]
+    row_ids = tuple(row_id for group in groups for row_id in group.row_ids)
+    return PromptGroup(groups[0].prompt, tuple(distinct), tuple(pairs), row_ids)

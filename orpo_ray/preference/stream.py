@@ -1,5 +1,6 @@
 """The feed of one rank: global batches in order, shared out, packed, and read ahead of time."""
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -72,6 +73,13 @@ class TokenStream:
     def batches(self, first_step: int, n_steps: int) -> Iterator[StepBatch]:
         """The batches of steps `first_step` to `n_steps` (exclusive), packed in a thread ahead."""
         return _read_ahead(self._batches(first_step, n_steps))
+
+    def sample(self, n_groups: int) -> PackedRow:
+        """The first few groups of the first epoch as one row; the same on every rank."""
+        shards = _OpenShards(self.token_set, keep=n_groups)
+        places = itertools.islice(self.order.epoch(0, 0), n_groups)
+        groups = [shards.group(place) for place in places]
+        return pack(groups, self.plan.chunk_tokens, self.plan.prompt_counts)
 
     def _batches(self, first_step: int, n_steps: int) -> Iterator[StepBatch]:
         shards = _OpenShards(self.token_set, keep=2 * self.order.window_shards + 1)

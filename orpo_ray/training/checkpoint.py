@@ -17,8 +17,14 @@ import torch.distributed as dist
 import xxhash
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
+# What is frozen is the base model's, and read from there again.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 MANIFEST = "MANIFEST.json"
 FOLDER = "checkpoints"
 
@@ -96,6 +102,7 @@ def load_checkpoint(
         optimizer,
         model_state_dict=tensors["model"],
         optim_state_dict=tensors["optimizer"],
+        options=_OPTIONS,
     )
     fields = json.loads((directory / "state.json").read_text())
     return TrainState(**fields | {"sums": tuple(fields["sums"])})
@@ -137,7 +144,7 @@ def find_damage(directory: Path) -> str | None:
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Sharded state dicts; parameters carry names, so any number of ranks can read them."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     return {"model": model_state, "optimizer": optimizer_state}
 
 

@@ -1,6 +1,6 @@
 """Metrics of a model over evaluation sets, without training it; in training workers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,8 +9,9 @@ from orpo_ray.config import ORPOConfig
 from orpo_ray.objective.metrics import OrpoWeights, metrics_from_sums
 from orpo_ray.preference.stream import TokenStream
 from orpo_ray.training.model import OrpoModel
-from orpo_ray.training.sharding import build_model
+from orpo_ray.training.sharding import build_model, use_bf16
 from orpo_ray.training.step import evaluate
+from orpo_ray.training.verify import settle_attention
 
 
 def evaluate_streams(
@@ -34,8 +35,14 @@ def evaluate_streams(
 
 
 def run_evaluation(
-    config: ORPOConfig, model_path: str, evals: Mapping[str, TokenStream], device: torch.device
+    config: ORPOConfig,
+    model_path: str,
+    evals: Mapping[str, TokenStream],
+    device: torch.device,
+    notice: Callable[[str], None],
 ) -> dict[str, Any]:
     """Load a model and evaluate it; see `evaluate_streams`."""
     model = build_model(config, model_path, device)
+    stream = next(iter(evals.values()))
+    settle_attention(model, stream, device, use_bf16(config, device), notice)
     return evaluate_streams(model, evals, config.orpo.beta, device)

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import ModelCard, ModelCardData
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config import ModelSection, ORPOConfig
+from orpo_ray.training.adapters import save_adapters
 from orpo_ray.training.model import OrpoModel
+from orpo_ray.training.model_source import ModelSource
 
 _RECORD = "orpo_ray.json"
 _CARD = """---
@@ -65,11 +67,7 @@ tokenizer = AutoTokenizer.from_pretrained("{{ run_name }}")
 
 
 def export_model(
-    directory: str,
-    model: OrpoModel,
-    tokenizer: PreTrainedTokenizerBase,
-    base: PreTrainedConfig,
-    step: int,
+    directory: str, model: OrpoModel, source: ModelSource, config: ModelSection, step: int
 ) -> None:
     """Gather the weights on rank 0 and write model, configs and tokenizer.
 
@@ -78,30 +76,56 @@ def export_model(
     Args:
         directory: where; replaced if it exists.
         model: sharded over all ranks, each of which has to call this.
-        tokenizer: with its chat template.
-        base: the base model's own config.
+        source: of the base model, whose config and tokenizer are exported.
+        config: says whether there are adapters, and whether they are merged.
         step: optimizer steps that the model was trained for.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    adapted = config.lora_r is not None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
     weights = get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:
         beside = Path(f"{directory}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
-        dtype = base.dtype or torch.float32
         named = {
-            name.removeprefix("causal_lm."): tensor.to(dtype)
+            name.removeprefix("causal_lm."): tensor
             for name, tensor in weights.items()
             if isinstance(tensor, torch.Tensor)
         }
-        causal_lm = model.causal_lm
-        causal_lm.config.dtype = dtype
-        causal_lm.save_pretrained(beside, state_dict=named)
-        _restore_config(beside / "config.json", base)
+        base = AutoConfig.from_pretrained(source.model, revision=source.revision)
+        if adapted:
+            _write_adapted(beside, named, source, config)
+        else:
+            _write_whole(beside, model, named, base)
+        if (beside / "config.json").exists():
+            _restore_config(beside / "config.json", base)
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision)
         tokenizer.save_pretrained(beside)
         (beside / _RECORD).write_text(json.dumps({"step": step}) + "\n")
         shutil.rmtree(directory, ignore_errors=True)
         beside.rename(directory)
     dist.barrier()
+
+
+def _write_whole(
+    folder: Path, model: OrpoModel, weights: dict[str, torch.Tensor], base: PreTrainedConfig
+) -> None:
+    """All weights in the base model's own type."""
+    dtype = base.dtype or torch.float32
+    causal_lm = model.causal_lm
+    causal_lm.config.dtype = dtype
+    named = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    causal_lm.save_pretrained(folder, state_dict=named)
+
+
+def _write_adapted(
+    folder: Path, weights: dict[str, torch.Tensor], source: ModelSource, config: ModelSection
+) -> None:
+    """The adapter, or the base model with the adapter merged into it in fp32."""
+    base = AutoModelForCausalLM.from_pretrained(
+        source.model, revision=source.revision, dtype=torch.float32
+    )
+    dtype = AutoConfig.from_pretrained(source.model, revision=source.revision).dtype
+    save_adapters(folder, base, config, weights, dtype or torch.float32)
 
 
 def exported_step(directory: str) -> int | None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
@@ -24,19 +23,17 @@ from orpo_ray.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from orpo_ray.training.errors import ResumeError
 from orpo_ray.training.evaluation import evaluate_streams
 from orpo_ray.training.export import export_model, exported_step, write_model_card
 from orpo_ray.training.model_source import ModelSource
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.run_files import FINAL, RunFiles, summary
-from orpo_ray.training.sharding import build_model
+from orpo_ray.training.sharding import build_model, use_bf16
 from orpo_ray.training.step import Trainee, train_step
+from orpo_ray.training.verify import settle_attention
 
 Report = Callable[[Mapping[str, Any], str], None]
-
-
-class ResumeError(ValueError):
-    """The run directory's checkpoint does not fit the config it is to go on with."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,7 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
         ResumeError: when the checkpoint was made with another global batch size.
     """
     loop = _Loop(job)
+    loop.settle_attention()  # by the base model: a resumed run has to decide the same
     loop.restore()
     loop.run()
     loop.finish()
@@ -154,9 +152,13 @@ class _Loop:
                 f"resumed at step {self.step} of {self.n_steps}"
                 + (f"; {dropped} logged steps after it are done again" if dropped else "")
             )
-        else:
-            attention = self.trainee.model.attention
-            self.files.notice(f"attention: {attention}; {self.n_steps} steps")
+
+    def settle_attention(self) -> None:
+        """Decide between packed and padded rows, and say which."""
+        job, model = self.job, self.trainee.model
+        bf16 = use_bf16(job.config, job.device)
+        settle_attention(model, job.train, job.device, bf16, self.files.notice)
+        self.files.notice(f"attention: {model.attention}; {self.n_steps} steps")
 
     def run(self) -> None:
         """All steps from here to the end."""
@@ -184,10 +186,7 @@ class _Loop:
         dist.broadcast_object_list(done)
         if done[0]:
             return
-        source = job.model
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision)
-        base = AutoConfig.from_pretrained(source.model, revision=source.revision)
-        export_model(str(final), self.trainee.model, tokenizer, base, self.step)
+        export_model(str(final), self.trainee.model, job.model, job.config.model, self.step)
         if self.files.is_writer:
             figures = summary(Path(job.run_directory))["after"]
             write_model_card(str(final), job.config, figures, dict(job.data_report), job.version)

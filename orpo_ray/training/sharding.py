@@ -8,18 +8,21 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from orpo_ray.config import ORPOConfig
+from orpo_ray.training.adapters import add_adapters
+from orpo_ray.training.errors import UnsupportedModelError
 from orpo_ray.training.model import AttentionPath, OrpoModel
 
 # Settings under which logits are not `head(hidden)`; silently ignoring them would train wrongly.
 _UNKNOWN_HEADS = {"logit_scale": 1.0, "logits_scaling": 1.0}
-
-
-class UnsupportedModelError(ValueError):
-    """A model whose loss this project would compute wrongly."""
 
 
 def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> OrpoModel:
@@ -44,17 +47,21 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
     # Buffers stay real: rotary frequencies are computed, not loaded.
     with init_empty_weights(include_buffers=False):
         causal_lm = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        if config.model.lora_r:
+            add_adapters(causal_lm, config.model, config.train.seed)
     attention = attention_path(config, causal_lm)
     model = OrpoModel(causal_lm, attention, config.orpo.router_aux_loss_coef)
     if config.train.gradient_checkpointing:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    _shard(model, causal_lm, device, use_bf16(config, device))
-    _materialise(model, device)
+        _checkpoint_activations(causal_lm, config.train.gradient_checkpointing_every)
+    _shard(model, causal_lm, device, config)
+    _materialise(model, torch.device("cpu") if _offloads(config, device) else device)
     weights = {}
     if dist.get_rank() == 0:
         source = AutoModelForCausalLM.from_pretrained(
             model_path, revision=revision, dtype=torch.float32
         )
+        if config.model.lora_r:
+            add_adapters(source, config.model, config.train.seed)
         weights = {f"causal_lm.{name}": tensor for name, tensor in source.state_dict().items()}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
@@ -102,19 +109,40 @@ def _refuse_unknown_heads(model_config: PreTrainedConfig) -> None:
             )
 
 
-def _shard(model: OrpoModel, causal_lm: PreTrainedModel, device: torch.device, bf16: bool) -> None:
+def _blocks(causal_lm: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers, as transformers names what must stay together."""
+    names = set(causal_lm._no_split_modules or ())
+    return [module for module in causal_lm.modules() if type(module).__name__ in names]
+
+
+def _checkpoint_activations(causal_lm: PreTrainedModel, every: int) -> None:
+    """Recompute the activations of every n-th layer in the backward pass."""
+    causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    for index, block in enumerate(_blocks(causal_lm)):
+        if index % every:
+            block.gradient_checkpointing = False  # type: ignore[assignment]
+
+
+def _shard(
+    model: OrpoModel, causal_lm: PreTrainedModel, device: torch.device, config: ORPOConfig
+) -> None:
     """FSDP2: every decoder layer a unit, embeddings and head in the root."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
-    if bf16:
+    if use_bf16(config, device):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    block_names = set(causal_lm._no_split_modules or ())
-    blocks = [module for module in causal_lm.modules() if type(module).__name__ in block_names]
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    offload = CPUOffloadPolicy() if _offloads(config, device) else OffloadPolicy()
+    for block in _blocks(causal_lm):
+        if config.model.torch_compile:
+            block.compile(dynamic=True)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
     # The root is given counts and weights beside token ids: those are not to be rounded.
     root_policy = dataclasses.replace(policy, cast_forward_inputs=False)
-    fully_shard(model, mesh=mesh, mp_policy=root_policy)
+    fully_shard(model, mesh=mesh, mp_policy=root_policy, offload_policy=offload)
+
+
+def _offloads(config: ORPOConfig, device: torch.device) -> bool:
+    return config.train.cpu_offload and device.type == "cuda"
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:

@@ -13,12 +13,9 @@ from orpo_ray.objective.head import LossScale
 from orpo_ray.objective.metrics import N_SUMS
 from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.stream import StepBatch
+from orpo_ray.training.errors import NonFiniteError
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient is not a number; raised on all ranks before the optimizer moves."""
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,9 @@ def test_real_dialogues_train_on_two_workers(shared_data, run_command, ray_clust
     assert report["rows_kept"] + sum(report["refused"].values()) == 1000
     refused = [json.loads(x) for x in (run / "quarantine" / "train.jsonl").read_text().splitlines()]
     assert len(refused) == report["rows_refused"]
-    assert all(row["file"] == str(path) and row["reason"] and row["row"] > 0 for row in refused)
+    assert all(
+        row["file"] == str(path.resolve()) and row["reason"] and row["row"] > 0 for row in refused
+    )
     lines = lines_of(run)
     assert lines[-1]["step"] == 20
     assert lines[-1]["loss"] < lines[0]["loss"]

@@ -1,0 +1,85 @@
+"""LoRA through peft: adapters put into a model, and written out again; in training workers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from orpo_ray.config import ModelSection
+from orpo_ray.training.errors import UnsupportedModelError
+
+_ADAPTER = "default"  # peft's own name for an only adapter
+
+
+def add_adapters(causal_lm: PreTrainedModel, config: ModelSection, seed: int) -> None:
+    """Put LoRA adapters into a model in place and freeze everything else.
+
+    Args:
+        causal_lm: on any device, the meta device included.
+        config: with `lora_r` set.
+        seed: of the adapters' first weights, which are therefore the same in every process.
+
+    Raises:
+        UnsupportedModelError: for targets that the model has not, and for an adapted head, whose
+            loss is computed from its plain weight.
+    """
+    peft = _peft()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            peft.inject_adapter_in_model(_lora_config(config), causal_lm, _ADAPTER)
+        except ValueError as error:
+            raise UnsupportedModelError(f"lora_target_modules: {error}") from error
+    if not isinstance(causal_lm.get_output_embeddings(), torch.nn.Linear):
+        raise UnsupportedModelError("lora_target_modules: the LM head cannot be adapted")
+
+
+def save_adapters(
+    folder: Path,
+    causal_lm: PreTrainedModel,
+    config: ModelSection,
+    adapter_weights: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Write `adapter_config.json` and weights, or the merged model with `merge_adapter`.
+
+    Args:
+        folder: where.
+        causal_lm: the base model as it was loaded, without adapters.
+        config: with `lora_r` set.
+        adapter_weights: whole tensors by their names in a model with adapters.
+        dtype: of a merged model's weights.
+    """
+    peft = _peft()
+    adapted = peft.get_peft_model(causal_lm, _lora_config(config), _ADAPTER)
+    named = {f"base_model.model.{name}": tensor for name, tensor in adapter_weights.items()}
+    unexpected = adapted.load_state_dict(named, strict=False).unexpected_keys
+    if unexpected:
+        raise AssertionError(f"adapter weights that the model does not know: {unexpected[:3]}")
+    if config.merge_adapter:
+        adapted.merge_and_unload().to(dtype).save_pretrained(folder)
+    else:
+        adapted.save_pretrained(folder)
+
+
+def _lora_config(config: ModelSection) -> Any:
+    targets = config.lora_target_modules
+    return _peft().LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(targets) if targets else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UnsupportedModelError(
+            "lora_r: adapters need the package peft: pip install 'orpo_ray[lora]'"
+        ) from error
+    return peft

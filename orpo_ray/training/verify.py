@@ -1,0 +1,99 @@
+"""Checking that a model computes the same packed as padded, before it is trained; in workers.
+
+Packing is exact for every decoder whose layers mix tokens by attention alone, through
+transformers' attention interface, at the positions they are given. Whether a model that nobody
+tried does so shows on its first pairs.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from orpo_ray.objective.head import LossScale
+from orpo_ray.preference.packing import PackedRow
+from orpo_ray.preference.stream import TokenStream
+from orpo_ray.training.attention import PackingNotSupportedError
+from orpo_ray.training.microbatch import Microbatch
+from orpo_ray.training.model import OrpoModel
+
+# Families that the project's own tests compare with a padded float64 reference.
+COMPARED = frozenset(
+    {
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmoe",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+    }
+)
+_N_GROUPS = 4
+# The largest difference of a mean log-probability: rounding only, in fp32 and in bfloat16.
+_TOLERANCE_NATS = {False: 1e-3, True: 5e-2}
+
+
+def settle_attention(
+    model: OrpoModel,
+    stream: TokenStream,
+    device: torch.device,
+    bf16: bool,
+    notice: Callable[[str], None],
+) -> None:
+    """Let a model of an unknown family go on packed only if it agrees with the padded rows.
+
+    Args:
+        model: sharded; every rank calls this.
+        stream: its first few groups are compared.
+        device: of this rank.
+        bf16: whether matrix products are in bfloat16.
+        notice: told what was found.
+    """
+    family = model.causal_lm.config.model_type
+    if model.attention == "padded" or family in COMPARED:
+        return
+    sample = stream.sample(_N_GROUPS)
+    problem = _disagreement(model, sample, device, _TOLERANCE_NATS[bf16])
+    # One rank that falls back must not do so alone.
+    worst = torch.tensor([problem is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    if worst.item():
+        model.use_attention("padded")
+        notice(f"warning: {family} does not compute the same packed as padded: {problem}")
+    else:
+        notice(f"{family}: packed equals padded on the first {len(sample.row_ids)} pairs")
+
+
+@torch.no_grad()
+def _disagreement(
+    model: OrpoModel, sample: PackedRow, device: torch.device, tolerance: float
+) -> str | None:
+    """What differs between the two computations of one row, or None."""
+    scale = LossScale(nll=1 / sample.n_nll_tokens, pair=1 / sample.n_pairs, beta=1.0)
+    was_training = model.training
+    model.eval()
+    try:
+        packed = model(Microbatch(sample, device), scale)
+    except (PackingNotSupportedError, TypeError) as error:
+        return str(error)
+    finally:
+        model.train(was_training)
+    model.use_attention("padded")
+    model.eval()
+    padded = model(Microbatch(sample, device), scale)
+    model.train(was_training)
+    model.use_attention("packed")
+    difference = max(
+        (getattr(packed, name) - getattr(padded, name)).abs().max().item()
+        for name in ("chosen_log_probs", "rejected_log_probs")
+    )
+    if difference <= tolerance:
+        return None
+    return f"log-probabilities differ by {difference:.2g} nats"
