@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,10 +47,12 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
         seed=config.train.seed,
         device=device,
     )
-    tokens = TokenSet.load(f"{work.folder}/tokens")
+    tokens = TokenSet.load(work.tokens)
     assert tokens is not None
     order = Order(tuple(s.n_groups for s in tokens.shards), 1, seed=0, shuffle=False)
-    plan = BatchPlan(work.batch, work.budget_tokens, config.train.head_chunk_tokens, True)
+    plan = BatchPlan(
+        work.batch // work.pairs_per_group, work.budget_tokens, config.train.head_chunk_tokens, True
+    )
     batches = TokenStream(tokens, order, plan, 0, 1).batches(0, n_steps)
     weights = OrpoWeights(config.orpo.beta, 0.0)
 
@@ -152,6 +155,18 @@ def peak_memory_bytes(device: str) -> int:
         if line.startswith("VmHWM")
     )
     return int(peak) * 1024
+
+
+def run_side(name: str, work: Work, line: Connection) -> None:
+    """Run one side in a process of its own; what it prints goes into a file of the folder."""
+    log = os.open(f"{work.folder}/{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        SIDES[name](work, line)
+    except BaseException:
+        line.send({"error": traceback.format_exc()})
+        raise
 
 
 SIDES: dict[str, Callable[[Work, Connection], None]] = {

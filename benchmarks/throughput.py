@@ -6,6 +6,7 @@ the others the median does. `--through-ray` compares `jobs/train.py` with the ba
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,19 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.preference.packing import pack
 from orpo_ray.preference.shards import read_shard
-from sides import LEARNING_RATE, SIDES
+from sides import LEARNING_RATE, run_side
 from workload import (
     MAX_LENGTH,
+    PAIRS_OF_4,
     SIZES,
     VOCABULARIES,
     Work,
     make_folder,
+    make_ranking_folder,
     padded_tokens,
 )
 
@@ -57,6 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser().parse_args(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(highlight=False, soft_wrap=True)
+    disable_progress_bar()
     if device == "cpu" and not torch.cuda.is_available():
         console.print("no GPU here: the 0.5b and 1b models on one are left out")
     for name in args.model or (["0.5b", "1b"] if device == "cuda" else ["5m", "50m", "5m:128k"]):
@@ -68,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
             work = Work(
                 model=size,
                 vocabulary=vocabulary,
-                batch=args.batch,
+                batch=args.batch * (PAIRS_OF_4 if args.ranking else 1),
                 steps=args.steps or (10 if size == "5m" and vocabulary == "16k" else 4),
                 rounds=args.rounds,
                 device=device,
@@ -76,8 +82,12 @@ def main(arguments: Sequence[str]) -> None:
                 budget_tokens=args.budget_tokens,
                 gradient_checkpointing=args.trl_gradient_checkpointing,
             )
-            make_folder(Path(folder), args.data, size, vocabulary, work.n_pairs)
-            result = through_ray(work) if args.through_ray else against_trl(work)
+            if args.ranking:
+                make_ranking_folder(Path(folder), size, vocabulary, work.n_pairs)
+                result = grouped_against_apart(work)
+            else:
+                make_folder(Path(folder), args.data, size, vocabulary, work.n_pairs)
+                result = through_ray(work) if args.through_ray else against_trl(work)
         console.print(_table(result))
         print(json.dumps(result))
 
@@ -93,14 +103,15 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--rounds", type=int, default=3, help="rounds that count")
     found.add_argument("--device", choices=("cpu", "cuda"))
     found.add_argument("--budget-tokens", type=int, default=8192, help="a microbatch's")
-    found.add_argument("--through-ray", action="store_true")
+    found.add_argument("--through-ray", action="store_true", help="jobs/train.py, bare step")
+    found.add_argument("--ranking", action="store_true", help="grouped by prompt, pairs apart")
     found.add_argument("--trl-gradient-checkpointing", action="store_true")
     return found
 
 
 def against_trl(work: Work) -> dict[str, Any]:
     """Rounds of both sides in turn, and what follows from them."""
-    ours, theirs = in_turn(work, ["orpo_ray", "trl"])
+    ours, theirs = in_turn(("orpo_ray", work), ("trl", work))
     peak = matmul_flops_per_s(work.device)
     counts = useful_work(work)
     pairs = work.batch * work.steps
@@ -123,31 +134,43 @@ def against_trl(work: Work) -> dict[str, Any]:
     }
 
 
-def in_turn(work: Work, names: Sequence[str]) -> list[Rounds]:
+def in_turn(*sides: tuple[str, Work]) -> list[Rounds]:
     """Start the sides and let them take their rounds one after the other."""
     context = multiprocessing.get_context("spawn")
     lines, processes = [], []
-    for name in names:
+    for name, work in sides:
         here, there = context.Pipe()
-        process = context.Process(target=SIDES[name], args=(work, there), daemon=True)
+        process = context.Process(target=run_side, args=(name, work, there), daemon=True)
         process.start()
         there.close()
         lines.append(here)
         processes.append(process)
     for line in lines:
-        line.recv()
-    answers: list[list[dict[str, Any]]] = [[] for _ in names]
-    for _ in range(work.rounds + 1):
+        _received(line)
+    answers: list[list[dict[str, Any]]] = [[] for _ in sides]
+    for _ in range(sides[0][1].rounds + 1):
         for line, answer in zip(lines, answers, strict=True):
             line.send("go")
-            answer.append(line.recv())
+            answer.append(_received(line))
     found = [
-        Rounds([a["seconds"] for a in answer[1:]], answer[0]["losses"], line.recv())
+        Rounds([a["seconds"] for a in answer[1:]], answer[0]["losses"], _received(line))
         for line, answer in zip(lines, answers, strict=True)
     ]
     for process in processes:
         process.join()
     return found
+
+
+def _received(line: Connection) -> Any:
+    """The next thing a side says.
+
+    Raises:
+        SystemExit: with its traceback, when it failed.
+    """
+    answer = line.recv()
+    if isinstance(answer, dict) and "error" in answer:
+        raise SystemExit(answer["error"])
+    return answer
 
 
 def matmul_flops_per_s(device: str) -> float:
@@ -178,7 +201,7 @@ def useful_work(work: Work) -> dict[str, float]:
     head_width = width // config.num_attention_heads
     attention = 2 * width * head_width * (config.num_attention_heads + config.num_key_value_heads)
     block = attention + 3 * width * config.intermediate_size
-    groups = read_shard(f"{work.folder}/tokens/0.parquet")[work.batch * work.steps :]
+    groups = read_shard(f"{work.tokens}/0.parquet")[work.batch * work.steps :]
     tokens = padded = flops = 0
     for first in range(0, len(groups), work.batch):
         batch = groups[first : first + work.batch]
@@ -196,12 +219,28 @@ def useful_work(work: Work) -> dict[str, float]:
     return {"useful_tokens": tokens, "padded_tokens": padded, "flops": flops}
 
 
+def grouped_against_apart(work: Work) -> dict[str, Any]:
+    """Rankings of 4 answers, 6 pairs: as prompt groups and as pairs apart, in turn."""
+    together = dataclasses.replace(work, pairs_per_group=PAIRS_OF_4)
+    apart, grouped = in_turn(("orpo_ray", work), ("orpo_ray", together))
+    pairs = work.batch * work.steps
+    apart_s, grouped_s = statistics.median(apart.seconds), statistics.median(grouped.seconds)
+    return described(work) | {
+        "apart_pairs_per_s": pairs / apart_s,
+        "grouped_pairs_per_s": pairs / grouped_s,
+        "ratio": apart_s / grouped_s,
+        "first_loss_difference": abs(apart.losses[0] - grouped.losses[0]),
+        "apart_round_s": apart.seconds,
+        "grouped_round_s": grouped.seconds,
+    }
+
+
 def through_ray(work: Work) -> dict[str, Any]:
     """`jobs/train.py` on the same work against the bare step, in turn, three times each."""
     pairs = work.batch * work.steps * work.rounds
     bare_s, ray_s = [], []
     for attempt in range(3):
-        (bare,) = in_turn(work, ["orpo_ray"])
+        (bare,) = in_turn(("orpo_ray", work))
         bare_s.append(sum(bare.seconds))
         ray_s.append(_run_train(work, attempt))
     return described(work) | {

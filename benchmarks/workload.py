@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.preference.demo_pairs import FAMILIES, REQUIREMENTS
+from orpo_ray.preference.groups import PromptGroup, RowId, merge_groups
 from orpo_ray.preference.records import Refusal, normalise
 from orpo_ray.preference.shards import TokenSet, write_shard
 from orpo_ray.preference.sources import Split, read_split
@@ -25,6 +27,7 @@ SIZES = {
     "0.5b": (24, 1280, 3456, 20, 5),
     "1b": (16, 2048, 8192, 32, 8),
 }
+PAIRS_OF_4 = 6
 VOCABULARIES = {"16k": 16_384, "128k": 131_072}
 
 
@@ -42,6 +45,7 @@ class Work:
         folder: where `make_folder` wrote model and pairs.
         budget_tokens: packed tokens a microbatch.
         gradient_checkpointing: of TRL's side, where its activations would not fit.
+        pairs_per_group: of prompt groups: 1 for pairs apart.
     """
 
     model: str
@@ -53,6 +57,12 @@ class Work:
     folder: str
     budget_tokens: int
     gradient_checkpointing: bool = False
+    pairs_per_group: int = 1
+
+    @property
+    def tokens(self) -> str:
+        """The token shards of this project's side."""
+        return f"{self.folder}/tokens-{self.pairs_per_group}"
 
     @property
     def n_pairs(self) -> int:
@@ -67,7 +77,42 @@ def make_folder(folder: Path, data: str, model: str, vocabulary: str, n_pairs: i
         SystemExit: when the file has too few usable pairs.
     """
     usable = (text for text in _texts(data) if text.chosen.strip() and text.rejected.strip())
-    texts = list(itertools.islice(usable, 4 * n_pairs))
+    _fill_folder(folder, list(itertools.islice(usable, 4 * n_pairs)), model, vocabulary, n_pairs)
+
+
+def make_ranking_folder(folder: Path, model: str, vocabulary: str, n_pairs: int) -> None:
+    """The same for rankings of the demo's generator: 4 answers and all 6 pairs a prompt.
+
+    There are token shards of the pairs apart and of whole prompts.
+    """
+    groups = _fill_folder(
+        folder, list(_ranked_texts(n_pairs // PAIRS_OF_4)), model, vocabulary, n_pairs
+    )
+    together = [
+        merge_groups(groups[first : first + PAIRS_OF_4]) for first in range(0, n_pairs, PAIRS_OF_4)
+    ]
+    _write_tokens(folder / f"tokens-{PAIRS_OF_4}", together)
+
+
+def _ranked_texts(n_prompts: int) -> Iterator[PairText]:
+    rng, seen = random.Random(0), set()
+    while len(seen) < n_prompts:
+        task = rng.choice(FAMILIES)(rng)
+        if task.prompt in seen:
+            continue
+        seen.add(task.prompt)
+        scores: dict[str, int] = {}
+        while len(scores) < 4:
+            meets = [rng.random() < 0.5 for _ in range(REQUIREMENTS)]
+            scores[task.draft(rng, meets)] = sum(meets)
+        ranked = sorted(scores, key=lambda draft: -scores[draft])
+        for better, worse in itertools.combinations(ranked, 2):
+            yield PairText(task.prompt, better, worse)
+
+
+def _fill_folder(
+    folder: Path, texts: Sequence[PairText], model: str, vocabulary: str, n_pairs: int
+) -> list[PromptGroup]:
     tokenizer = _make_tokenizer(folder / "model", texts, VOCABULARIES[vocabulary])
     _make_model(folder / "model", model, VOCABULARIES[vocabulary], tokenizer)
     kept, groups = [], []
@@ -78,7 +123,7 @@ def make_folder(folder: Path, data: str, model: str, vocabulary: str, n_pairs: i
             kept.append(text)
             groups.append(result.group)
     if len(kept) < n_pairs:
-        raise SystemExit(f"{data}: {len(kept)} usable pairs, {n_pairs} are wanted; fewer --steps")
+        raise SystemExit(f"{len(kept)} usable pairs, {n_pairs} are wanted; fewer --steps")
     columns = {
         "prompt": [text.prompt for text in kept],
         "chosen": [text.chosen for text in kept],
@@ -87,7 +132,8 @@ def make_folder(folder: Path, data: str, model: str, vocabulary: str, n_pairs: i
     (folder / "pairs.json").write_text(json.dumps(columns))
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _write_tokens(folder / "tokens", groups)
+    _write_tokens(folder / "tokens-1", groups)
+    return groups
 
 
 def padded_tokens(groups: Sequence[PromptGroup]) -> int:

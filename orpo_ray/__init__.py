@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orpo_ray.config import ConfigError, ORPOConfig
     from orpo_ray.orchestration.run import TrainResult, prepare, train
+    from orpo_ray.orchestration.sweep import SweepResult, tune
     from orpo_ray.orchestration.trainer import ORPOTrainer
     from orpo_ray.preference.errors import DataError
 
@@ -16,9 +17,11 @@ __all__ = [
     "DataError",
     "ORPOConfig",
     "ORPOTrainer",
+    "SweepResult",
     "TrainResult",
     "prepare",
     "train",
+    "tune",
 ]
 
 # Imported on first use, so that `--help` and a bad config need neither torch nor ray.
@@ -27,9 +30,11 @@ _HOME = {
     "DataError": "orpo_ray.preference.errors",
     "ORPOConfig": "orpo_ray.config",
     "ORPOTrainer": "orpo_ray.orchestration.trainer",
+    "SweepResult": "orpo_ray.orchestration.sweep",
     "TrainResult": "orpo_ray.orchestration.run",
     "prepare": "orpo_ray.orchestration.run",
     "train": "orpo_ray.orchestration.run",
+    "tune": "orpo_ray.orchestration.sweep",
 }
 
 

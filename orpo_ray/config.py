@@ -190,6 +190,37 @@ class OutputSection(Section):
     )
 
 
+class TuneSection(Section):
+    """What a sweep tries and how it chooses; `search.<setting>` says what is searched."""
+
+    num_samples: PositiveInt = Field(8, description="Trials (for each point of a grid).")
+    metric: str = Field(
+        "eval_rewards/accuracies", min_length=1, description="What the best trial is best at."
+    )
+    metric_mode: Literal["max", "min"] | None = Field(
+        None, description="unset: min for losses, else max."
+    )
+    search_algorithm: Literal["random", "optuna"] = Field(
+        "random", description="How values are drawn; optuna: TPE."
+    )
+    trial_scheduler: Literal["asha", "median", "none"] = Field(
+        "asha", description="What stops weak trials early, at evaluations."
+    )
+    grace_steps: PositiveInt | None = Field(
+        None, description="Steps that every trial gets; unset: to its first evaluation."
+    )
+    reduction_factor: int = Field(3, ge=2, le=100, description="ASHA goes on with 1 of so many.")
+    max_concurrent_trials: PositiveInt | None = Field(
+        None, description="Trials at a time; unset: as many as the cluster holds."
+    )
+    max_nll_increase: float | None = Field(
+        0.1, ge=0.0, description="Nats of NLL a best trial may lose against the start; null: any."
+    )
+    compare_beta_zero: bool = Field(
+        True, description="Run the best trial's settings with beta=0 too, for the report."
+    )
+
+
 class ORPOConfig(Section):
     """A whole run: `ORPOConfig(beta=0.2, num_workers=8)`, or by sections.
 
@@ -205,6 +236,10 @@ class ORPOConfig(Section):
     train: TrainSection = TrainSection()
     ray: RaySection = RaySection()
     output: OutputSection = OutputSection()
+    tune: TuneSection = TuneSection()
+    search: dict[str, str | list[Any]] = Field(
+        default_factory=dict, description="What a sweep searches, by setting."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -245,6 +280,7 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainSection,
     "ray": RaySection,
     "output": OutputSection,
+    "tune": TuneSection,
 }
 SECTION_OF = {leaf: name for name, section in SECTIONS.items() for leaf in section.model_fields}
 

@@ -115,7 +115,7 @@ def _override_layer(override: str, findings: list[str]) -> dict[str, Any]:
 def _merge(target: dict[str, Any], layer: Mapping[str, Any], findings: list[str]) -> None:
     """Lay the sections of `layer` over those of `target`, leaf by leaf."""
     for key, value in layer.items():
-        if key in SECTIONS and not isinstance(value, Mapping):
+        if key in (*SECTIONS, "search") and not isinstance(value, Mapping):
             if value is not None:
                 findings.append(f"{key}: is a section, not a setting (got {value!r})")
         elif isinstance(value, Mapping) and isinstance(target.get(key), dict):

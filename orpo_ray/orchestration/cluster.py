@@ -13,6 +13,7 @@ from ray.train import (
     LoggingConfig,
     RunConfig,
     ScalingConfig,
+    UserCallback,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -25,10 +26,24 @@ _RAY_SETTINGS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
 }
+# A step on the host frees and asks again for the same large tensors: glibc, which by default gives
+# them back to the system each time, made 2.3 million page faults in 40 steps of a 5 M model, and
+# the step a tenth slower (benchmarks/RESULTS.md).
+_HOST_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(10**9),
+    "MALLOC_TOP_PAD_": str(10**8),
+    "MALLOC_TRIM_THRESHOLD_": str(2 * 10**9),
+}
 
 
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; quietly."""
+def connect(dashboard: bool = False) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine; quietly.
+
+    Args:
+        dashboard: start it with a Ray of this machine. A sweep needs it: what frees the workers
+            of a trial that is stopped asks it which they are.
+    """
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     disable_progress_bar()
@@ -36,7 +51,7 @@ def connect() -> None:
         logging.getLogger(logger).setLevel(logging.ERROR)
     if ray.is_initialized():
         return
-    local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+    local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": dashboard}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
 
 
@@ -83,7 +98,9 @@ def scaling(config: ORPOConfig) -> ScalingConfig:
     )
 
 
-def run_settings(config: ORPOConfig, run_directory: Path) -> RunConfig:
+def run_settings(
+    config: ORPOConfig, run_directory: Path, callbacks: list[UserCallback]
+) -> RunConfig:
     """Where Ray Train keeps its state of the run, and what it does about failures."""
     return RunConfig(
         name=run_directory.name,
@@ -93,6 +110,8 @@ def run_settings(config: ORPOConfig, run_directory: Path) -> RunConfig:
         ),
         checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
         logging_config=LoggingConfig(log_level="ERROR"),
+        callbacks=callbacks,
+        worker_runtime_env=None if config.ray.use_gpu else {"env_vars": _HOST_MEMORY},
     )
 
 

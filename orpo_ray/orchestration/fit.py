@@ -1,10 +1,11 @@
 """One Ray Train run: workers, feed and settings put together; on the driver."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 import orpo_ray
@@ -31,6 +32,7 @@ class Fit:
         run_directory: where the run and Ray Train's own state of it are kept.
         plans: the feed, by data set name.
         data_report: for the model card.
+        callbacks: of Ray Train, told of every report.
     """
 
     config: ORPOConfig
@@ -38,6 +40,7 @@ class Fit:
     run_directory: Path
     plans: Mapping[str, FeedPlan]
     data_report: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: Sequence[UserCallback] = ()
 
     def run(self, work: Work) -> WorkerAnswer:
         """Run `work` on every rank; returns rank 0's answer.
@@ -61,7 +64,7 @@ class Fit:
             train_loop_config={"task": task},
             torch_config=TorchConfig(backend=backend),
             scaling_config=cluster.scaling(self.config),
-            run_config=cluster.run_settings(self.config, self.run_directory),
+            run_config=cluster.run_settings(self.config, self.run_directory, list(self.callbacks)),
             datasets={name: plan.shard_list() for name, plan in self.plans.items()},
             dataset_config=PlannedFeed(self.plans),
         )

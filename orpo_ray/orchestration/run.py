@@ -1,29 +1,18 @@
 """The commands' one function each: from a config to a trained model; on the driver."""
 
-import json
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from orpo_ray.config import ORPOConfig
-from orpo_ray.config_file import load_config, to_yaml
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.data_report import write_data_report
-from orpo_ray.orchestration.feed import TRAIN, eval_plan, train_plan
+from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
-from orpo_ray.orchestration.ingest import IngestRequest, ingest
-from orpo_ray.orchestration.inputs import RunInputs, find_inputs
+from orpo_ray.orchestration.inputs import RunInputs
 from orpo_ray.orchestration.progress import RunWatcher
+from orpo_ray.orchestration.start import make_console, start_run
 from orpo_ray.orchestration.worker import evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.shards import TokenSet
 from orpo_ray.training.run_files import FINAL, summary
-
-CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -60,9 +49,10 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
         TrainingError: for a loss that is not finite.
         ray.train.TrainingFailedError: when workers keep failing.
     """
-    start = _start(config, inputs)
-    config, console, run_directory = start.config, start.console, start.run_directory
-    plans = {TRAIN: train_plan(config, start.token_sets[TRAIN])} | _eval_plans(start)
+    console = make_console()
+    start = start_run(config, console, inputs)
+    config, run_directory = start.config, start.run_directory
+    plans = start.plans()
     problem = cluster.set_aside_broken_snapshot(run_directory)
     if problem:
         console.print(problem, markup=False)
@@ -93,11 +83,11 @@ def evaluate(config: ORPOConfig, inputs: RunInputs | None = None) -> dict[str, f
         ConfigError: for settings that the cluster cannot meet.
         DataError: for missing files, no evaluation data, and when no usable row is left.
     """
-    start = _start(config, inputs, only_evals=True)
+    start = start_run(config, make_console(), inputs, only_evals=True)
     if not start.token_sets:
         raise DataError(["eval_files: nothing to evaluate on; name files"])
-    plans = _eval_plans(start)
-    fit = Fit(start.config, start.inputs.model, start.run_directory / "evaluation", plans)
+    folder = start.run_directory / "evaluation"
+    fit = Fit(start.config, start.inputs.model, folder, start.plans())
     return fit.run(evaluate_worker).figures["after"]
 
 
@@ -110,91 +100,10 @@ def prepare(config: ORPOConfig) -> dict[str, Any]:
     Raises:
         DataError: for missing files and when no usable row is left.
     """
-    start = _start(config, None)
-    start.console.print(f"data report: {start.run_directory}/data_report.json", markup=False)
+    console = make_console()
+    start = start_run(config, console)
+    console.print(f"data report: {start.run_directory}/data_report.json", markup=False)
     return start.data_report
-
-
-@dataclass(frozen=True)
-class _Start:
-    """What every command has once its data is ingested."""
-
-    config: ORPOConfig
-    inputs: RunInputs
-    run_directory: Path
-    token_sets: dict[str, TokenSet]
-    data_report: dict[str, Any]
-    console: Console
-
-
-def _start(config: ORPOConfig, inputs: RunInputs | None, only_evals: bool = False) -> _Start:
-    """Name the run, find its files, join the cluster, ingest, and write down all of it."""
-    console = Console(highlight=False, soft_wrap=True)
-    if not config.output.run_name:
-        config = config.replace(run_name=time.strftime("orpo-%Y%m%d-%H%M%S"))
-    output_directory = Path(config.output.output_dir).expanduser().resolve()
-    run_directory = output_directory / str(config.output.run_name)
-    config = _with_batch_size(config, run_directory, console)
-    inputs = inputs or find_inputs(config, output_directory)
-    cluster.connect()
-    config = cluster.with_cluster(config)
-    files = dict(inputs.eval_files) if only_evals else {TRAIN: inputs.train_files}
-    files |= inputs.eval_files
-    token_sets = {}
-    for name, paths in files.items():
-        tokens = ingest(_request(config, inputs, paths, output_directory))
-        token_sets[name] = tokens
-        console.print(_counts_text(name.rstrip("_"), tokens.report), markup=False)
-    run_directory.mkdir(parents=True, exist_ok=True)
-    write_data_report(
-        str(run_directory), {name.rstrip("_"): tokens for name, tokens in token_sets.items()}
-    )
-    (run_directory / CONFIG).write_text(to_yaml(config))
-    report = json.loads((run_directory / "data_report.json").read_text())
-    return _Start(config, inputs, run_directory, token_sets, report, console)
-
-
-def _with_batch_size(config: ORPOConfig, run_directory: Path, console: Console) -> ORPOConfig:
-    """Settle the pairs of a step; a run that goes on with other workers keeps those it had."""
-    earlier = run_directory / CONFIG
-    if config.train.global_batch_size is None and earlier.exists():
-        before = load_config(str(earlier), [])
-        shares = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        same_shares = all(getattr(before.train, n) == getattr(config.train, n) for n in shares)
-        if same_shares and before.pairs_per_step != config.pairs_per_step:
-            console.print(f"going on with {before.pairs_per_step} pairs a step, as before")
-            return config.replace(global_batch_size=before.pairs_per_step)
-    return config.replace(global_batch_size=config.pairs_per_step)
-
-
-def _eval_plans(start: _Start) -> dict[str, Any]:
-    return {
-        name: eval_plan(start.config, tokens)
-        for name, tokens in start.token_sets.items()
-        if name != TRAIN
-    }
-
-
-def _request(
-    config: ORPOConfig, inputs: RunInputs, paths: tuple[str, ...], output_directory: Path
-) -> IngestRequest:
-    cache = Path(config.data.token_cache_dir or output_directory / "token_cache")
-    return IngestRequest(
-        files=tuple(paths),
-        tokenizer=inputs.model.tokenizer,
-        revision=inputs.model.revision,
-        max_length=config.data.max_length,
-        shard_rows=config.data.shard_rows,
-        cache_directory=str(cache.expanduser().resolve()),
-        group_by_prompt=config.data.group_by_prompt,
-    )
-
-
-def _counts_text(name: str, report: Mapping[str, Any]) -> str:
-    """What ingest counted, on one line."""
-    refused = ", ".join(f"{count} {reason}" for reason, count in report["refused"].items())
-    text = f"{name} data: {report['rows_read']} rows read, {report['rows_kept']} kept"
-    return f"{text}, refused: {refused}" if refused else text
 
 
 def end_text(result: TrainResult, config: ORPOConfig) -> str:

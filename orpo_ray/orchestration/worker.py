@@ -16,7 +16,12 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.preference.stream import TokenStream
-from orpo_ray.training.errors import NonFiniteError, ResumeError, UnsupportedModelError
+from orpo_ray.training.errors import (
+    MicrobatchTooLargeError,
+    NonFiniteError,
+    ResumeError,
+    UnsupportedModelError,
+)
 from orpo_ray.training.model_source import ModelSource
 from orpo_ray.training.run_files import RunFiles
 
@@ -83,6 +88,10 @@ def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
         return WorkerAnswer({}, refusal=str(error))
     except NonFiniteError as error:
         return WorkerAnswer({}, failure=str(error))
+    except MicrobatchTooLargeError as error:
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the other ranks wait for this one: Ray has to end them
+        return WorkerAnswer({}, failure=str(error))
 
 
 def evaluate_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
@@ -118,11 +127,14 @@ def _device(task: WorkerTask) -> "torch.device":
 
 @dataclass(frozen=True)
 class _Reporter:
-    """Tells Ray Train of a checkpoint that is already in its place."""
+    """Tells Ray Train of an evaluation, or of a checkpoint that is already in its place."""
 
     run_directory: str
 
-    def __call__(self, metrics: Mapping[str, Any], name: str) -> None:
+    def __call__(self, metrics: Mapping[str, Any], name: str | None) -> None:
+        if name is None:
+            ray.train.report(dict(metrics))
+            return
         ray.train.report(
             dict(metrics),
             checkpoint=Checkpoint.from_directory(str(Path(self.run_directory, name))),

@@ -13,5 +13,5 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient is not a number; raised on all ranks before the optimizer moves."""
 
 
-class OutOfMemoryError(MemoryError):
+class MicrobatchTooLargeError(MemoryError):
     """A microbatch does not fit; the message names the token budget to set."""

@@ -33,7 +33,7 @@ from orpo_ray.training.sharding import build_model, use_bf16
 from orpo_ray.training.step import Trainee, train_step
 from orpo_ray.training.verify import settle_attention
 
-Report = Callable[[Mapping[str, Any], str], None]
+Report = Callable[[Mapping[str, Any], str | None], None]
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class TrainingJob:
         data_report: what `data_report.json` holds, for the model card.
         version: of this project.
         device: of this rank.
-        report: told of every committed checkpoint, by all ranks together: the latest metrics
-            and the checkpoint's name below the run directory.
+        report: told of every evaluation and every committed checkpoint, by all ranks together:
+            the latest metrics, and the checkpoint's name below the run directory or None.
     """
 
     config: ORPOConfig
@@ -212,6 +212,8 @@ class _Loop:
             self._log({"step": self.step, "epoch": epoch} | line)
         if last or self.step % config.save_steps == 0:
             self._save()
+        elif any(name.startswith("eval_") for name in line):
+            self.job.report(self.latest | {"step": self.step}, None)
 
     def _window_metrics(self, rate: float) -> dict[str, Any]:
         """The metrics since the last logged step: one collective, one wait for the device."""

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 from orpo_ray.objective.head import LossScale
 from orpo_ray.objective.metrics import N_SUMS
 from orpo_ray.preference.groups import RowId
+from orpo_ray.preference.packing import PackedRow
 from orpo_ray.preference.stream import StepBatch
-from orpo_ray.training.errors import NonFiniteError
+from orpo_ray.training.errors import MicrobatchTooLargeError, NonFiniteError
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
 
@@ -58,9 +59,7 @@ def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> Tensor:
     trainee.model.train()
     trainee.optimizer.zero_grad(set_to_none=True)
     for row in batch.rows:
-        output = trainee.model(Microbatch(row, trainee.device), scale)
-        output.loss.backward()
-        step_sums += output.sums
+        step_sums += _forward_backward(trainee, row, scale)
     norm = gradient_norm(trainee.model, trainee.max_grad_norm)
     if not torch.isfinite(norm):  # the one wait for the device in a step
         raise NonFiniteError(_non_finite_rows(trainee, batch, scale))
@@ -68,6 +67,28 @@ def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> Tensor:
     trainee.scheduler.step()
     sums += step_sums
     return norm
+
+
+def _forward_backward(trainee: Trainee, row: PackedRow, scale: LossScale) -> Tensor:
+    """One microbatch; returns the sums of its metrics."""
+    try:
+        output = trainee.model(Microbatch(row, trainee.device), scale)
+        output.loss.backward()
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        n_tokens = len(row.token_ids)
+        raise MicrobatchTooLargeError(
+            f"a microbatch of {n_tokens} tokens does not fit into memory; set "
+            f"max_tokens_per_microbatch={n_tokens // 2} or less, or gradient_checkpointing=true"
+        ) from error
+    sums: Tensor = output.sums
+    return sums
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed; on the host torch has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def gradient_norm(model: OrpoModel, max_norm: float) -> Tensor:

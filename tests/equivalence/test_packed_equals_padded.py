@@ -8,7 +8,7 @@ from orpo_ray.objective.metrics import OrpoWeights, metrics_from_sums
 from orpo_ray.preference.packing import pack
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
-from tests.reference.models import odd_groups, tiny_model
+from tests.reference.models import MIXTURES, odd_groups, tiny_model
 from tests.reference.padded import Reference, reference_orpo
 
 FAMILIES = (
@@ -17,10 +17,12 @@ FAMILIES = (
     "mistral",
     "qwen2",
     "qwen3",
+    "phi3",
     "gemma2",
+    "gemma3",
     "gpt-neox",
     "gpt2",
-    "mixtral",
+    *MIXTURES,
 )
 BETA = 0.3
 ROUTER_COEF = 0.05
@@ -33,7 +35,7 @@ def reference(name: str, nll_scope: str) -> tuple[Reference, dict[str, torch.Ten
     # Gemma 2's capped scores need eager attention, which is NaN on padding in fp64: its fp32
     # softmax turns the fp64 minimum of the mask into minus infinity, on whole rows of padding.
     model = tiny_model(name, torch.float32 if name == "gemma2" else torch.float64)
-    coef = ROUTER_COEF if name == "mixtral" else 0.0
+    coef = ROUTER_COEF if name in MIXTURES else 0.0
     result = reference_orpo(model, odd_groups(1), BETA, nll_scope, coef)
     result.loss.backward()
     return result, {n: p.grad for n, p in model.named_parameters()}

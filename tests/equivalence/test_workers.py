@@ -31,11 +31,22 @@ def test_two_workers_equal_one(inputs, one_worker, tmp_path):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
-def test_recomputed_activations_change_nothing(inputs, one_worker, tmp_path):
-    for again, one in zip(
-        metrics(inputs, tmp_path, 1, gradient_checkpointing=True), one_worker, strict=True
-    ):
+@pytest.mark.parametrize("every", [1, 2])
+def test_recomputed_activations_change_nothing(inputs, one_worker, tmp_path, every):
+    recomputed = metrics(
+        inputs, tmp_path, 1, gradient_checkpointing=True, gradient_checkpointing_every=every
+    )
+    for again, one in zip(recomputed, one_worker, strict=True):
         assert again == pytest.approx(one, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.slow  # the compiler takes a minute
+def test_compiled_layers_survive_changing_lengths(inputs, one_worker, tmp_path):
+    """Every microbatch has another length; fused additions change the last bits only."""
+    for compiled, one in zip(
+        metrics(inputs, tmp_path, 1, torch_compile=True), one_worker, strict=True
+    ):
+        assert compiled == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
 def test_bfloat16_stays_close_and_counts_exactly(inputs, one_worker, tmp_path):

@@ -356,3 +356,54 @@ def test_a_row_that_cannot_be_rendered_or_encoded_costs_one_row(
     request = request_for(ingested, tmp_path, "chat.jsonl", lines.encode())
     report = ingest(replace(request, tokenizer=str(tmp_path / "strict"))).report
     assert (report["rows_read"], report["rows_kept"], report["rows_refused"]) == (3, 2, 1)
+
+
+def test_pairs_of_one_prompt_become_one_group_wherever_they_stand(
+    tokenizer_folder: str, tmp_path: Path
+) -> None:
+    """Prompts 0, 1 and 2 in turn over two files and several shards; three answers of each.
+
+    As apart: 14 pairs of a prompt and two answers; together: 3 prompts and their distinct answers.
+    """
+    answers = [("yes", "no"), ("yesyes", "no"), ("yesyes", "yes")]
+    rows = [
+        {
+            "prompt": f"p{i % 3}: ",
+            "chosen": answers[i // 3 % 3][0],
+            "rejected": answers[i // 3 % 3][1],
+        }
+        for i in range(14)
+    ]
+    for name, part in (("a.jsonl", rows[:8]), ("b.jsonl", rows[8:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    request = IngestRequest(
+        files=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")),
+        tokenizer=tokenizer_folder,
+        revision=None,
+        max_length=MAX_LENGTH,
+        shard_rows=2,
+        cache_directory=str(tmp_path / "cache"),
+    )
+    apart = Ingested(request, ingest(request)).groups()
+    grouped = replace(request, group_by_prompt=True)
+    result = Ingested(grouped, ingest(grouped))
+    together = result.groups()
+    assert [len(group.pairs) for group in together] == [5, 5, 4]
+    assert [len(group.completions) for group in together] == [3, 3, 3]
+    assert [shard.n_groups for shard in result.tokens.shards] == [2, 1]
+    found = {
+        row_id: (group.prompt.tolist(), *(group.completions[side].tolist() for side in pair))
+        for group in together
+        for row_id, pair in zip(group.row_ids, group.pairs, strict=True)
+    }
+    expected = {
+        group.row_ids[0]: (group.prompt.tolist(), *(c.tolist() for c in group.completions))
+        for group in apart
+    }
+    assert found == expected
+    assert [group.row_ids[0] for group in together] == [RowId(0, 0), RowId(0, 1), RowId(0, 2)]
+    assert result.tokens.report["rows_kept"] == result.tokens.n_pairs == 14
+    assert result.tokens.report["prompts"] == 3
+    assert {path.name for path in Path(result.tokens.directory).glob("*.parquet")} == {
+        shard.name for shard in result.tokens.shards
+    }

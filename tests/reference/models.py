@@ -19,6 +19,8 @@ _LLAMA_LIKE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+_EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True}
+MIXTURES = ("mixtral", "olmoe", "qwen2-moe", "qwen3-moe")
 _LAYERS = {"sliding_window": 8, "head_dim": 8}
 
 
@@ -41,6 +43,15 @@ def _config(name: str) -> Any:
             attn_logit_softcapping=5.0,
             final_logit_softcapping=3.0,
         )
+    if name == "phi3":
+        return families.phi3.Phi3Config(**_LLAMA_LIKE, pad_token_id=0, sliding_window=8)
+    if name == "gemma3":
+        return families.gemma3.Gemma3TextConfig(
+            **_LLAMA_LIKE,
+            **_LAYERS,
+            query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "full_attention"],
+        )
     if name == "gpt-neox":
         wanted = {k: v for k, v in _LLAMA_LIKE.items() if k != "num_key_value_heads"}
         return families.gpt_neox.GPTNeoXConfig(**wanted)
@@ -49,9 +60,24 @@ def _config(name: str) -> Any:
             vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128
         )
     if name == "mixtral":
-        return families.mixtral.MixtralConfig(
-            **_LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True
+        return families.mixtral.MixtralConfig(**_LLAMA_LIKE, **_EXPERTS, num_local_experts=4)
+    experts = _LLAMA_LIKE | _EXPERTS | {"num_experts": 4}
+    if name == "olmoe":
+        return families.olmoe.OlmoeConfig(**experts)
+    if name == "qwen2-moe":
+        return families.qwen2_moe.Qwen2MoeConfig(
+            **experts, moe_intermediate_size=24, shared_expert_intermediate_size=24
         )
+    if name == "qwen3-moe":
+        return families.qwen3_moe.Qwen3MoeConfig(**experts, moe_intermediate_size=24, head_dim=8)
+    if name == "lfm2":  # short convolutions between tokens: cannot be packed
+        return families.lfm2.Lfm2Config(**_LLAMA_LIKE, layer_types=["conv", "full_attention"])
+    if name == "gpt-oss":  # attention sinks, which the packed attention does not know
+        return families.gpt_oss.GptOssConfig(
+            **experts, head_dim=8, layer_types=["full_attention"] * 2
+        )
+    if name == "smollm3":
+        return families.smollm3.SmolLM3Config(**_LLAMA_LIKE, pad_token_id=0)
     raise ValueError(name)
 
 

@@ -83,7 +83,7 @@ def reference_orpo(
     if router_coef:
         aux = load_balancing_loss_func(
             tuple(output.router_logits),
-            model.config.num_local_experts,
+            getattr(model.config, "num_local_experts", None) or model.config.num_experts,
             model.config.num_experts_per_tok,
             mask,
         )

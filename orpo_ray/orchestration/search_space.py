@@ -1,0 +1,112 @@
+"""What a sweep searches: `loguniform(0.05, 0.5)` and the like, checked and handed to Ray Tune."""
+
+import ast
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from ray import tune
+
+from orpo_ray.config import SECTION_OF, ConfigError, ORPOConfig
+
+# What a trial may not be given: who it is, and what the whole sweep is.
+_FIXED = ("output", "tune")
+_FORMS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "uniform": (2, tune.uniform),
+    "loguniform": (2, tune.loguniform),
+    "randint": (2, tune.randint),
+}
+
+
+def search_space(config: ORPOConfig) -> dict[str, Any]:
+    """Ray Tune's domains by setting; unset, beta and the learning rate around the config's own.
+
+    Raises:
+        ConfigError: naming every entry that is no setting, no expression, or reaches values that
+            the setting does not take.
+    """
+    entries = dict(config.search) or _default_entries(config)
+    findings: list[str] = []
+    space = {}
+    for name, entry in entries.items():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf not in SECTION_OF or SECTION_OF[leaf] in _FIXED:
+            findings.append(f"search.{name}: not a setting that can be searched")
+            continue
+        try:
+            domain, samples = _domain(entry)
+        except ValueError as error:
+            findings.append(f"search.{name}: {error} (got {entry!r})")
+            continue
+        findings += _refused(config, leaf, samples)
+        space[leaf] = domain
+    if findings:
+        raise ConfigError(findings)
+    return space
+
+
+def _default_entries(config: ORPOConfig) -> dict[str, str]:
+    """A factor of about 3 to both sides."""
+    beta = config.orpo.beta or 0.1
+    rate = config.train.learning_rate or 8e-6
+    return {
+        "beta": f"loguniform({beta / 3:.4g}, {min(beta * 3, 100.0):.4g})",
+        "learning_rate": f"loguniform({rate / 3:.4g}, {min(rate * 3, 1.0):.4g})",
+    }
+
+
+def _domain(entry: str | Sequence[Any]) -> tuple[Any, list[Any]]:
+    """A domain, and values at its ends to try the setting with.
+
+    Raises:
+        ValueError: saying what is expected instead.
+    """
+    if not isinstance(entry, str):
+        return tune.choice(list(entry)), list(entry)
+    expected = "expected loguniform(a, b), uniform(a, b), randint(a, b), choice(...) or grid(...)"
+    name, _, rest = entry.partition("(")
+    name = name.strip()
+    if not rest.rstrip().endswith(")") or name not in (*_FORMS, "choice", "grid"):
+        raise ValueError(expected)
+    try:
+        values = ast.literal_eval(f"[{rest.rstrip()[:-1]}]")
+    except (ValueError, SyntaxError):
+        # Names without quotes, as a shell leaves them: choice(linear, cosine).
+        values = [part.strip() for part in rest.rstrip()[:-1].split(",")]
+    if len(values) == 1 and isinstance(values[0], list | tuple):
+        values = list(values[0])
+    if not values:
+        raise ValueError(expected)
+    if name == "choice":
+        return tune.choice(values), values
+    if name == "grid":
+        return tune.grid_search(values), values
+    return _interval(name, values), list(values)
+
+
+def _interval(name: str, values: Sequence[Any]) -> Any:
+    count, make = _FORMS[name]
+    numbers = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+    if len(values) != count or len(numbers) != count or not values[0] < values[1]:
+        raise ValueError(f"{name} takes two numbers, the smaller one first")
+    if name == "loguniform" and values[0] <= 0:
+        raise ValueError("loguniform takes numbers above 0")
+    return make(*values)
+
+
+def _refused(config: ORPOConfig, leaf: str, samples: Sequence[Any]) -> list[str]:
+    """What the config says against values of the domain."""
+    findings = []
+    for value in samples:
+        try:
+            with_values(config, {leaf: value})
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            findings.append(f"search.{leaf}: {message[:1].lower()}{message[1:]} (got {value!r})")
+    return findings
+
+
+def with_values(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:
+    """The config of a trial."""
+    return config.replace(**values)

@@ -1,0 +1,228 @@
+"""A sweep: Ray Tune over training runs, from one config to a champion; on the driver."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import ray
+from ray import tune as ray_tune
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+from rich.console import Console
+
+from orpo_ray.config import ConfigError, ORPOConfig
+from orpo_ray.config_file import to_yaml
+from orpo_ray.orchestration import cluster
+from orpo_ray.orchestration.feed import TRAIN
+from orpo_ray.orchestration.search_space import search_space
+from orpo_ray.orchestration.start import Start, make_console, start_run
+from orpo_ray.orchestration.sweep_progress import SweepWatcher, trial_text
+from orpo_ray.orchestration.sweep_report import write_sweep_report
+from orpo_ray.orchestration.sweep_results import Goal, Trial, read_trials, table_rows
+from orpo_ray.orchestration.trial import TRIALS, run_trial, trial_config, trial_function
+from orpo_ray.preference.errors import DataError
+from orpo_ray.training.run_files import FINAL
+
+BETA_ZERO = "beta-0"
+CHAMPION, BEST_CONFIG = "champion", "best_config.yaml"
+_STATE = "ray_tune"
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A finished sweep.
+
+    Args:
+        directory: absolute path; the README says what is in it.
+        best: the best trial, or None when none is left under the guard.
+        trials: all trials, the best first.
+        model_directory: the best trial's model.
+    """
+
+    directory: str
+    best: Trial | None
+    trials: list[Trial]
+    model_directory: str | None
+
+
+def tune(config: ORPOConfig) -> SweepResult:
+    """Search the settings that `search` names, and keep the best trial's model and config.
+
+    The same run name goes on with a sweep that was interrupted: finished trials stay, those that
+    were running go on from their checkpoints.
+
+    Raises:
+        ConfigError: for a search or a goal that makes no sense, and what `train` refuses.
+        DataError: for missing files, no usable row, and no evaluation data.
+    """
+    space, goal = search_space(config), Goal.of(config)
+    problem = goal.problem()
+    if problem:
+        raise ConfigError([problem])
+    console = make_console()
+    cluster.connect(dashboard=True)
+    if config.ray.resources_per_worker is None and not ray.cluster_resources().get("GPU"):
+        config = config.replace(resources_per_worker={"CPU": 1.0})
+    start = start_run(config, console)
+    if len(start.token_sets) < 2:
+        raise DataError(["eval_files: a sweep compares trials on held-out pairs; name files"])
+    start = _with_evaluations(start)
+    tuner = _tuner(start, space, goal)
+    console.print(_plan_text(start, space, goal), markup=False)
+    with SweepWatcher(start.run_directory, goal, console):
+        tuner.fit()
+    return _conclude(start, goal, console)
+
+
+def _with_evaluations(start: Start) -> Start:
+    """Trials are compared at evaluations: without `eval_steps`, eight of them a run."""
+    from dataclasses import replace
+
+    if start.config.train.eval_steps is not None:
+        return start
+    return replace(start, config=start.config.replace(eval_steps=max(1, _n_steps(start) // 8)))
+
+
+def _n_steps(start: Start) -> int:
+    plan = start.plans()[TRAIN]
+    return start.config.total_steps(plan.order.n_batches(plan.plan.batch_groups))
+
+
+def _tuner(start: Start, space: Mapping[str, Any], goal: Goal) -> ray_tune.Tuner:
+    """Ray Tune's own state of this sweep, taken up again where there is some."""
+    trainable = ray_tune.with_resources(trial_function(start), {"CPU": 0.01})
+    state = start.run_directory / _STATE
+    if ray_tune.Tuner.can_restore(str(state)):
+        return ray_tune.Tuner.restore(str(state), trainable, resume_unfinished=True)
+    config = start.config.tune
+    return ray_tune.Tuner(
+        trainable,
+        param_space=dict(space),
+        tune_config=ray_tune.TuneConfig(
+            metric=goal.metric,
+            mode=goal.mode,
+            num_samples=config.num_samples,
+            max_concurrent_trials=_concurrent(start.config),
+            search_alg=_search_algorithm(start.config),
+            scheduler=_scheduler(start),
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=ray_tune.RunConfig(
+            name=_STATE, storage_path=str(start.run_directory), verbose=0
+        ),
+    )
+
+
+def _concurrent(config: ORPOConfig) -> int:
+    """As many trials as the cluster holds whole, so that no two wait for each other's half."""
+    total = ray.cluster_resources()
+    wanted = config.ray.resources_per_worker or {}
+    fits = [
+        int(total.get(name, 0) // (amount * config.ray.num_workers))
+        for name, amount in wanted.items()
+        if amount
+    ]
+    return max(1, min([*fits, config.tune.max_concurrent_trials or 1 << 30]))
+
+
+def _search_algorithm(config: ORPOConfig) -> Any:
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    if config.tune.search_algorithm == "random":
+        return BasicVariantGenerator(random_state=config.train.seed)
+    if any(isinstance(v, str) and v.strip().startswith("grid(") for v in config.search.values()):
+        raise ConfigError(["tune.search_algorithm: optuna draws values; a grid is for random"])
+    from ray.tune.search.optuna import OptunaSearch
+
+    return OptunaSearch(seed=config.train.seed)
+
+
+def _scheduler(start: Start) -> TrialScheduler:
+    config = start.config
+    grace = config.tune.grace_steps or config.train.eval_steps or 1
+    if config.tune.trial_scheduler == "asha":
+        n_steps = max(_n_steps(start), grace)
+        return ASHAScheduler(
+            time_attr="step",
+            max_t=n_steps,
+            grace_period=grace,
+            reduction_factor=config.tune.reduction_factor,
+        )
+    if config.tune.trial_scheduler == "median":
+        return MedianStoppingRule(time_attr="step", grace_period=grace, min_samples_required=2)
+    return FIFOScheduler()
+
+
+def _conclude(start: Start, goal: Goal, console: Console) -> SweepResult:
+    """The tables, the best trial's model and config, the report."""
+    directory = start.run_directory
+    trials = goal.ranked([t for t in read_trials(directory) if t.name != BETA_ZERO])
+    best = goal.best(trials)
+    baseline = _beta_zero(start, best, console) if best else None
+    rows = table_rows(trials, goal)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+    pa.csv.write_csv(table, str(directory / "results.csv"))
+    pq.write_table(table, directory / "results.parquet")
+    champion = None
+    if best:
+        settings = trial_config(start.config, best.values).replace(
+            run_name=None, output_dir=start.config.output.output_dir, resources_per_worker=None
+        )
+        (directory / BEST_CONFIG).write_text(to_yaml(settings))
+        champion = directory / CHAMPION
+        shutil.rmtree(champion, ignore_errors=True)
+        shutil.copytree(best.directory / FINAL, champion)
+    report = write_sweep_report(directory, trials, goal, baseline)
+    console.print(_end_text(trials, goal, best, directory), markup=False)
+    console.print(f"report: {report}", markup=False)
+    return SweepResult(str(directory), best, trials, str(champion) if champion else None)
+
+
+def _beta_zero(start: Start, best: Trial, console: Console) -> Trial | None:
+    """The best trial's settings without the odds-ratio term, for the figure of the paper."""
+    if not start.config.tune.compare_beta_zero:
+        return None
+    if not (start.run_directory / TRIALS / BETA_ZERO / FINAL).is_dir():
+        console.print("the best trial's settings with beta=0, for comparison", markup=False)
+        run_trial(start, BETA_ZERO, dict(best.values) | {"beta": 0.0})
+    return next(t for t in read_trials(start.run_directory) if t.name == BETA_ZERO)
+
+
+def _plan_text(start: Start, space: Mapping[str, Any], goal: Goal) -> str:
+    config = start.config.tune
+    at_a_time = _concurrent(start.config)
+    return (
+        f"sweep directory: {start.run_directory}\n"
+        f"searching {', '.join(space)}: {config.num_samples} samples, {at_a_time} at a time, "
+        f"by {config.search_algorithm} search and {config.trial_scheduler}; "
+        f"best {goal.mode} {goal.metric}"
+    )
+
+
+def _end_text(trials: list[Trial], goal: Goal, best: Trial | None, directory: Path) -> str:
+    """The end of a sweep on a few lines."""
+    lines = [trial_text(trial, goal) for trial in trials]
+    ruled_out = [trial.name for trial in trials if trial.finished and goal.guarded(trial)]
+    if ruled_out:
+        lines.append(
+            f"ruled out, NLL rose by more than max_nll_increase={goal.max_nll_increase}: "
+            f"{', '.join(ruled_out)}"
+        )
+    if best is None:
+        return "\n".join([*lines, "no finished trial is left to choose"])
+    lines += [
+        f"best: {trial_text(best, goal)}",
+        f"champion: {directory / CHAMPION}",
+        f"next: python jobs/train.py {directory / BEST_CONFIG}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,234 @@
+"""The report of a sweep: one HTML file that needs no network; on the driver."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from orpo_ray.orchestration.sweep_results import Goal, Trial, table_rows
+
+REPORT = "sweep_report.html"
+_CURVES = ("rewards/accuracies", "rewards/margins", "log_odds_chosen", "nll_loss")
+_LEAST_FOR_IMPORTANCE = 4
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ name }}: sweep</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .2rem .7rem; border-bottom: 1px solid #8884; text-align: right; }
+td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
+tr.best { font-weight: 600; }
+figure { margin: 1rem 0; background: #fff; padding: .5rem; border-radius: 6px; }
+figure svg { width: 100%; height: auto; }
+figcaption { color: #444; }
+.wide { overflow-x: auto; }
+</style></head><body>
+<h1>{{ name }}</h1>
+<p>{{ headline }}</p>
+<h2>Trials</h2>
+<div class="wide"><table><thead><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in rows %}
+<tr{% if row.trial == best %} class="best"{% endif %}>\
+{% for c in columns %}<td>{{ row[c] | figure }}</td>{% endfor %}</tr>
+{%- endfor %}</tbody></table></div>
+{% for title, text, svg in figures %}
+<h2>{{ title }}</h2>
+<figure>{{ svg | safe }}<figcaption>{{ text }}</figcaption></figure>
+{% endfor %}
+<p>Every trial has its own folder in <code>trials/</code>; <code>best_config.yaml</code> is the
+config of the best one, and <code>champion/</code> its model.</p>
+</body></html>
+"""
+
+
+def write_sweep_report(
+    directory: Path, trials: Sequence[Trial], goal: Goal, beta_zero: Trial | None
+) -> Path:
+    """Write `sweep_report.html`.
+
+    Args:
+        directory: of the sweep.
+        trials: the best first.
+        goal: how they were compared.
+        beta_zero: the best trial's settings without the odds-ratio term, if they were run.
+
+    Returns:
+        Its path.
+    """
+    best = goal.best(trials)
+    rows = table_rows(trials, goal)
+    hidden = {"failure"} if not any(row["failure"] for row in rows) else set()
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in hidden))
+    figures = [_curves(trials, goal)]
+    figures += _heat_map(trials, goal)
+    if best and beta_zero:
+        figures.append(_log_probs(best, beta_zero, goal))
+    figures += _importance(trials, goal)
+    environment = Environment(autoescape=True, keep_trailing_newline=True)
+    environment.filters["figure"] = _figure
+    page = environment.from_string(_PAGE).render(
+        name=directory.name,
+        headline=_headline(trials, best, goal),
+        rows=rows,
+        columns=columns,
+        best=best.name if best else None,
+        figures=figures,
+    )
+    path = directory / REPORT
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _headline(trials: Sequence[Trial], best: Trial | None, goal: Goal) -> str:
+    if best is None:
+        return f"{len(trials)} trials; none is left to choose."
+    values = ", ".join(f"{name} = {_figure(value)}" for name, value in best.values.items())
+    start = best.evaluations(goal.metric)[0][1]
+    return (
+        f"{len(trials)} trials. Best: {best.name} ({values}), {goal.metric} "
+        f"{start:.4g} before and {best.last(goal.metric):.4g} after training, NLL "
+        f"{goal.nll_increase(best):+.3g} nats."
+    )
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
+
+
+def _svg(figure: Any) -> str:
+    """A matplotlib figure as an SVG element."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    whole = text.getvalue()
+    return whole[whole.index("<svg") :]
+
+
+def _axes(n_columns: int, width: float = 9.0, height: float = 3.0) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(1, n_columns, squeeze=False)
+    return figure, list(grid[0])
+
+
+def _curves(trials: Sequence[Trial], goal: Goal) -> tuple[str, str, str]:
+    figure, axes = _axes(len(_CURVES), width=13.0)
+    for axis, name in zip(axes, _CURVES, strict=True):
+        for rank, trial in enumerate(trials):
+            points = trial.evaluations(goal.prefix + name)
+            style = {"linewidth": 2.2, "zorder": 3} if rank == 0 else {"alpha": 0.55}
+            label = f"{trial.name}{' (best)' if rank == 0 else ''}"
+            axis.plot(*zip(*points, strict=True), label=label, **style) if points else None
+        axis.set_title(goal.prefix + name, fontsize=9)
+        axis.set_xlabel("step")
+    axes[0].legend(fontsize=6)
+    return ("Curves", "Held-out figures at every evaluation, a line a trial.", _svg(figure))
+
+
+def _heat_map(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]:
+    """The metric over beta and learning rate, where both were searched."""
+    points = [
+        (float(t.values["beta"]), float(t.values["learning_rate"]), t.last(goal.metric))
+        for t in trials
+        if {"beta", "learning_rate"} <= t.values.keys() and t.evaluations(goal.metric)
+    ]
+    if not points:
+        return []
+    figure, (axis,) = _axes(1, width=6.0, height=4.2)
+    betas, rates, values = (list(column) for column in zip(*points, strict=True))
+    if len({*zip(betas, rates, strict=True)}) >= 4:
+        _shade(axis, betas, rates, values)
+    drawn = axis.scatter(betas, rates, c=values, s=90, cmap="viridis", edgecolors="black", zorder=3)
+    for beta, rate, value in points:
+        place = {"textcoords": "offset points", "xytext": (7, 5), "fontsize": 8}
+        axis.annotate(f"{value:.3g}", (beta, rate), **place)
+    axis.set(xscale="log", yscale="log", xlabel="beta", ylabel="learning rate")
+    figure.colorbar(drawn, label=goal.metric)
+    text = "Last evaluation of every trial; shades are drawn between them."
+    return [("Beta and learning rate", text, _svg(figure))]
+
+
+def _shade(axis: Any, betas: list[float], rates: list[float], values: list[float]) -> None:
+    """Shades between the trials, over the triangles that they span in the logarithms."""
+    from matplotlib.tri import Triangulation
+
+    try:
+        shape = Triangulation([math.log(b) for b in betas], [math.log(r) for r in rates])
+    except (RuntimeError, ValueError):  # on one line, or a value of 0
+        return
+    triangles = Triangulation(betas, rates, shape.triangles)
+    axis.tricontourf(triangles, values, levels=12, cmap="viridis", alpha=0.45)
+
+
+def _log_probs(best: Trial, beta_zero: Trial, goal: Goal) -> tuple[str, str, str]:
+    """Chosen and rejected log-probabilities over steps; Hong et al. 2024, figure 3."""
+    figure, axes = _axes(2)
+    for axis, trial, title in zip(axes, (beta_zero, best), ("beta = 0", "best"), strict=True):
+        for side, colour in (("chosen", "tab:green"), ("rejected", "tab:red")):
+            points = trial.evaluations(f"{goal.prefix}logps/{side}")
+            axis.plot(*zip(*points, strict=True), label=side, color=colour, marker="o", ms=3)
+        axis.set(title=title, xlabel="step", ylabel="mean log-probability of a token")
+        axis.legend(fontsize=8)
+    low = min(axis.get_ylim()[0] for axis in axes)
+    high = max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(low, high)
+    text = (
+        "Without the odds-ratio term rejected answers become likelier together with chosen ones; "
+        "with it they part."
+    )
+    return ("Chosen and rejected answers", text, _svg(figure))
+
+
+def _importance(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]:
+    """How much each searched setting decides, by Optuna's PED-ANOVA (Watanabe et al. 2023)."""
+    told = [trial for trial in trials if trial.evaluations(goal.metric)]
+    settings = {n: {repr(t.values[n]) for t in told} for n in (told[0].values if told else ())}
+    varied = [name for name, values in settings.items() if len(values) > 1]
+    if len(told) < _LEAST_FOR_IMPORTANCE or not varied:
+        return []
+    shares = _shares(told, varied, goal)
+    figure, (axis,) = _axes(1, width=6.0, height=0.6 + 0.4 * len(varied))
+    axis.barh(list(shares), list(shares.values()))
+    axis.set_xlabel(f"share in {goal.metric}")
+    text = f"PED-ANOVA over {len(told)} trials; with few trials a hint, no more."
+    return [("Importance", text, _svg(figure))]
+
+
+def _shares(trials: Sequence[Trial], names: Sequence[str], goal: Goal) -> dict[str, float]:
+    import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space: dict[str, BaseDistribution] = {}
+    for name in names:
+        values = [trial.values[name] for trial in trials]
+        if all(isinstance(value, int | float) for value in values):
+            low, high = float(min(values)), float(max(values))
+            space[name] = FloatDistribution(low, high, log=low > 0)
+        else:
+            space[name] = CategoricalDistribution(sorted({str(value) for value in values}))
+    study = optuna.create_study(direction="maximize" if goal.mode == "max" else "minimize")
+    for trial in trials:
+        given = {
+            name: float(trial.values[name])
+            if isinstance(space[name], FloatDistribution)
+            else str(trial.values[name])
+            for name in names
+        }
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=given, distributions=space, value=trial.last(goal.metric)
+            )
+        )
+    found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    return {name: float(found.get(name, 0.0)) for name in sorted(names, key=found.get)}

@@ -1,0 +1,158 @@
+"""What came of the trials of a sweep, read from their folders alone; on the driver."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.orchestration.trial import RECORD, TRIALS
+from orpo_ray.training.run_files import FINAL, read_metrics
+
+LOSSES = ("loss", "nll_loss", "aux_loss")
+METRICS = (
+    *LOSSES,
+    "log_odds_chosen",
+    "log_odds_ratio",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/accuracies",
+    "rewards/chosen",
+    "rewards/margins",
+    "rewards/rejected",
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as its folder tells of it.
+
+    Args:
+        name: of the trial and of its folder.
+        directory: its run directory.
+        values: the settings that are its own.
+        failure: why it ended with no model, if it failed.
+        lines: its logged steps and evaluations.
+    """
+
+    name: str
+    directory: Path
+    values: Mapping[str, Any]
+    failure: str | None
+    lines: Sequence[Mapping[str, Any]]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained to the end and its model exported."""
+        return (self.directory / FINAL).is_dir()
+
+    @property
+    def status(self) -> str:
+        """One word or two for the table."""
+        if self.finished:
+            return "finished"
+        return "failed" if self.failure else "stopped early"
+
+    def evaluations(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of every evaluation that has the metric."""
+        found = [(line["step"], line.get(metric)) for line in self.lines]
+        return [(step, float(value)) for step, value in found if value is not None]
+
+    def last(self, metric: str) -> float:
+        """The metric at the last evaluation; not a number where there was none."""
+        values = self.evaluations(metric)
+        return values[-1][1] if values else math.nan
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How trials are compared: by which metric, in which direction, under which guard."""
+
+    metric: str
+    mode: str
+    max_nll_increase: float | None
+
+    @staticmethod
+    def of(config: ORPOConfig) -> "Goal":
+        """The goal that a config sets."""
+        tune = config.tune
+        lowest = tune.metric.rsplit("_", 1)[-1] == "loss"
+        mode = tune.metric_mode or ("min" if lowest else "max")
+        return Goal(tune.metric, mode, tune.max_nll_increase)
+
+    @property
+    def prefix(self) -> str:
+        """Of the evaluation set that the metric is of."""
+        return next(self.metric.removesuffix(name) for name in _longest_first() if self._is(name))
+
+    def _is(self, name: str) -> bool:
+        return self.metric.endswith(name)
+
+    def problem(self) -> str | None:
+        """What is wrong with the metric's name, or None."""
+        named = any(self._is(name) for name in _longest_first())
+        if named and self.prefix.startswith("eval_"):
+            return None
+        known = ", ".join(f"eval_{name}" for name in METRICS)
+        return f"tune.metric: {self.metric} is not an evaluation's metric; known are {known}"
+
+    def nll_increase(self, trial: Trial) -> float:
+        """NLL at the last evaluation less that at the first, in nats."""
+        values = trial.evaluations(f"{self.prefix}nll_loss")
+        return values[-1][1] - values[0][1] if values else math.nan
+
+    def guarded(self, trial: Trial) -> bool:
+        """Whether the guard on the NLL rules the trial out."""
+        limit = self.max_nll_increase
+        return limit is not None and self.nll_increase(trial) > limit
+
+    def ranked(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Finished trials that pass the guard, the best first; then all others, likewise."""
+        sign = -1 if self.mode == "max" else 1
+
+        def key(trial: Trial) -> tuple[bool, bool, float, str]:
+            value = trial.last(self.metric)
+            figure = math.inf if math.isnan(value) else sign * value
+            return (not trial.finished, self.guarded(trial), figure, trial.name)
+
+        return sorted(trials, key=key)
+
+    def best(self, trials: Sequence[Trial]) -> Trial | None:
+        """The best finished trial that passes the guard, if there is one."""
+        for trial in self.ranked(trials):
+            if trial.finished and not self.guarded(trial):
+                return trial
+        return None
+
+
+def _longest_first() -> list[str]:
+    return sorted(METRICS, key=len, reverse=True)
+
+
+def read_trials(sweep_directory: Path) -> list[Trial]:
+    """All trials of a sweep that were begun, by name."""
+    trials = []
+    for path in sorted((sweep_directory / TRIALS).glob(f"*/{RECORD}")):
+        record = json.loads(path.read_text())
+        lines = read_metrics(path.parent)
+        trials.append(
+            Trial(record["trial"], path.parent, record["values"], record.get("failure"), lines)
+        )
+    return trials
+
+
+def table_rows(trials: Sequence[Trial], goal: Goal) -> list[dict[str, Any]]:
+    """A row a trial, in the order of `trials`: values, last evaluation, status."""
+    names = [goal.prefix + name for name in METRICS]
+    rows = []
+    for trial in trials:
+        row: dict[str, Any] = {"trial": trial.name} | dict(trial.values)
+        row |= {name: trial.last(name) for name in names if trial.evaluations(name)}
+        row["nll_increase"] = goal.nll_increase(trial)
+        row["steps"] = max((line["step"] for line in trial.lines), default=0)
+        row["status"] = "ruled out: NLL" if goal.guarded(trial) else trial.status
+        row["failure"] = trial.failure
+        rows.append(row)
+    return rows

@@ -1,0 +1,98 @@
+"""One trial of a sweep: a training run with some settings of its own; in Tune's trial actors."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.config_file import to_yaml
+from orpo_ray.orchestration.cluster import set_aside_broken_snapshot
+from orpo_ray.orchestration.fit import Fit
+from orpo_ray.orchestration.search_space import with_values
+from orpo_ray.orchestration.start import CONFIG, Start, make_console, start_run
+from orpo_ray.orchestration.worker import train_worker
+
+TRIALS, RECORD = "trials", "trial.json"
+# Settings that change tokens or the base model: a trial with its own of these ingests for itself.
+_INPUTS = frozenset(
+    {
+        "dataset_name",
+        "dataset_test_split",
+        "dataset_train_split",
+        "eval_files",
+        "group_by_prompt",
+        "max_length",
+        "model_name_or_path",
+        "model_revision",
+        "shard_rows",
+        "train_files",
+    }
+)
+
+
+def trial_function(start: Start) -> Callable[[dict[str, Any]], None]:
+    """What Ray Tune calls with the values of a trial; `start` is of the whole sweep."""
+
+    def trial(values: dict[str, Any]) -> None:
+        name = ray.tune.get_context().get_trial_id()
+        run_trial(start, name, values, (TuneReportCallback(),))
+
+    return trial
+
+
+def run_trial(
+    start: Start, name: str, values: Mapping[str, Any], callbacks: tuple[Any, ...] = ()
+) -> None:
+    """Train one trial, from its newest checkpoint if it has one.
+
+    Why it failed, if it does, is written into its folder as well.
+    """
+    trials = start.run_directory / TRIALS
+    directory = trials / name
+    directory.mkdir(parents=True, exist_ok=True)
+    record = {"trial": name, "values": dict(values)}
+    _write(directory, record)
+    try:
+        config = trial_config(start.config, values).replace(
+            run_name=name,
+            output_dir=str(trials),
+            token_cache_dir=start.config.data.token_cache_dir
+            or str(start.run_directory.parent / "token_cache"),
+        )
+        trial = dataclasses.replace(start, config=config, run_directory=directory)
+        if _INPUTS & values.keys():
+            trial = start_run(config, make_console())
+        (directory / CONFIG).write_text(to_yaml(trial.config))
+        set_aside_broken_snapshot(directory)
+        Fit(
+            trial.config,
+            trial.inputs.model,
+            directory,
+            trial.plans(),
+            trial.data_report,
+            callbacks,
+        ).run(train_worker)
+    except Exception as error:
+        _write(directory, record | {"failure": str(error).strip().splitlines()[0]})
+        raise
+
+
+def trial_config(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:
+    """The sweep's config with a trial's values; a searched batch size counts."""
+    shares = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_workers"}
+    if shares & values.keys() and "global_batch_size" not in values:
+        config = config.replace(global_batch_size=None)
+        config = with_values(config, values)
+        return config.replace(global_batch_size=config.pairs_per_step)
+    return with_values(config, values)
+
+
+def _write(directory: Path, record: Mapping[str, Any]) -> None:
+    temporary = directory / f"{RECORD}.tmp"
+    temporary.write_text(json.dumps(record) + "\n")
+    temporary.replace(directory / RECORD)

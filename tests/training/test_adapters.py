@@ -1,0 +1,94 @@
+"""LoRA adapters under FSDP: trained, resumed, exported, merged, refused."""
+
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from orpo_ray.config import ModelSection
+from orpo_ray.training.adapters import add_adapters
+from orpo_ray.training.errors import UnsupportedModelError
+from tests.distributed import run_ranks
+from tests.reference.models import tiny_model
+from tests.training.small_run import make_inputs, metrics_without_times, train_small
+
+LORA = {"lora_r": 4, "lora_alpha": 8.0, "max_steps": 10, "save_steps": 5, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(inputs, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("adapted")
+    run_ranks(2, train_small, inputs, run, LORA)
+    return run
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(2, 40)[None]).logits
+
+
+def test_the_adapter_is_exported_and_only_it_was_trained(inputs, adapted):
+    """Peft's own loader puts it on the base model; each adapted layer has moved."""
+    assert not (adapted / "final" / "model.safetensors").exists()
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    before = logits(base)
+    model = peft.PeftModel.from_pretrained(base, adapted / "final")
+    assert model.peft_config["default"].r == 4
+    moved = [n for n, p in model.named_parameters() if "lora_B" in n and bool(p.any())]
+    assert len(moved) == 2 * 7  # layers x (q, k, v, o, gate, up, down)
+    assert (logits(model) - before).abs().max() > 1e-2
+    lines = metrics_without_times(adapted)
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.02
+
+
+def test_a_checkpoint_holds_the_adapter_and_not_the_base(inputs, adapted):
+    """Adapter and two moments: 3 x 4 bytes a weight, against 4 bytes of every base weight."""
+    size = sum(path.stat().st_size for path in adapted.glob("checkpoints/step-00000010/*.distcp"))
+    adapter = load_file(adapted / "final" / "adapter_model.safetensors")
+    n_adapter = sum(tensor.numel() for tensor in adapter.values())
+    n_base = AutoModelForCausalLM.from_pretrained(inputs / "model").num_parameters()
+    assert size < 3 * 4 * n_adapter + 4 * n_base
+
+
+def test_one_worker_equals_two(inputs, adapted, tmp_path):
+    run_ranks(1, train_small, inputs, tmp_path, LORA)
+    for one, two in zip(
+        metrics_without_times(tmp_path), metrics_without_times(adapted), strict=True
+    ):
+        assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
+
+
+def test_a_resumed_run_ends_byte_identical_and_merges(inputs, adapted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(adapted, run)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-00000010")
+    run_ranks(2, train_small, inputs, run, LORA)
+    name = "final/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (adapted / name).read_bytes()
+    assert metrics_without_times(run) == metrics_without_times(adapted)
+    shutil.rmtree(run / "final")
+    run_ranks(2, train_small, inputs, run, LORA | {"merge_adapter": True})
+    merged = AutoModelForCausalLM.from_pretrained(run / "final")
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    apart = peft.PeftModel.from_pretrained(base, adapted / "final")
+    torch.testing.assert_close(logits(merged), logits(apart), rtol=1e-4, atol=1e-4)
+
+
+def test_targets_that_cannot_be_adapted_are_refused():
+    model = tiny_model("llama", torch.float32)
+    with pytest.raises(UnsupportedModelError, match=r"lora_target_modules: .*no_such_layer"):
+        add_adapters(model, ModelSection(lora_r=2, lora_target_modules=("no_such_layer",)), 0)
+    with pytest.raises(UnsupportedModelError, match="the LM head cannot be adapted"):
+        add_adapters(model, ModelSection(lora_r=2, lora_target_modules=("lm_head",)), 0)

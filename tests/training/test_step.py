@@ -1,0 +1,84 @@
+"""A microbatch does not wait for the device, and says what to do when it does not fit."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.objective.head import LossScale
+from orpo_ray.preference.packing import pack
+from orpo_ray.training.errors import MicrobatchTooLargeError
+from orpo_ray.training.microbatch import Microbatch
+from orpo_ray.training.model import OrpoModel
+from orpo_ray.training.optimizer import build_optimizer, build_scheduler
+from orpo_ray.training.sharding import build_model
+from orpo_ray.training.step import Trainee, train_step
+from tests.distributed import run_ranks
+from tests.reference.models import odd_groups, tiny_model
+from tests.training.small_run import make_inputs, token_stream
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the operations that bring a number to the host: `.item()`, `float()`, `if tensor`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_microbatch_reads_nothing_back():
+    """Forward, backward and metrics, over a model whose own code does not either."""
+    model = OrpoModel(tiny_model("llama", torch.float32), "packed", None)
+    row = pack(odd_groups(1), 16, prompt_counts=True)
+    sums = torch.zeros(10, dtype=torch.float64)
+    with CountReads() as reads:
+        output = model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, 1.0))
+        output.loss.backward()
+        sums += output.sums
+        assert reads.count == 0
+        float(sums[0])
+    assert reads.count == 1
+
+
+def too_large(folder: Path) -> str:
+    """The message of a step whose host memory runs out; on a rank of its own."""
+    import resource
+
+    config = ORPOConfig(global_batch_size=85, max_tokens_per_microbatch=10**6)
+    device = torch.device("cpu")
+    model = build_model(config, str(folder / "model"), device)
+    optimizer = build_optimizer(model, config.train)
+    scheduler = build_scheduler(optimizer, config.train, 1)
+    trainee = Trainee(model, optimizer, scheduler, 0.1, 1.0, 0, device)
+    stream = token_stream(folder, 0, 1, 85)
+    plan = dataclasses.replace(stream.plan, budget_tokens=10**6, chunk_tokens=10**6)
+    batch = next(dataclasses.replace(stream, plan=plan).batches(0, 1))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
+    try:
+        train_step(trainee, batch, torch.zeros(10, dtype=torch.float64))
+    except MicrobatchTooLargeError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "it fitted"
+
+
+def test_memory_that_runs_out_names_the_budget_to_set(tmp_path):
+    make_inputs(tmp_path)
+    (message,) = run_ranks(1, too_large, tmp_path)
+    assert re.fullmatch(
+        r"a microbatch of \d+ tokens does not fit into memory; set "
+        r"max_tokens_per_microbatch=\d+ or less, or gradient_checkpointing=true",
+        message,
+    )

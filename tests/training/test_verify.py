@@ -1,0 +1,69 @@
+"""Models of families that nobody tried: packed where that is exact, padded where it is not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.training.sharding import build_model
+from orpo_ray.training.verify import COMPARED, settle_attention
+from tests.distributed import run_ranks
+from tests.equivalence.test_packed_equals_padded import FAMILIES
+from tests.reference.models import tiny_model
+from tests.training.small_run import make_inputs, token_stream
+
+
+def settled(folder: Path, name: str) -> tuple[str, list[str]]:
+    """Which way a model is computed, and what is said of it; on this rank."""
+    import torch.distributed as dist
+
+    notices: list[str] = []
+    device = torch.device("cpu")
+    model = build_model(ORPOConfig(), str(folder / name), device)
+    stream = token_stream(folder, dist.get_rank(), dist.get_world_size())
+    settle_attention(model, stream, device, False, notices.append)
+    return model.attention, notices
+
+
+def settled_models(folder: Path, names: list[str]) -> list[tuple[str, list[str]]]:
+    return [settled(folder, name) for name in names]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
+    folder = tmp_path_factory.mktemp("models")
+    make_inputs(folder)
+    names = ["smollm3", "lfm2", "gpt-oss", "llama"]
+    for name in names:
+        tiny_model(name, torch.float32).save_pretrained(folder / name)
+    found = run_ranks(2, settled_models, folder, names)
+    assert found[0] == found[1]
+    return dict(zip(names, found[0], strict=True))
+
+
+def test_an_unknown_family_that_agrees_goes_on_packed(answers):
+    attention, (notice,) = answers["smollm3"]
+    assert attention == "packed"
+    assert notice == "smollm3: packed equals padded on the first 4 pairs"
+
+
+def test_convolutions_over_the_row_are_found_by_their_numbers(answers):
+    """LFM2 says that it takes any attention, but its convolutions run from answer to answer."""
+    attention, (notice,) = answers["lfm2"]
+    assert attention == "padded"
+    assert "lfm2 does not compute the same packed as padded: log-probabilities differ" in notice
+
+
+def test_an_option_that_is_not_known_is_not_ignored(answers):
+    attention, (notice,) = answers["gpt-oss"]
+    assert attention == "padded"
+    assert "s_aux" in notice
+
+
+def test_a_family_that_was_compared_is_not_checked_again(answers):
+    assert answers["llama"] == ("packed", [])
+
+
+def test_compared_are_the_families_of_the_equivalence_tests():
+    assert {tiny_model(name, torch.float32).config.model_type for name in FAMILIES} == COMPARED
