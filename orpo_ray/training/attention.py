@@ -141,7 +141,10 @@ def packed_attention(
     window = options.pop("sliding_window", None)
     softcap = options.pop("softcap", None)
     dropout = options.pop("dropout", 0.0)
-    unknown = [k for k, v in options.items() if k not in _HARMLESS and v not in (None, False)]
+    # A value may be a tensor, as attention sinks are: it is not to be compared.
+    unknown = [
+        k for k, v in options.items() if k not in _HARMLESS and v is not None and v is not False
+    ]
     if layout is None or attention_mask is not None or dropout or unknown:
         raise PackingNotSupportedError(
             f"{type(module).__name__} cannot attend over a packed row: "

@@ -145,6 +145,10 @@ def find_damage(directory: Path) -> str | None:
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Sharded state dicts; parameters carry names, so any number of ranks can read them."""
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+    # The options leave out a frozen weight under one of its names only, where two are tied.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            model_state.pop(name, None)
     return {"model": model_state, "optimizer": optimizer_state}
 
 

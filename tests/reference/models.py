@@ -89,7 +89,7 @@ def tiny_model(name: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
             setattr(config, setting, 0.0)
     torch.manual_seed(seed)
     # Eager attention takes its softmax in fp32 whatever the model's type: SDPA does not.
-    attention = "eager" if name == "gemma2" else "sdpa"
+    attention = "eager" if name in ("gemma2", "gpt-oss") else "sdpa"
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, experts_implementation="eager"
     )

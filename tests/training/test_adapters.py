@@ -6,7 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from orpo_ray.config import ModelSection
@@ -52,13 +52,11 @@ def test_the_adapter_is_exported_and_only_it_was_trained(inputs, adapted):
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.02
 
 
-def test_a_checkpoint_holds_the_adapter_and_not_the_base(inputs, adapted):
-    """Adapter and two moments: 3 x 4 bytes a weight, against 4 bytes of every base weight."""
-    size = sum(path.stat().st_size for path in adapted.glob("checkpoints/step-00000010/*.distcp"))
-    adapter = load_file(adapted / "final" / "adapter_model.safetensors")
-    n_adapter = sum(tensor.numel() for tensor in adapter.values())
-    n_base = AutoModelForCausalLM.from_pretrained(inputs / "model").num_parameters()
-    assert size < 3 * 4 * n_adapter + 4 * n_base
+def test_a_checkpoint_holds_the_adapter_and_not_the_base(adapted):
+    reader = FileSystemReader(adapted / "checkpoints" / "step-00000010")
+    names = [n for n in reader.read_metadata().state_dict_metadata if n.startswith("model.")]
+    assert len(names) == 2 * 2 * 7  # A and B of every adapted layer
+    assert all(".lora_" in name for name in names)
 
 
 def test_one_worker_equals_two(inputs, adapted, tmp_path):

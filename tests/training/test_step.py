@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.objective.head import LossScale
@@ -51,7 +52,10 @@ def test_a_microbatch_reads_nothing_back():
 
 
 def too_large(folder: Path) -> str:
-    """The message of a step whose host memory runs out; on a rank of its own."""
+    """The message of a step whose host memory runs out; on a rank of its own.
+
+    Some 1,500 positions by 100,000 words by 4 bytes is 600 MB of logits at once; 64 MB are left.
+    """
     import resource
 
     config = ORPOConfig(global_batch_size=85, max_tokens_per_microbatch=10**6)
@@ -60,11 +64,13 @@ def too_large(folder: Path) -> str:
     optimizer = build_optimizer(model, config.train)
     scheduler = build_scheduler(optimizer, config.train, 1)
     trainee = Trainee(model, optimizer, scheduler, 0.1, 1.0, 0, device)
-    stream = token_stream(folder, 0, 1, 85)
-    plan = dataclasses.replace(stream.plan, budget_tokens=10**6, chunk_tokens=10**6)
-    batch = next(dataclasses.replace(stream, plan=plan).batches(0, 1))
+    stream = token_stream(folder, 0, 1, 1)
+    whole = token_stream(folder, 0, 1, 85)
+    plan = dataclasses.replace(whole.plan, budget_tokens=10**6, chunk_tokens=10**6)
+    batch = next(dataclasses.replace(whole, plan=plan).batches(0, 1))
+    train_step(trainee, next(stream.batches(0, 1)), torch.zeros(10, dtype=torch.float64))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), resource.RLIM_INFINITY))
     try:
         train_step(trainee, batch, torch.zeros(10, dtype=torch.float64))
     except MicrobatchTooLargeError as error:
@@ -76,6 +82,14 @@ def too_large(folder: Path) -> str:
 
 def test_memory_that_runs_out_names_the_budget_to_set(tmp_path):
     make_inputs(tmp_path)
+    config = LlamaConfig(
+        vocab_size=100_000,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     (message,) = run_ranks(1, too_large, tmp_path)
     assert re.fullmatch(
         r"a microbatch of \d+ tokens does not fit into memory; set "
