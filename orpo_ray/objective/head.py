@@ -190,15 +190,19 @@ class _ChunkedPass:
         logits = functional.linear(hidden, self.weight, self.bias).to(self.dtype)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        normaliser = torch.logsumexp(logits, dim=-1)
-        token_log_probs = logits[at, token_ids] - normaliser[at]
+        target_logits = logits[at, token_ids]
+        capped = logits / self.softcap if self.softcap is not None and self.needs_grad else None
+        # The exponentials serve the normaliser and the gradient: one pass, in place.
+        largest = logits.amax(dim=-1)
+        exponentials = logits.sub_(largest[:, None]).exp_()
+        total = exponentials.sum(dim=-1)
+        token_log_probs = target_logits - (largest + total.log())[at]
         slopes = self._add_loss(chunk, token_log_probs)
         if not self.needs_grad:
             return
-        # d loss / d logits = sum over targets of slope * (one-hot - softmax), built in place.
-        position_slopes = torch.zeros_like(normaliser).index_add_(0, at, slopes)
-        capped = None if self.softcap is None else logits / self.softcap
-        grad_logits = logits.sub_(normaliser[:, None]).exp_().mul_(-position_slopes[:, None])
+        # d loss / d logits = sum over targets of slope * (one-hot - softmax).
+        position_slopes = torch.zeros_like(total).index_add_(0, at, slopes)
+        grad_logits = exponentials.mul_((-position_slopes / total)[:, None])
         grad_logits.index_put_((at, token_ids), slopes, accumulate=True)
         if capped is not None:
             grad_logits.mul_(1 - capped.square_())
