@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from orpo_ray.config import SECTIONS, ConfigError, ORPOConfig
 from orpo_ray.config_file import load_config, to_yaml
 from orpo_ray.preference.errors import DataError
 
+# Read when Ray is imported. A sweep's many small processes are no reason for a warning.
+_QUIET_RAY = {"RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started"}
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 DEMO = "demo.yaml"
 
@@ -31,6 +34,8 @@ def run_job(argv: Sequence[str], description: str, action: Callable[[ORPOConfig]
     if arguments.print_schema:
         print(json.dumps(ORPOConfig.model_json_schema(), indent=2))
         return DONE
+    for name, value in _QUIET_RAY.items():
+        os.environ.setdefault(name, value)
     try:
         config = read_arguments(arguments.settings)
         if arguments.dry_run:

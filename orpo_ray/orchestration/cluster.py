@@ -24,6 +24,7 @@ _SNAPSHOT = "checkpoint_manager_snapshot.json"
 _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's other output is silent when it is told to be
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
 }
 # A step on the host frees and asks again for the same large tensors: glibc, which by default gives

@@ -10,8 +10,8 @@ from ray import tune
 
 from orpo_ray.config import SECTION_OF, ConfigError, ORPOConfig
 
-# What a trial may not be given: who it is, and what the whole sweep is.
-_FIXED = ("output", "tune")
+# What a trial may not be given: who it is, where it runs, and what the whole sweep is.
+_FIXED = ("output", "ray", "tune")
 _FORMS: dict[str, tuple[int, Callable[..., Any]]] = {
     "uniform": (2, tune.uniform),
     "loguniform": (2, tune.loguniform),

@@ -28,7 +28,13 @@ from orpo_ray.orchestration.start import Start, make_console, start_run
 from orpo_ray.orchestration.sweep_progress import SweepWatcher, trial_text
 from orpo_ray.orchestration.sweep_report import write_sweep_report
 from orpo_ray.orchestration.sweep_results import Goal, Trial, read_trials, table_rows
-from orpo_ray.orchestration.trial import TRIALS, run_trial, trial_config, trial_function
+from orpo_ray.orchestration.trial import (
+    TRIALS,
+    record_failure,
+    run_trial,
+    trial_config,
+    trial_function,
+)
 from orpo_ray.preference.errors import DataError
 from orpo_ray.training.run_files import FINAL
 
@@ -79,7 +85,10 @@ def tune(config: ORPOConfig) -> SweepResult:
     tuner = _tuner(start, space, goal)
     console.print(_plan_text(start, space, goal), markup=False)
     with SweepWatcher(start.run_directory, goal, console):
-        tuner.fit()
+        for result in tuner.fit():
+            if result.error is not None:
+                reason = str(result.error).strip().splitlines()[-1]
+                record_failure(start.run_directory / TRIALS / Path(result.path).name, reason)
     return _conclude(start, goal, console)
 
 
@@ -99,7 +108,9 @@ def _n_steps(start: Start) -> int:
 
 def _tuner(start: Start, space: Mapping[str, Any], goal: Goal) -> ray_tune.Tuner:
     """Ray Tune's own state of this sweep, taken up again where there is some."""
-    trainable = ray_tune.with_resources(trial_function(start), {"CPU": 0.01})
+    # A trial's actor only waits. A share of a CPU, however small, would be one that no worker
+    # could have whole; none at all is refused by Ray; a byte is neither.
+    trainable = ray_tune.with_resources(trial_function(start), {"memory": 1})
     state = start.run_directory / _STATE
     if ray_tune.Tuner.can_restore(str(state)):
         return ray_tune.Tuner.restore(str(state), trainable, resume_unfinished=True)
@@ -138,7 +149,9 @@ def _search_algorithm(config: ORPOConfig) -> Any:
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     if config.tune.search_algorithm == "random":
-        return BasicVariantGenerator(random_state=config.train.seed)
+        return BasicVariantGenerator(
+            random_state=config.train.seed, max_concurrent=_concurrent(config)
+        )
     if any(isinstance(v, str) and v.strip().startswith("grid(") for v in config.search.values()):
         raise ConfigError(["tune.search_algorithm: optuna draws values; a grid is for random"])
     from ray.tune.search.optuna import OptunaSearch

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from orpo_ray.config import SECTION_OF
 from orpo_ray.orchestration.sweep_results import Goal, Trial, table_rows
 
 REPORT = "sweep_report.html"
@@ -23,7 +24,7 @@ td, th { padding: .2rem .7rem; border-bottom: 1px solid #8884; text-align: right
 td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
 tr.best { font-weight: 600; }
 figure { margin: 1rem 0; background: #fff; padding: .5rem; border-radius: 6px; }
-figure svg { width: 100%; height: auto; }
+figure svg { max-width: 100%; height: auto; }
 figcaption { color: #444; }
 .wide { overflow-x: auto; }
 </style></head><body>
@@ -33,7 +34,7 @@ figcaption { color: #444; }
 <div class="wide"><table><thead><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}
 <tr{% if row.trial == best %} class="best"{% endif %}>\
-{% for c in columns %}<td>{{ row[c] | figure }}</td>{% endfor %}</tr>
+{% for c in columns %}<td>{{ row.get(c) | figure }}</td>{% endfor %}</tr>
 {%- endfor %}</tbody></table></div>
 {% for title, text, svg in figures %}
 <h2>{{ title }}</h2>
@@ -62,7 +63,10 @@ def write_sweep_report(
     best = goal.best(trials)
     rows = table_rows(trials, goal)
     hidden = {"failure"} if not any(row["failure"] for row in rows) else set()
-    columns = list(dict.fromkeys(name for row in rows for name in row if name not in hidden))
+    settings = [name for row in rows for name in row if name in SECTION_OF]
+    shown = [goal.prefix + name for name in _CURVES]
+    columns = ["trial", *settings, goal.metric, *shown, "nll_increase", "steps", "status"]
+    columns = [name for name in dict.fromkeys([*columns, "failure"]) if name not in hidden]
     figures = [_curves(trials, goal)]
     figures += _heat_map(trials, goal)
     if best and beta_zero:
@@ -151,6 +155,7 @@ def _heat_map(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]
         place = {"textcoords": "offset points", "xytext": (7, 5), "fontsize": 8}
         axis.annotate(f"{value:.3g}", (beta, rate), **place)
     axis.set(xscale="log", yscale="log", xlabel="beta", ylabel="learning rate")
+    axis.margins(0.15)
     figure.colorbar(drawn, label=goal.metric)
     text = "Last evaluation of every trial; shades are drawn between them."
     return [("Beta and learning rate", text, _svg(figure))]
@@ -158,14 +163,17 @@ def _heat_map(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]
 
 def _shade(axis: Any, betas: list[float], rates: list[float], values: list[float]) -> None:
     """Shades between the trials, over the triangles that they span in the logarithms."""
-    from matplotlib.tri import Triangulation
+    from matplotlib.tri import LinearTriInterpolator, Triangulation, UniformTriRefiner
 
     try:
-        shape = Triangulation([math.log(b) for b in betas], [math.log(r) for r in rates])
+        coarse = Triangulation([math.log(b) for b in betas], [math.log(r) for r in rates])
     except (RuntimeError, ValueError):  # on one line, or a value of 0
         return
-    triangles = Triangulation(betas, rates, shape.triangles)
-    axis.tricontourf(triangles, values, levels=12, cmap="viridis", alpha=0.45)
+    between = LinearTriInterpolator(coarse, values)
+    fine, shades = UniformTriRefiner(coarse).refine_field(values, between, subdiv=4)
+    corners = ([math.exp(x) for x in fine.x], [math.exp(y) for y in fine.y])
+    triangles = Triangulation(*corners, fine.triangles)
+    axis.tricontourf(triangles, shades, levels=12, cmap="viridis", alpha=0.45)
 
 
 def _log_probs(best: Trial, beta_zero: Trial, goal: Goal) -> tuple[str, str, str]:

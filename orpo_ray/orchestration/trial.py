@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import ray.tune
+from ray.train import TrainingFailedError
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.config_file import to_yaml
 from orpo_ray.orchestration.cluster import set_aside_broken_snapshot
-from orpo_ray.orchestration.fit import Fit
+from orpo_ray.orchestration.fit import Fit, TrainingError
 from orpo_ray.orchestration.search_space import with_values
 from orpo_ray.orchestration.start import CONFIG, Start, make_console, start_run
 from orpo_ray.orchestration.worker import train_worker
+from orpo_ray.preference.errors import DataError
 
 TRIALS, RECORD = "trials", "trial.json"
 # Settings that change tokens or the base model: a trial with its own of these ingests for itself.
@@ -50,7 +52,7 @@ def run_trial(
 ) -> None:
     """Train one trial, from its newest checkpoint if it has one.
 
-    Why it failed, if it does, is written into its folder as well.
+    Why it failed is written into its folder as well, unless it was ended from outside.
     """
     trials = start.run_directory / TRIALS
     directory = trials / name
@@ -66,7 +68,7 @@ def run_trial(
         )
         trial = dataclasses.replace(start, config=config, run_directory=directory)
         if _INPUTS & values.keys():
-            trial = start_run(config, make_console())
+            trial = start_run(_with_found_inputs(config, start, values), make_console())
         (directory / CONFIG).write_text(to_yaml(trial.config))
         set_aside_broken_snapshot(directory)
         Fit(
@@ -77,19 +79,34 @@ def run_trial(
             trial.data_report,
             callbacks,
         ).run(train_worker)
-    except Exception as error:
+    except (ConfigError, DataError, TrainingError, TrainingFailedError) as error:
         _write(directory, record | {"failure": str(error).strip().splitlines()[0]})
         raise
 
 
 def trial_config(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:
     """The sweep's config with a trial's values; a searched batch size counts."""
-    shares = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_workers"}
+    shares = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     if shares & values.keys() and "global_batch_size" not in values:
         config = config.replace(global_batch_size=None)
         config = with_values(config, values)
         return config.replace(global_batch_size=config.pairs_per_step)
     return with_values(config, values)
+
+
+def _with_found_inputs(config: ORPOConfig, start: Start, values: Mapping[str, Any]) -> ORPOConfig:
+    """Name what the sweep found by its absolute path: a trial has a working folder of its own."""
+    found: dict[str, Any] = {"model_name_or_path": start.inputs.model.model}
+    if config.data.dataset_name is None:
+        evals = [path for paths in start.inputs.eval_files.values() for path in paths]
+        found |= {"train_files": list(start.inputs.train_files), "eval_files": evals}
+    return config.replace(**{name: path for name, path in found.items() if name not in values})
+
+
+def record_failure(directory: Path, reason: str) -> None:
+    """Say in a trial's folder why it failed, unless it says so itself."""
+    record = json.loads((directory / RECORD).read_text())
+    _write(directory, {"failure": reason} | record)
 
 
 def _write(directory: Path, record: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from orpo_ray.training.evaluation import evaluate_streams
 from orpo_ray.training.export import export_model, exported_step, write_model_card
 from orpo_ray.training.model_source import ModelSource
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-from orpo_ray.training.run_files import FINAL, RunFiles, summary
+from orpo_ray.training.run_files import FINAL, RunFiles, read_metrics, summary
 from orpo_ray.training.sharding import build_model, use_bf16
 from orpo_ray.training.step import Trainee, train_step
 from orpo_ray.training.verify import settle_attention
@@ -147,6 +147,8 @@ class _Loop:
                 )
             self.window.steps = state.logged_steps
         dropped = self.files.rewind(self.step if found[0] is not None else -1)
+        for line in read_metrics(Path(self.job.run_directory)):
+            self.latest |= line
         if self.step:
             self.files.notice(
                 f"resumed at step {self.step} of {self.n_steps}"

@@ -1,0 +1,86 @@
+"""Choosing among trials: direction, guard, and those that have nothing to choose."""
+
+import json
+import math
+
+import pytest
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.orchestration.sweep_results import Goal, read_trials, table_rows
+
+ACCURACY, NLL = "eval_rewards/accuracies", "eval_nll_loss"
+
+
+def add_trial(folder, name, accuracies, nlls, finished=True, failure=None):
+    run = folder / "trials" / name
+    run.mkdir(parents=True)
+    record = {"trial": name, "values": {"beta": 0.1}} | ({"failure": failure} if failure else {})
+    (run / "trial.json").write_text(json.dumps(record))
+    lines = [
+        {"step": 10 * i, ACCURACY: accuracy, NLL: nll}
+        for i, (accuracy, nll) in enumerate(zip(accuracies, nlls, strict=True))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if finished:
+        (run / "final").mkdir()
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """The most accurate lost half a nat; the next was stopped; then two, and one that failed."""
+    add_trial(tmp_path, "collapsed", [0.5, 0.95], [2.0, 2.5])
+    add_trial(tmp_path, "stopped", [0.5, 0.9], [2.0, 1.8], finished=False)
+    add_trial(tmp_path, "good", [0.5, 0.8], [2.0, 1.9])
+    add_trial(tmp_path, "weaker", [0.5, 0.7], [2.0, 1.5])
+    add_trial(tmp_path, "failed", [], [], finished=False, failure="step 3: not finite")
+    return read_trials(tmp_path)
+
+
+def test_the_guard_rules_out_accuracy_bought_with_nll(sweep):
+    goal = Goal.of(ORPOConfig())
+    assert goal.best(sweep).name == "good"
+    assert [trial.name for trial in goal.ranked(sweep)] == [
+        "good",
+        "weaker",
+        "collapsed",
+        "stopped",
+        "failed",
+    ]
+    assert Goal.of(ORPOConfig(max_nll_increase=None)).best(sweep).name == "collapsed"
+    assert Goal.of(ORPOConfig(max_nll_increase=0.6)).best(sweep).name == "collapsed"
+
+
+def test_losses_are_minimised_unless_told_otherwise(sweep):
+    assert Goal.of(ORPOConfig(metric=NLL)).best(sweep).name == "weaker"
+    assert Goal.of(ORPOConfig(metric=NLL, metric_mode="max")).best(sweep).name == "good"
+
+
+def test_a_table_row_says_what_became_of_a_trial(sweep):
+    goal = Goal.of(ORPOConfig())
+    rows = {row["trial"]: row for row in table_rows(sweep, goal)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "collapsed": "ruled out: NLL",
+        "stopped": "stopped early",
+        "good": "finished",
+        "weaker": "finished",
+        "failed": "failed",
+    }
+    assert rows["failed"]["failure"] == "step 3: not finite"
+    assert math.isnan(rows["failed"]["nll_increase"])
+    assert rows["good"]["nll_increase"] == pytest.approx(-0.1)
+    assert rows["good"]["beta"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("metric", "prefix"),
+    [(ACCURACY, "eval_"), ("eval_held_out_nll_loss", "eval_held_out_"), ("eval_loss", "eval_")],
+)
+def test_the_prefix_is_that_of_the_metrics_evaluation_set(metric, prefix):
+    goal = Goal.of(ORPOConfig(metric=metric))
+    assert goal.problem() is None
+    assert goal.prefix == prefix
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "rewards/accuracies", "eval_accuracy"])
+def test_a_metric_that_no_evaluation_has_is_refused(metric):
+    assert f"tune.metric: {metric} is not" in Goal.of(ORPOConfig(metric=metric)).problem()
