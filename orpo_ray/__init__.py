@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orpo_ray.config import ConfigError, ORPOConfig
     from orpo_ray.orchestration.run import TrainResult, prepare, train
-    from orpo_ray.orchestration.sweep import SweepResult, tune
+    from orpo_ray.orchestration.sweep import SweepResult, trainable, tune
     from orpo_ray.orchestration.trainer import ORPOTrainer
     from orpo_ray.preference.errors import DataError
 
@@ -21,6 +21,7 @@ __all__ = [
     "TrainResult",
     "prepare",
     "train",
+    "trainable",
     "tune",
 ]
 
@@ -34,6 +35,7 @@ _HOME = {
     "TrainResult": "orpo_ray.orchestration.run",
     "prepare": "orpo_ray.orchestration.run",
     "train": "orpo_ray.orchestration.run",
+    "trainable": "orpo_ray.orchestration.sweep",
     "tune": "orpo_ray.orchestration.sweep",
 }
 

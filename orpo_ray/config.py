@@ -200,6 +200,9 @@ class TuneSection(Section):
     metric_mode: Literal["max", "min"] | None = Field(
         None, description="unset: min for losses, else max."
     )
+    repeats: int = Field(
+        1, ge=1, le=100, description="Runs of each setting, with seeds that follow train.seed."
+    )
     search_algorithm: Literal["random", "optuna"] = Field(
         "random", description="How values are drawn; optuna: TPE."
     )

@@ -1,7 +1,7 @@
 """A sweep: Ray Tune over training runs, from one config to a champion; on the driver."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,25 +60,40 @@ class SweepResult:
     model_directory: str | None
 
 
-def tune(config: ORPOConfig) -> SweepResult:
+def trainable(config: ORPOConfig) -> Callable[[dict[str, Any]], None]:
+    """A function of a trial's values for a `ray.tune.Tuner` of one's own; ingests once, here.
+
+    It reports at every evaluation, with `step` beside the metrics. Its runs are kept in
+    `<output_dir>/<run_name>/trials/`.
+    """
+    cluster.connect(dashboard=True)
+    return trial_function(_with_evaluations(start_run(_one_cpu_each(config), make_console())))
+
+
+def tune(config: ORPOConfig, space: Mapping[str, Any] | None = None) -> SweepResult:
     """Search the settings that `search` names, and keep the best trial's model and config.
 
     The same run name goes on with a sweep that was interrupted: finished trials stay, those that
     were running go on from their checkpoints.
 
+    Args:
+        config: of every trial, but for what is searched.
+        space: domains of `ray.tune` by setting, instead of what `config.search` says.
+
     Raises:
         ConfigError: for a search or a goal that makes no sense, and what `train` refuses.
         DataError: for missing files, no usable row, and no evaluation data.
     """
-    space, goal = search_space(config), Goal.of(config)
-    problem = goal.problem()
-    if problem:
-        raise ConfigError([problem])
+    space, goal = dict(space or search_space(config)), Goal.of(config)
+    problems = [goal.problem(), *_repeat_problems(config, space)]
+    if any(problems):
+        raise ConfigError([problem for problem in problems if problem])
+    if config.tune.repeats > 1:
+        seed = config.train.seed
+        space["seed"] = ray_tune.grid_search(list(range(seed, seed + config.tune.repeats)))
     console = make_console()
     cluster.connect(dashboard=True)
-    if config.ray.resources_per_worker is None and not ray.cluster_resources().get("GPU"):
-        config = config.replace(resources_per_worker={"CPU": 1.0})
-    start = start_run(config, console)
+    start = start_run(_one_cpu_each(config), console)
     if len(start.token_sets) < 2:
         raise DataError(["eval_files: a sweep compares trials on held-out pairs; name files"])
     start = _with_evaluations(start)
@@ -90,6 +105,24 @@ def tune(config: ORPOConfig) -> SweepResult:
                 reason = str(result.error).strip().splitlines()[-1]
                 record_failure(start.run_directory / TRIALS / Path(result.path).name, reason)
     return _conclude(start, goal, console)
+
+
+def _repeat_problems(config: ORPOConfig, space: Mapping[str, Any]) -> list[str]:
+    if config.tune.repeats == 1:
+        return []
+    problems = []
+    if config.tune.search_algorithm == "optuna":
+        problems.append("tune.repeats: optuna proposes single runs; use search_algorithm=random")
+    if "seed" in space:
+        problems.append("tune.repeats: the seed is searched as well: keep one of the two")
+    return problems
+
+
+def _one_cpu_each(config: ORPOConfig) -> ORPOConfig:
+    """Without GPUs a worker is left one core, so that trials run side by side."""
+    if config.ray.resources_per_worker or ray.cluster_resources().get("GPU"):
+        return config
+    return config.replace(resources_per_worker={"CPU": 1.0})
 
 
 def _with_evaluations(start: Start) -> Start:
@@ -150,7 +183,9 @@ def _search_algorithm(config: ORPOConfig) -> Any:
 
     if config.tune.search_algorithm == "random":
         return BasicVariantGenerator(
-            random_state=config.train.seed, max_concurrent=_concurrent(config)
+            random_state=config.train.seed,
+            max_concurrent=_concurrent(config),
+            constant_grid_search=True,  # the runs of one setting draw their values once
         )
     if any(isinstance(v, str) and v.strip().startswith("grid(") for v in config.search.values()):
         raise ConfigError(["tune.search_algorithm: optuna draws values; a grid is for random"])
@@ -188,9 +223,8 @@ def _conclude(start: Start, goal: Goal, console: Console) -> SweepResult:
     pq.write_table(table, directory / "results.parquet")
     champion = None
     if best:
-        settings = trial_config(start.config, best.values).replace(
-            run_name=None, output_dir=start.config.output.output_dir, resources_per_worker=None
-        )
+        # With the trial's own resources: as many threads, so the very same additions.
+        settings = trial_config(start.config, best.values).replace(run_name=None)
         (directory / BEST_CONFIG).write_text(to_yaml(settings))
         champion = directory / CHAMPION
         shutil.rmtree(champion, ignore_errors=True)

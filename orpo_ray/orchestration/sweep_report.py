@@ -65,7 +65,17 @@ def write_sweep_report(
     hidden = {"failure"} if not any(row["failure"] for row in rows) else set()
     settings = [name for row in rows for name in row if name in SECTION_OF]
     shown = [goal.prefix + name for name in _CURVES]
-    columns = ["trial", *settings, goal.metric, *shown, "nll_increase", "steps", "status"]
+    over_seeds = ["mean", "spread"] if goal.repeats > 1 else []
+    columns = [
+        "trial",
+        *settings,
+        *over_seeds,
+        goal.metric,
+        *shown,
+        "nll_increase",
+        "steps",
+        "status",
+    ]
     columns = [name for name in dict.fromkeys([*columns, "failure"]) if name not in hidden]
     figures = [_curves(trials, goal)]
     figures += _heat_map(trials, goal)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 from orpo_ray.config import ORPOConfig
@@ -73,6 +74,7 @@ class Goal:
     metric: str
     mode: str
     max_nll_increase: float | None
+    repeats: int = 1
 
     @staticmethod
     def of(config: ORPOConfig) -> "Goal":
@@ -80,7 +82,7 @@ class Goal:
         tune = config.tune
         lowest = tune.metric.rsplit("_", 1)[-1] == "loss"
         mode = tune.metric_mode or ("min" if lowest else "max")
-        return Goal(tune.metric, mode, tune.max_nll_increase)
+        return Goal(tune.metric, mode, tune.max_nll_increase, tune.repeats)
 
     @property
     def prefix(self) -> str:
@@ -108,23 +110,45 @@ class Goal:
         limit = self.max_nll_increase
         return limit is not None and self.nll_increase(trial) > limit
 
+    def repeated(self, trial: Trial, trials: Sequence[Trial]) -> list[Trial]:
+        """The runs of a trial's setting, which differ in their seed only; itself alone without."""
+        if self.repeats == 1:
+            return [trial]
+        return [other for other in trials if _without_seed(other) == _without_seed(trial)]
+
+    def mean(self, trial: Trial, trials: Sequence[Trial]) -> float:
+        """The metric's mean over the runs of a trial's setting."""
+        return fmean(other.last(self.metric) for other in self.repeated(trial, trials))
+
+    def spread(self, trial: Trial, trials: Sequence[Trial]) -> float:
+        """Its standard deviation over them."""
+        return pstdev(other.last(self.metric) for other in self.repeated(trial, trials))
+
+    def eligible(self, trial: Trial, trials: Sequence[Trial]) -> bool:
+        """Whether every run of a trial's setting is finished and passes the guard."""
+        runs = self.repeated(trial, trials)
+        return all(run.finished and not self.guarded(run) for run in runs)
+
     def ranked(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Finished trials that pass the guard, the best first; then all others, likewise."""
+        """Settings that can be chosen, the best mean first; then all others, likewise."""
         sign = -1 if self.mode == "max" else 1
 
-        def key(trial: Trial) -> tuple[bool, bool, float, str]:
-            value = trial.last(self.metric)
-            figure = math.inf if math.isnan(value) else sign * value
-            return (not trial.finished, self.guarded(trial), figure, trial.name)
+        def key(trial: Trial) -> tuple[bool, bool, bool, float, float, str]:
+            figures = [self.mean(trial, trials), trial.last(self.metric)]
+            mean, own = (math.inf if math.isnan(f) else sign * f for f in figures)
+            chosen = self.eligible(trial, trials)
+            return (not chosen, not trial.finished, self.guarded(trial), mean, own, trial.name)
 
         return sorted(trials, key=key)
 
     def best(self, trials: Sequence[Trial]) -> Trial | None:
-        """The best finished trial that passes the guard, if there is one."""
-        for trial in self.ranked(trials):
-            if trial.finished and not self.guarded(trial):
-                return trial
-        return None
+        """The best run of the best setting that can be chosen, if there is one."""
+        ranked = self.ranked(trials)
+        return ranked[0] if ranked and self.eligible(ranked[0], trials) else None
+
+
+def _without_seed(trial: Trial) -> dict[str, Any]:
+    return {name: value for name, value in trial.values.items() if name != "seed"}
 
 
 def _longest_first() -> list[str]:
@@ -150,6 +174,8 @@ def table_rows(trials: Sequence[Trial], goal: Goal) -> list[dict[str, Any]]:
     for trial in trials:
         row: dict[str, Any] = {"trial": trial.name} | dict(trial.values)
         row |= {name: trial.last(name) for name in names if trial.evaluations(name)}
+        if goal.repeats > 1:
+            row |= {"mean": goal.mean(trial, trials), "spread": goal.spread(trial, trials)}
         row["nll_increase"] = goal.nll_increase(trial)
         row["steps"] = max((line["step"] for line in trial.lines), default=0)
         row["status"] = "ruled out: NLL" if goal.guarded(trial) else trial.status

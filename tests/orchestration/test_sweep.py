@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,17 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
-from transformers import AutoModelForCausalLM
+from ray import tune as ray_tune
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import orpo_ray
+from orpo_ray.config import ORPOConfig
 from orpo_ray.config_file import load_config
+from orpo_ray.orchestration.inputs import find_inputs
 from orpo_ray.orchestration.sweep_results import read_trials
 from tests.conftest import ROOT
-from tests.reference.models import tiny_model
 
 COMMAND = [
     "jobs/tune.py",
@@ -39,10 +44,15 @@ def write_pairs(folder: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_bad_trial_is_recorded_and_the_best_of_the_others_is_kept(run_command, tmp_path):
-    """Two points of a grid: the demo's own model, and a folder that holds no tokenizer."""
+    """Two points of a grid: the demo's own model, and one with a weight that is not a number."""
     write_pairs(tmp_path)
-    tiny_model("llama", torch.float32).save_pretrained(tmp_path / "bare")
-    good, bad = str(tmp_path / "runs" / "demo-42" / "base-model"), str(tmp_path / "bare")
+    good, bad = str(tmp_path / "runs" / "demo-42" / "base-model"), str(tmp_path / "bad")
+    find_inputs(ORPOConfig(train_files=str(tmp_path / "train.jsonl")), tmp_path / "runs")
+    broken = AutoModelForCausalLM.from_pretrained(good)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight.fill_(float("nan"))
+    broken.save_pretrained(bad)
+    AutoTokenizer.from_pretrained(good).save_pretrained(bad)
     done = run_command(
         tmp_path,
         *COMMAND,
@@ -58,6 +68,8 @@ def test_a_bad_trial_is_recorded_and_the_best_of_the_others_is_kept(run_command,
     assert rows[good]["status"] == "finished"
     assert rows[good]["beta"] == 0.7
     assert rows[bad]["status"] == "failed"
+    assert "step 1: the gradient is not finite" in rows[bad]["failure"]
+    assert "Rows (source:row) 0:" in rows[bad]["failure"]
     assert rows[bad]["failure"] in done.stdout
     AutoModelForCausalLM.from_pretrained(sweep / "champion")
     best = load_config(str(sweep / "best_config.yaml"), [])
@@ -71,6 +83,87 @@ def test_a_bad_trial_is_recorded_and_the_best_of_the_others_is_kept(run_command,
     assert page.count("<svg") >= 2
     assert not re.findall(r'(?:src|href)="http', page)  # but for SVG's own, `xlink:href="#..."`
     assert (sweep / "results.csv").read_text().count("\n") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trials_that_are_stopped_give_their_cpus_back(tmp_path):
+    """From Python, with domains of Tune, ASHA and Optuna; then a Tuner of the user's own."""
+    write_pairs(tmp_path)
+    config = ORPOConfig(
+        train_files=str(tmp_path / "train.jsonl"),
+        eval_files=str(tmp_path / "eval.jsonl"),
+        output_dir=str(tmp_path / "runs"),
+        run_name="sweep",
+        max_steps=60,
+        eval_steps=10,
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        num_samples=5,
+        reduction_factor=2,
+        search_algorithm="optuna",
+        compare_beta_zero=False,
+    )
+    ray.init(num_cpus=2, include_dashboard=True, log_to_driver=False)
+    try:
+        space = {"beta": ray_tune.loguniform(0.1, 3.0), "learning_rate": ray_tune.uniform(0, 3e-3)}
+        result = orpo_ray.tune(config, space)
+        statuses = [trial.status for trial in result.trials]
+        assert len(statuses) == 5
+        assert "stopped early" in statuses
+        assert result.best is not None
+        assert result.best.status == "finished"
+        own = ray_tune.Tuner(
+            ray_tune.with_resources(
+                orpo_ray.trainable(config.replace(run_name="own")), {"memory": 1}
+            ),
+            param_space={"beta": ray_tune.grid_search([0.5])},
+            run_config=ray_tune.RunConfig(storage_path=str(tmp_path), name="own", verbose=0),
+        )
+        (mine,) = own.fit()
+        assert mine.error is None
+        assert mine.metrics["step"] == 60
+        deadline = time.monotonic() + 60
+        while ray.available_resources().get("CPU") != 2.0:
+            assert time.monotonic() < deadline, ray.available_resources()
+            time.sleep(1)
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_demos_sweep_ends_with_a_champion(run_command, tmp_path):
+    """Eight trials; the default config's held-out accuracy is 0.935 (README)."""
+    chromium = shutil.which("chromium")
+    done = run_command(tmp_path, "jobs/tune.py", "run_name=sweep", timeout_s=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    sweep = tmp_path / "runs" / "sweep"
+    rows = pq.read_table(sweep / "results.parquet").to_pylist()
+    assert len(rows) == 8
+    assert sum(row["status"] == "stopped early" for row in rows) >= 3
+    accuracy = rows[0]["eval_rewards/accuracies"]
+    assert accuracy >= 0.935
+    again = run_command(tmp_path, "jobs/train.py", str(sweep / "best_config.yaml"), "run_name=best")
+    assert again.returncode == 0, again.stderr
+    lines = (tmp_path / "runs" / "best" / "metrics.jsonl").read_text().splitlines()
+    evals = [json.loads(line) for line in lines if "eval_loss" in line]
+    assert evals[-1]["eval_rewards/accuracies"] == pytest.approx(accuracy, abs=1e-3)
+    if chromium is None:
+        pytest.skip("the report was not opened: no chromium here")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += [f"--user-data-dir={tmp_path / 'browser'}", "--disable-background-networking"]
+    options += ["--window-size=1200,2600", f"--screenshot={tmp_path / 'report.png'}"]
+    shown = subprocess.run(
+        [chromium, *options, f"file://{sweep / 'sweep_report.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in shown.stderr
+    assert (tmp_path / "report.png").stat().st_size > 20_000
 
 
 @pytest.mark.slow

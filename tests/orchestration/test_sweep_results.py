@@ -11,10 +11,12 @@ from orpo_ray.orchestration.sweep_results import Goal, read_trials, table_rows
 ACCURACY, NLL = "eval_rewards/accuracies", "eval_nll_loss"
 
 
-def add_trial(folder, name, accuracies, nlls, finished=True, failure=None):
+def add_trial(folder, name, accuracies, nlls, finished=True, failure=None, **values):
     run = folder / "trials" / name
     run.mkdir(parents=True)
-    record = {"trial": name, "values": {"beta": 0.1}} | ({"failure": failure} if failure else {})
+    record = {"trial": name, "values": {"beta": 0.1} | values} | (
+        {"failure": failure} if failure else {}
+    )
     (run / "trial.json").write_text(json.dumps(record))
     lines = [
         {"step": 10 * i, ACCURACY: accuracy, NLL: nll}
@@ -84,3 +86,21 @@ def test_the_prefix_is_that_of_the_metrics_evaluation_set(metric, prefix):
 @pytest.mark.parametrize("metric", ["accuracy", "rewards/accuracies", "eval_accuracy"])
 def test_a_metric_that_no_evaluation_has_is_refused(metric):
     assert f"tune.metric: {metric} is not" in Goal.of(ORPOConfig(metric=metric)).problem()
+
+
+def test_settings_with_several_seeds_are_ranked_by_their_mean(tmp_path):
+    """(0.9 + 0.5) / 2 = 0.7 < (0.8 + 0.78) / 2 = 0.79; one with a stopped run is not chosen."""
+    runs = [(0.1, 0.9, True), (0.1, 0.5, True), (0.3, 0.8, True), (0.3, 0.78, True)]
+    runs += [(1.0, 0.95, True), (1.0, 0.9, False)]
+    for index, (beta, accuracy, finished) in enumerate(runs):
+        name, seed = f"t{index}", index % 2
+        add_trial(tmp_path, name, [0.5, accuracy], [2.0, 1.9], finished, beta=beta, seed=seed)
+    trials = read_trials(tmp_path)
+    goal = Goal.of(ORPOConfig(repeats=2))
+    best = goal.best(trials)
+    assert best.name == "t2"
+    assert goal.mean(best, trials) == pytest.approx(0.79)
+    assert goal.spread(best, trials) == pytest.approx(0.01)
+    row = next(row for row in table_rows(trials, goal) if row["trial"] == "t3")
+    assert (row["mean"], row["spread"]) == pytest.approx((0.79, 0.01))
+    assert [trial.name for trial in goal.ranked(trials)][:4] == ["t2", "t3", "t0", "t1"]
