@@ -100,6 +100,8 @@ def _settings_text() -> str:
             default = json.dumps(field.get_default(), default=list)
             lines.append(f"  {name} = {default}\n      {field.description}")
     lines += [
+        "\nsearch: what jobs/tune.py searches, by setting:",
+        "  search.beta='loguniform(0.05, 0.5)'   uniform, randint, choice, grid likewise",
         "\nexamples:",
         "  python jobs/train.py",
         "  python jobs/train.py my.yaml beta=0.2 num_workers=4 run_name=first",

@@ -189,8 +189,10 @@ def _search_algorithm(config: ORPOConfig) -> Any:
         )
     if any(isinstance(v, str) and v.strip().startswith("grid(") for v in config.search.values()):
         raise ConfigError(["tune.search_algorithm: optuna draws values; a grid is for random"])
+    import optuna
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(seed=config.train.seed)
 
 

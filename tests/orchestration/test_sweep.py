@@ -102,6 +102,7 @@ def test_trials_that_are_stopped_give_their_cpus_back(tmp_path):
         num_samples=5,
         reduction_factor=2,
         search_algorithm="optuna",
+        metric="eval_nll_loss",
         compare_beta_zero=False,
     )
     ray.init(num_cpus=2, include_dashboard=True, log_to_driver=False)
