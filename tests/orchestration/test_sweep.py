@@ -42,6 +42,7 @@ def write_pairs(folder: Path) -> None:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_bad_trial_is_recorded_and_the_best_of_the_others_is_kept(run_command, tmp_path):
     """Two points of a grid: the demo's own model, and one with a weight that is not a number."""
