@@ -211,7 +211,8 @@ def _importance(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str
     told = [trial for trial in trials if trial.evaluations(goal.metric)]
     settings = {n: {repr(t.values[n]) for t in told} for n in (told[0].values if told else ())}
     varied = [name for name, values in settings.items() if len(values) > 1]
-    if len(told) < _LEAST_FOR_IMPORTANCE or not varied:
+    outcomes = {trial.last(goal.metric) for trial in told}
+    if len(told) < _LEAST_FOR_IMPORTANCE or not varied or len(outcomes) < 2:
         return []
     shares = _shares(told, varied, goal)
     figure, (axis,) = _axes(1, width=6.0, height=0.6 + 0.4 * len(varied))
