@@ -2,7 +2,7 @@
 
 import ast
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -100,13 +100,8 @@ def _refused(config: ORPOConfig, leaf: str, samples: Sequence[Any]) -> list[str]
     findings = []
     for value in samples:
         try:
-            with_values(config, {leaf: value})
+            config.replace(**{leaf: value})
         except ValidationError as error:
             message = error.errors()[0]["msg"]
             findings.append(f"search.{leaf}: {message[:1].lower()}{message[1:]} (got {value!r})")
     return findings
-
-
-def with_values(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:
-    """The config of a trial."""
-    return config.replace(**values)

@@ -14,7 +14,6 @@ from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.config_file import to_yaml
 from orpo_ray.orchestration.cluster import set_aside_broken_snapshot
 from orpo_ray.orchestration.fit import Fit, TrainingError
-from orpo_ray.orchestration.search_space import with_values
 from orpo_ray.orchestration.start import CONFIG, Start, make_console, start_run
 from orpo_ray.orchestration.worker import train_worker
 from orpo_ray.preference.errors import DataError
@@ -89,9 +88,9 @@ def trial_config(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:
     shares = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     if shares & values.keys() and "global_batch_size" not in values:
         config = config.replace(global_batch_size=None)
-        config = with_values(config, values)
+        config = config.replace(**values)
         return config.replace(global_batch_size=config.pairs_per_step)
-    return with_values(config, values)
+    return config.replace(**values)
 
 
 def _with_found_inputs(config: ORPOConfig, start: Start, values: Mapping[str, Any]) -> ORPOConfig:

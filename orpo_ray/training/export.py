@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from orpo_ray.config import ModelSection, ORPOConfig
+from orpo_ray.config import ORPOConfig
+from orpo_ray.config_sections import ModelSection
 from orpo_ray.training.adapters import save_adapters
 from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.model_source import ModelSource

@@ -1,0 +1,215 @@
+"""The sections of a run: every setting with its type, bounds, default and meaning."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _some_steps(value: int) -> int:
+    if value == 0:
+        raise ValueError("0 steps: give a number of steps, or -1 to go by epochs")
+    return value
+
+
+class Section(BaseModel):
+    """A frozen group of settings that knows no keys but its own."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+
+class ModelSection(Section):
+    """The base model and its tokenizer."""
+
+    model_name_or_path: str | None = Field(
+        None, description="Folder or hub id of the base model; unset: the demo's, from scratch."
+    )
+    model_revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    attention: Literal["auto", "packed", "padded"] = Field(
+        "auto", description="auto packs where that is exact for the model, and says what it chose."
+    )
+    disable_dropout: bool = Field(True, description="Set every dropout of the model to 0.")
+    torch_compile: bool = Field(False, description="Compile the decoder layers.")
+    lora_r: PositiveInt | None = Field(
+        None, description="Rank of LoRA adapters; unset: all weights are trained."
+    )
+    lora_alpha: float = Field(32.0, gt=0.0, le=1e6, description="Adapters count alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="On what goes into an adapter.")
+    lora_target_modules: tuple[str, ...] | None = Field(
+        None, description="Names of adapted linear layers; unset: all but the head."
+    )
+    load_in_4bit: bool = Field(False, description="QLoRA: not in this version; refused.")
+    merge_adapter: bool = Field(
+        False, description="final/ is the merged model; unset: the adapter alone."
+    )
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Self:
+        if self.load_in_4bit:
+            raise ValueError("load_in_4bit: 4-bit base weights are not in this version")
+        if self.lora_r is None and (self.merge_adapter or self.lora_target_modules):
+            raise ValueError("merge_adapter and lora_target_modules are for LoRA: set lora_r")
+        return self
+
+
+class DataSection(Section):
+    """Where the preference pairs come from, how they are cut and in what order they come."""
+
+    train_files: tuple[str, ...] | None = Field(
+        None, description="Paths, globs or folders of pairs; unset: the demo's."
+    )
+    eval_files: tuple[str, ...] | None = Field(None, description="The same, for evaluation.")
+    dataset_name: str | None = Field(None, description="Hub id, instead of train_files.")
+    dataset_train_split: str = Field("train", description="Split of dataset_name to train on.")
+    dataset_test_split: str | None = Field(None, description="Split of dataset_name to evaluate.")
+    max_length: int = Field(
+        1024, ge=2, description="Tokens of prompt plus completion; a longer completion is cut."
+    )
+    group_by_prompt: bool = Field(
+        False, description="Pairs of one prompt share it; batch sizes then count prompts."
+    )
+    shuffle: bool = Field(True, description="false keeps the files' order.")
+    shuffle_window_shards: PositiveInt = Field(
+        16, description="Token shards whose rows are shuffled together, and held in memory."
+    )
+    shard_rows: PositiveInt = Field(4096, description="Source rows in one token shard.")
+    token_cache_dir: str | None = Field(
+        None, description="Where token shards are cached; unset: <output_dir>/token_cache."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        names = ("train_files", "eval_files")
+        return {
+            key: [value] if key in names and isinstance(value, str) else value
+            for key, value in values.items()
+        }
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.train_files is not None and self.dataset_name is not None:
+            raise ValueError("train_files and dataset_name are both set: keep one")
+        return self
+
+
+class OrpoSection(Section):
+    """The objective: loss = NLL - beta * mean(logsigmoid(log odds)) + router loss."""
+
+    beta: float = Field(0.1, ge=0.0, le=100.0, description="Weight of the odds-ratio term.")
+    nll_scope: Literal["all", "completion"] = Field(
+        "all", description="NLL over prompt and chosen answer (as TRL), or the answer only."
+    )
+    router_aux_loss_coef: float | None = Field(
+        None, ge=0.0, le=100.0, description="Weight of the MoE router loss; unset: the model's."
+    )
+
+
+class TrainSection(Section):
+    """The optimizer, its schedule, batch sizes, and how often things happen."""
+
+    learning_rate: float = Field(8e-6, ge=0.0, le=1.0, description="Peak rate (paper: 8e-6).")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = Field("linear", description="A schedule of transformers.get_scheduler.")
+    warmup_ratio: Share = Field(0.0, description="Share of all steps spent warming up.")
+    warmup_steps: int = Field(0, ge=0, description="The same in steps; wins over warmup_ratio.")
+    weight_decay: float = Field(0.0, ge=0.0, le=10.0, description="Not on norms and biases.")
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0, description="AdamW's beta1.")
+    adam_beta2: float = Field(0.999, ge=0.0, lt=1.0, description="AdamW's beta2.")
+    adam_epsilon: float = Field(1e-8, gt=0.0, le=1.0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(1.0, ge=0.0, le=1e9, description="Clip above it; 0: never.")
+    num_train_epochs: float = Field(3.0, gt=0.0, le=1e6, description="Passes over the pairs.")
+    max_steps: Annotated[int, AfterValidator(_some_steps)] = Field(
+        -1, ge=-1, description="Optimizer steps; wins over epochs; -1: unset."
+    )
+    per_device_train_batch_size: PositiveInt = Field(8, description="Pairs a worker and pass.")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="Passes an optimizer step.")
+    global_batch_size: PositiveInt | None = Field(
+        None, description="Pairs an optimizer step; unset: the two above x num_workers."
+    )
+    per_device_eval_batch_size: PositiveInt = Field(16, description="Pairs a worker and pass.")
+    max_tokens_per_microbatch: PositiveInt | None = Field(
+        None, description="Tokens one pass holds; unset: a worker's batch size x max_length."
+    )
+    head_chunk_tokens: PositiveInt = Field(
+        1024, description="Positions whose logits exist at the same time."
+    )
+    bf16: bool | None = Field(None, description="Compute in bfloat16; unset: on GPUs only.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory.")
+    gradient_checkpointing_every: PositiveInt = Field(
+        1, description="With it: in every n-th layer only."
+    )
+    cpu_offload: bool = Field(
+        False, description="On GPUs: keep weights, gradients and optimizer state on the host."
+    )
+    logging_steps: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
+    eval_steps: PositiveInt | None = Field(
+        None, description="Steps between evaluations; unset: only at the start and the end."
+    )
+    save_steps: PositiveInt = Field(500, description="Steps between checkpoints.")
+    save_total_limit: PositiveInt | None = Field(2, description="Checkpoints kept; null: all.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Of the order, dropout and demo weights.")
+
+
+class RaySection(Section):
+    """What is asked of the Ray cluster, in Ray Train's own words."""
+
+    num_workers: PositiveInt = Field(1, description="Training processes.")
+    use_gpu: bool | None = Field(None, description="A GPU each; unset: if the cluster has any.")
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
+        None, description="Ray resources a worker; unset: its GPU, or its share of the CPUs."
+    )
+    max_failures: int = Field(3, ge=-1, description="Worker group restarts; -1: no limit.")
+
+
+class OutputSection(Section):
+    """Where the run directory goes: <output_dir>/<run_name>."""
+
+    output_dir: str = Field("runs", min_length=1, description="Parent of run directories.")
+    run_name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="Folder of the run; an existing one goes on; unset: a new one by the time.",
+    )
+
+
+class TuneSection(Section):
+    """What a sweep tries and how it chooses; `search.<setting>` says what is searched."""
+
+    num_samples: PositiveInt = Field(8, description="Trials (for each point of a grid).")
+    metric: str = Field(
+        "eval_rewards/accuracies", min_length=1, description="What the best trial is best at."
+    )
+    metric_mode: Literal["max", "min"] | None = Field(
+        None, description="unset: min for losses, else max."
+    )
+    repeats: int = Field(
+        1, ge=1, le=100, description="Runs of each setting, with seeds that follow train.seed."
+    )
+    search_algorithm: Literal["random", "optuna"] = Field(
+        "random", description="How values are drawn; optuna: TPE."
+    )
+    trial_scheduler: Literal["asha", "median", "none"] = Field(
+        "asha", description="What stops weak trials early, at evaluations."
+    )
+    grace_steps: PositiveInt | None = Field(
+        None, description="Steps that every trial gets; unset: to its first evaluation."
+    )
+    reduction_factor: int = Field(3, ge=2, le=100, description="ASHA goes on with 1 of so many.")
+    max_concurrent_trials: PositiveInt | None = Field(
+        None, description="Trials at a time; unset: as many as the cluster holds."
+    )
+    max_nll_increase: float | None = Field(
+        0.1, ge=0.0, description="Nats of NLL a best trial may lose against the start; null: any."
+    )
+    compare_beta_zero: bool = Field(
+        True, description="Run the best trial's settings with beta=0 too, for the report."
+    )
