@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,14 @@ def tune(config: ORPOConfig, space: Mapping[str, Any] | None = None) -> SweepRes
         ConfigError: for a search or a goal that makes no sense, and what `train` refuses.
         DataError: for missing files, no usable row, and no evaluation data.
     """
-    space, goal = dict(space or search_space(config)), Goal.of(config)
-    problems = [goal.problem(), *_repeat_problems(config, space)]
-    if any(problems):
-        raise ConfigError([problem for problem in problems if problem])
+    goal, problems = Goal.of(config), []
+    try:
+        space = dict(space or search_space(config))
+    except ConfigError as error:
+        space, problems = {}, list(error.lines)
+    problems += [*goal.problems(), *_repeat_problems(config, space)]
+    if problems:
+        raise ConfigError(problems)
     if config.tune.repeats > 1:
         seed = config.train.seed
         space["seed"] = ray_tune.grid_search(list(range(seed, seed + config.tune.repeats)))
@@ -127,8 +131,6 @@ def _one_cpu_each(config: ORPOConfig) -> ORPOConfig:
 
 def _with_evaluations(start: Start) -> Start:
     """Trials are compared at evaluations: without `eval_steps`, eight of them a run."""
-    from dataclasses import replace
-
     if start.config.train.eval_steps is not None:
         return start
     return replace(start, config=start.config.replace(eval_steps=max(1, _n_steps(start) // 8)))

@@ -92,13 +92,13 @@ class Goal:
     def _is(self, name: str) -> bool:
         return self.metric.endswith(name)
 
-    def problem(self) -> str | None:
-        """What is wrong with the metric's name, or None."""
+    def problems(self) -> list[str]:
+        """What is wrong with the metric's name, if anything is."""
         named = any(self._is(name) for name in _longest_first())
         if named and self.prefix.startswith("eval_"):
-            return None
+            return []
         known = ", ".join(f"eval_{name}" for name in METRICS)
-        return f"tune.metric: {self.metric} is not an evaluation's metric; known are {known}"
+        return [f"tune.metric: {self.metric} is not an evaluation's metric; known are {known}"]
 
     def nll_increase(self, trial: Trial) -> float:
         """NLL at the last evaluation less that at the first, in nats."""

@@ -136,7 +136,7 @@ def test_trials_that_are_stopped_give_their_cpus_back(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_demos_sweep_ends_with_a_champion(run_command, tmp_path):
-    """Eight trials; the default config's held-out accuracy is 0.935 (README)."""
+    """Eight trials; the default config's held-out accuracy is 0.922 (README)."""
     chromium = shutil.which("chromium")
     done = run_command(tmp_path, "jobs/tune.py", "run_name=sweep", timeout_s=900)
     assert done.returncode == 0, done.stderr
@@ -146,7 +146,7 @@ def test_the_demos_sweep_ends_with_a_champion(run_command, tmp_path):
     assert len(rows) == 8
     assert sum(row["status"] == "stopped early" for row in rows) >= 3
     accuracy = rows[0]["eval_rewards/accuracies"]
-    assert accuracy >= 0.935
+    assert accuracy >= 0.922
     again = run_command(tmp_path, "jobs/train.py", str(sweep / "best_config.yaml"), "run_name=best")
     assert again.returncode == 0, again.stderr
     lines = (tmp_path / "runs" / "best" / "metrics.jsonl").read_text().splitlines()

@@ -79,13 +79,14 @@ def test_a_table_row_says_what_became_of_a_trial(sweep):
 )
 def test_the_prefix_is_that_of_the_metrics_evaluation_set(metric, prefix):
     goal = Goal.of(ORPOConfig(metric=metric))
-    assert goal.problem() is None
+    assert goal.problems() == []
     assert goal.prefix == prefix
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "rewards/accuracies", "eval_accuracy"])
 def test_a_metric_that_no_evaluation_has_is_refused(metric):
-    assert f"tune.metric: {metric} is not" in Goal.of(ORPOConfig(metric=metric)).problem()
+    (problem,) = Goal.of(ORPOConfig(metric=metric)).problems()
+    assert problem.startswith(f"tune.metric: {metric} is not an evaluation's metric")
 
 
 def test_settings_with_several_seeds_are_ranked_by_their_mean(tmp_path):
