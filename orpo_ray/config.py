@@ -62,7 +62,7 @@ class ORPOConfig(Section):
         """Pairs in one optimizer step, over all workers."""
         train = self.train
         per_worker = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        return train.global_batch_size or per_worker * self.ray.num_workers
+        return train.global_batch_size or per_worker * self.ray.max_workers
 
     @property
     def microbatch_tokens(self) -> int:

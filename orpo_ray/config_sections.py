@@ -156,18 +156,49 @@ class TrainSection(Section):
     )
     save_steps: PositiveInt = Field(500, description="Steps between checkpoints.")
     save_total_limit: PositiveInt | None = Field(2, description="Checkpoints kept; null: all.")
+    resume_changed: bool = Field(
+        False, description="Go on from a checkpoint that was made with other settings or data."
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="skip leaves out the rows whose loss is NaN or infinite."
+    )
+    max_skipped_rows: PositiveInt = Field(100, description="on_nonfinite=skip stops above it.")
     seed: int = Field(42, ge=0, lt=2**32, description="Of the order, dropout and demo weights.")
 
 
 class RaySection(Section):
     """What is asked of the Ray cluster, in Ray Train's own words."""
 
-    num_workers: PositiveInt = Field(1, description="Training processes.")
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1, description="Training processes; [least, most]: as many as the cluster has room for."
+    )
     use_gpu: bool | None = Field(None, description="A GPU each; unset: if the cluster has any.")
     resources_per_worker: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
         None, description="Ray resources a worker; unset: its GPU, or its share of the CPUs."
     )
     max_failures: int = Field(3, ge=-1, description="Worker group restarts; -1: no limit.")
+    health_check_timeout_s: float = Field(
+        120.0, gt=0.0, le=1e6, description="A worker that does not answer for so long is replaced."
+    )
+    process_group_timeout_s: float = Field(
+        600.0, gt=0.0, le=1e6, description="Longest wait of a worker for the others."
+    )
+
+    @model_validator(mode="after")
+    def _range(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError("num_workers: [least, most] has more at least than at most")
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """Workers without which a run does not start."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Workers that a run has at most."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class OutputSection(Section):

@@ -30,7 +30,7 @@ from orpo_ray.preference.templates import PairText, render
 from orpo_ray.preference.tokenization import PairTokenizer
 
 # Raised whenever the same input would give other tokens or another report.
-CODE_VERSION = 3
+CODE_VERSION = 4
 QUARANTINE = "quarantine"
 _BATCH_ROWS = 256
 

@@ -1,6 +1,6 @@
 """The prompt group: one prompt, its distinct completions and the pairs among them, as token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,23 @@ class PromptGroup:
     def n_tokens(self) -> int:
         """Tokens this group takes in a packed row: the prompt once, every completion once."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
+
+
+def without_rows(group: PromptGroup, rows: Set[RowId]) -> PromptGroup | None:
+    """The group without the pairs of some source rows, or None when no pair is left."""
+    kept = [i for i, row_id in enumerate(group.row_ids) if row_id not in rows]
+    if len(kept) == len(group.pairs):
+        return group
+    if not kept:
+        return None
+    used = sorted({place for i in kept for place in group.pairs[i]})
+    places = {place: new for new, place in enumerate(used)}
+    return PromptGroup(
+        prompt=group.prompt,
+        completions=tuple(group.completions[place] for place in used),
+        pairs=tuple((places[group.pairs[i][0]], places[group.pairs[i][1]]) for i in kept),
+        row_ids=tuple(group.row_ids[i] for i in kept),
+    )
 
 
 def merge_groups(groups: Sequence[PromptGroup]) -> PromptGroup:

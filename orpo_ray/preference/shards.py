@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from orpo_ray.preference.groups import PromptGroup, RowId
 
@@ -31,12 +32,21 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """One token shard: its file name inside the token set and what it holds."""
+    """One token shard: its file name inside the token set and what it holds.
+
+    Args:
+        name: of the file.
+        n_groups: prompt groups.
+        n_pairs: pairs.
+        n_tokens: packed tokens.
+        digest: XXH3-128 of its tokens and pairs, whatever the file format makes of them.
+    """
 
     name: str
     n_groups: int
     n_pairs: int
     n_tokens: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,11 @@ class TokenSet:
     def n_pairs(self) -> int:
         """Pairs in all shards."""
         return sum(shard.n_pairs for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """XXH3-128 over the shards: equal where the same pairs come in the same order."""
+        return xxhash.xxh3_128_hexdigest("".join(s.digest for s in self.shards).encode())
 
     def save(self) -> None:
         """Write the manifest, last and atomically: from then on the token set exists."""
@@ -105,7 +120,21 @@ def write_shard(path: str, groups: Sequence[PromptGroup]) -> Shard:
         n_groups=len(groups),
         n_pairs=sum(len(group.pairs) for group in groups),
         n_tokens=sum(group.n_tokens for group in groups),
+        digest=_digest(groups),
     )
+
+
+def _digest(groups: Sequence[PromptGroup]) -> str:
+    """XXH3-128 of token ids, pairs and rows, with the lengths that keep them apart."""
+    digest = xxhash.xxh3_128()
+    for group in groups:
+        rows = [number for row_id in group.row_ids for number in (row_id.source, row_id.row)]
+        lengths = [len(ids) for ids in (group.prompt, *group.completions)]
+        digest.update(np.array([*lengths, *rows], dtype=np.int64).tobytes())
+        digest.update(np.array(group.pairs, dtype=np.int32).tobytes())
+        for ids in (group.prompt, *group.completions):
+            digest.update(np.ascontiguousarray(ids, dtype=np.int32).tobytes())
+    return digest.hexdigest()
 
 
 def read_shard(path: str) -> list[PromptGroup]:

@@ -3,11 +3,11 @@
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.preference.groups import PromptGroup, RowId, without_rows
 from orpo_ray.preference.order import Order
 from orpo_ray.preference.packing import PackedRow, balanced_bins, nll_tokens, pack
 from orpo_ray.preference.shards import TokenSet, read_shard
@@ -73,6 +73,15 @@ class TokenStream:
     def batches(self, first_step: int, n_steps: int) -> Iterator[StepBatch]:
         """The batches of steps `first_step` to `n_steps` (exclusive), packed in a thread ahead."""
         return _read_ahead(self._batches(first_step, n_steps))
+
+    def batch_without(self, step: int, rows: Set[RowId]) -> StepBatch:
+        """The batch of one step without some source rows; it may be empty."""
+        shards = _OpenShards(self.token_set, keep=2 * self.order.window_shards + 1)
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        places = self.order.epoch(epoch, batch * self.plan.batch_groups)
+        members = itertools.islice(places, self.plan.batch_groups)
+        kept = (without_rows(shards.group(place), rows) for place in members)
+        return self._batch(step, epoch, [group for group in kept if group is not None])
 
     def sample(self, n_groups: int) -> PackedRow:
         """The first few groups of the first epoch as one row; the same on every rank."""

@@ -1,32 +1,36 @@
-"""Checkpoints that exist only once their manifest does, and verify before they are read.
-
-Runs in training workers; `newest_checkpoint` also on the driver.
-"""
+"""Sharded checkpoints, written beside the steps that follow; in training workers."""
 
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import CheckpointException, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
 
+from orpo_ray.training.manifest import (
+    checkpoint_directory,
+    fingerprint,
+    keep_newest,
+    write_json,
+    write_manifest,
+)
+
 # What is frozen is the base model's, and read from there again.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
-MANIFEST = "MANIFEST.json"
-FOLDER = "checkpoints"
+_STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -37,54 +41,131 @@ class TrainState:
         step: optimizer steps done.
         global_batch_pairs: pairs of a step; the order is counted in them.
         scheduler: state of the learning-rate schedule.
-        sums: metric sums since the last logged step, over all workers.
+        sums: metric sums of every rank since the last logged step.
         logged_steps: steps that `sums` covers.
+        skipped_rows: rows left out so far because their figures were not finite.
     """
 
     step: int
     global_batch_pairs: int
     scheduler: dict[str, Any]
-    sums: tuple[float, ...]
+    sums: tuple[tuple[float, ...], ...]
     logged_steps: int
+    skipped_rows: int
 
 
-def checkpoint_name(step: int) -> str:
-    """Path of a checkpoint below its run directory."""
-    return f"{FOLDER}/step-{step:08d}"
+class CheckpointSaver:
+    """Writes one checkpoint at a time in a thread of its own; all ranks call it alike.
 
+    Its collectives run in a process group of their own, beside those of the training steps.
 
-def save_checkpoint(
-    run_directory: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
-) -> str:
-    """Write a checkpoint from all ranks; it is committed when this returns.
-
-    Returns:
-        Its name below the run directory.
+    Args:
+        run_directory: of the run.
+        keep: committed checkpoints that are left on disk; None: all.
     """
-    name = checkpoint_name(state.step)
-    directory = Path(run_directory) / name
-    if dist.get_rank() == 0 and directory.exists():
-        shutil.rmtree(directory)  # a torn save of the same step
-    dist.barrier()
-    state_dict_saver.save(_tensors(model, optimizer), checkpoint_id=str(directory))
-    if dist.get_rank() == 0:
-        _write(directory / "state.json", dataclasses.asdict(state))
-    dist.barrier()
-    # Each rank reads back what it wrote; rank 0 what belongs to nobody.
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    own = {
-        path.name: _fingerprint(path)
-        for path in sorted(directory.iterdir())
-        if _writer(path.name, world_size) == rank
-    }
-    parts: list[dict[str, Any]] = [{}] * world_size
-    dist.all_gather_object(parts, own)
-    if rank == 0:
-        files = {name: entry for part in parts for name, entry in part.items()}
-        manifest = {"step": state.step, "world_size": world_size, "files": files}
-        _write(directory / MANIFEST, manifest)
-    dist.barrier()
-    return name
+
+    def __init__(self, run_directory: str, keep: int | None) -> None:
+        self._run_directory = run_directory
+        self._keep = keep
+        self._group = dist.new_group(backend="gloo")
+        self._stager = BlockingAsyncStager()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="orpo-save")
+        self._pending: Future[str | None] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save was started and not yet finished; the same on every rank."""
+        return self._pending is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether this rank would not wait in `finish`."""
+        return self._pending is None or self._pending.done()
+
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        about: Mapping[str, Any],
+    ) -> None:
+        """Copy the tensors to the host, and write them while training goes on.
+
+        Args:
+            model: sharded over all ranks.
+            optimizer: of it.
+            state: the rest.
+            about: what the manifest says besides its files.
+        """
+        if self._pending is not None:
+            raise AssertionError("a save is under way")
+        staged = self._stager.stage(_tensors(model, optimizer))
+        self._pending = self._thread.submit(self._write, staged, state, dict(about))
+
+    def finish(self) -> str | None:
+        """Wait for the save under way.
+
+        Returns:
+            Why there is no such checkpoint, or None once it is committed; the same on every rank.
+        """
+        if self._pending is None:
+            raise AssertionError("no save is under way")
+        pending, self._pending = self._pending, None
+        return pending.result()
+
+    def _write(self, staged: Any, state: TrainState, about: dict[str, Any]) -> str | None:
+        """Write, check and commit; in the thread."""
+        rank = dist.get_rank()
+        directory = checkpoint_directory(self._run_directory, state.step)
+        problem: str | None = None
+        files: dict[str, Any] = {}
+        try:
+            if rank == 0:
+                shutil.rmtree(directory, ignore_errors=True)  # a torn save of the same step
+                directory.mkdir(parents=True)
+                write_json(directory / _STATE, dataclasses.asdict(state))
+        except OSError as error:
+            problem = str(error)
+        problem = self._first_problem(problem)
+        if problem is None:
+            try:
+                state_dict_saver.save(
+                    staged, checkpoint_id=str(directory), process_group=self._group
+                )
+                files = _own_files(directory)
+            except (CheckpointException, OSError) as error:
+                problem = _reason(error)
+            problem = self._first_problem(problem)
+        parts: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, files, group=self._group)
+        if rank == 0:
+            problem = self._commit(directory, problem, about, parts)
+        return self._first_problem(problem)
+
+    def _commit(
+        self,
+        directory: Path,
+        problem: str | None,
+        about: dict[str, Any],
+        parts: list[dict[str, Any]],
+    ) -> str | None:
+        """Write the manifest, or take away what was written without one; on rank 0."""
+        if problem is None:
+            try:
+                files = {name: entry for part in parts for name, entry in part.items()}
+                write_manifest(directory, about, files)
+                keep_newest(self._run_directory, self._keep)
+            except OSError as error:
+                problem = str(error)
+        if problem is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+        return problem
+
+    def _first_problem(self, problem: str | None) -> str | None:
+        """The first rank's problem, if any has one."""
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=self._group)
+        return next((p for p in problems if p is not None), None)
 
 
 def load_checkpoint(
@@ -94,7 +175,7 @@ def load_checkpoint(
 
     The number of ranks may differ from the one that wrote it.
     """
-    directory = Path(run_directory) / checkpoint_name(step)
+    directory = checkpoint_directory(run_directory, step)
     tensors = _tensors(model, optimizer)
     state_dict_loader.load(tensors, checkpoint_id=str(directory))
     set_state_dict(
@@ -104,42 +185,8 @@ def load_checkpoint(
         optim_state_dict=tensors["optimizer"],
         options=_OPTIONS,
     )
-    fields = json.loads((directory / "state.json").read_text())
-    return TrainState(**fields | {"sums": tuple(fields["sums"])})
-
-
-def newest_checkpoint(run_directory: str, notice: Callable[[str], None]) -> int | None:
-    """The step of the newest checkpoint that verifies, or None.
-
-    Args:
-        run_directory: of the run.
-        notice: told of every checkpoint passed over, and why.
-    """
-    for directory in sorted(Path(run_directory, FOLDER).glob("step-*"), reverse=True):
-        damage = find_damage(directory)
-        if damage is None:
-            return int(directory.name.removeprefix("step-"))
-        notice(f"checkpoint {directory.name} passed over: {damage}")
-    return None
-
-
-def find_damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint's files by its manifest, or None."""
-    try:
-        files = json.loads((directory / MANIFEST).read_text())["files"]
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}, so its save never ended"
-    except (ValueError, KeyError, TypeError):
-        return f"its {MANIFEST} is damaged"
-    for name, entry in files.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _fingerprint(path) != entry:
-            return f"{name} does not match its checksum"
-    return None
+    fields = json.loads((directory / _STATE).read_text())
+    return TrainState(**fields | {"sums": tuple(map(tuple, fields["sums"]))})
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -152,29 +199,24 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return {"model": model_state, "optimizer": optimizer_state}
 
 
+def _own_files(directory: Path) -> dict[str, Any]:
+    """Fingerprints of what this rank wrote, read back; rank 0 has what belongs to nobody."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return {
+        path.name: fingerprint(path)
+        for path in sorted(directory.iterdir())
+        if _writer(path.name, world_size) == rank
+    }
+
+
 def _writer(file_name: str, world_size: int) -> int:
     """The rank that wrote a file: DCP names its shards `__<rank>_<part>.distcp`."""
     rank = file_name.removeprefix("__").split("_")[0]
     return int(rank) if file_name.startswith("__") and int(rank) < world_size else 0
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """Size and XXH3-128 of a file."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that the file is whole or absent, and on disk."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+def _reason(error: BaseException) -> str:
+    """What went wrong on the first rank that failed, on one line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,5 +1,9 @@
 """Errors that another attempt would meet again: they are answers, not failures of a worker."""
 
+from collections.abc import Sequence
+
+from orpo_ray.preference.groups import RowId
+
 
 class UnsupportedModelError(ValueError):
     """A model whose loss this project would compute wrongly, or cannot compute at all."""
@@ -10,7 +14,16 @@ class ResumeError(ValueError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient is not a number; raised on all ranks before the optimizer moves."""
+    """A loss or gradient is not a number; raised on all ranks before the optimizer moves.
+
+    Args:
+        message: with step and rows.
+        rows: where the figures were not finite; the same on every rank.
+    """
+
+    def __init__(self, message: str, rows: Sequence[RowId] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
 
 
 class MicrobatchTooLargeError(MemoryError):

@@ -4,6 +4,7 @@ It needs a process group and nothing of Ray: batches come from an iterator and w
 goes to a function, so it runs under torchrun as well.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,24 +17,25 @@ from torch import Tensor
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.stream import StepBatch, TokenStream
-from orpo_ray.training.checkpoint import (
-    TrainState,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
-from orpo_ray.training.errors import ResumeError
+from orpo_ray.training.checkpoint import TrainState
+from orpo_ray.training.errors import NonFiniteError
 from orpo_ray.training.evaluation import evaluate_streams
 from orpo_ray.training.export import export_model, exported_step, write_model_card
+from orpo_ray.training.keeper import CheckpointKeeper, position, run_files
 from orpo_ray.training.model_source import ModelSource
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-from orpo_ray.training.run_files import FINAL, RunFiles, read_metrics, summary
+from orpo_ray.training.resume import decisive_settings
+from orpo_ray.training.run_files import FINAL, read_metrics, summary
 from orpo_ray.training.sharding import build_model, use_bf16
 from orpo_ray.training.step import Trainee, train_step
 from orpo_ray.training.verify import settle_attention
 
-Report = Callable[[Mapping[str, Any], str | None], None]
+# A logged loss so many times the median of so many lines before it is a spike.
+_SPIKE, _RECENT = 10.0, 50
+
+Report = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class TrainingJob:
         data_report: what `data_report.json` holds, for the model card.
         version: of this project.
         device: of this rank.
-        report: told of every evaluation and every committed checkpoint, by all ranks together:
-            the latest metrics, and the checkpoint's name below the run directory or None.
+        report: told the latest metrics at every evaluation, by all ranks together.
+        leaving: asked about once a second by all ranks together; a text when a node of theirs
+            is about to be taken away, which is then answered with a checkpoint.
     """
 
     config: ORPOConfig
@@ -62,6 +65,7 @@ class TrainingJob:
     version: str
     device: torch.device
     report: Report
+    leaving: Callable[[], str | None] = lambda: None
 
 
 def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
@@ -72,7 +76,7 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
 
     Raises:
         NonFiniteError: before an update that would not be finite.
-        ResumeError: when the checkpoint was made with another global batch size.
+        ResumeError: when the checkpoint was made with other settings or data.
     """
     loop = _Loop(job)
     loop.settle_attention()  # by the base model: a resumed run has to decide the same
@@ -98,12 +102,12 @@ class _Window:
 class _Loop:
     job: TrainingJob
     step: int = 0
-    saved_step: int = -1
+    skipped_rows: int = 0
     latest: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         job, config = self.job, self.job.config
-        self.files = RunFiles(Path(job.run_directory), dist.get_rank() == 0)
+        self.files = run_files(job.run_directory)
         self.n_steps = config.total_steps(job.train.steps_per_epoch)
         model = build_model(config, job.model.model, job.device)
         optimizer = build_optimizer(model, config.train)
@@ -118,42 +122,36 @@ class _Loop:
         )
         self.weights = OrpoWeights(config.orpo.beta, model.router_coef)
         self.window = _Window(self._no_sums())
+        settings = decisive_settings(config, job.train.token_set.digest)
+        self.keeper = CheckpointKeeper(config, settings, self.files, self.trainee, job.leaving)
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(N_SUMS, dtype=torch.float64, device=self.job.device)
 
     def restore(self) -> None:
-        """Go to the newest checkpoint that verifies, found by rank 0 for all."""
-        found: list[int | None] = [None]
-        if self.files.is_writer:
-            found = [newest_checkpoint(self.job.run_directory, self.files.notice)]
-        dist.broadcast_object_list(found)
-        if found[0] is not None:
-            trainee = self.trainee
-            directory = self.job.run_directory
-            state = load_checkpoint(directory, found[0], trainee.model, trainee.optimizer)
-            batch_pairs = self.job.train.plan.batch_groups
-            if state.global_batch_pairs != batch_pairs:
-                raise ResumeError(
-                    f"{directory}: its checkpoint counts {state.global_batch_pairs} pairs a step, "
-                    f"this config {batch_pairs}; set global_batch_size="
-                    f"{state.global_batch_pairs}, or another run_name"
-                )
-            trainee.scheduler.load_state_dict(state.scheduler)
-            self.step = self.saved_step = state.step
-            if self.files.is_writer:
-                self.window.sums += torch.tensor(state.sums, dtype=torch.float64).to(
-                    self.job.device
-                )
+        """Go to the newest checkpoint that verifies."""
+        state = self.keeper.restore()
+        if state is not None:
+            self.trainee.scheduler.load_state_dict(state.scheduler)
+            self.step, self.skipped_rows = state.step, state.skipped_rows
+            sums = torch.tensor(state.sums, dtype=torch.float64, device=self.job.device)
+            if len(sums) == dist.get_world_size():
+                self.window.sums += sums[dist.get_rank()]
+            elif self.files.is_writer:
+                self.window.sums += sums.sum(0)
             self.window.steps = state.logged_steps
-        dropped = self.files.rewind(self.step if found[0] is not None else -1)
+        redone = self.files.rewind(self.step if state is not None else -1)
         for line in read_metrics(Path(self.job.run_directory)):
             self.latest |= line
-        if self.step:
-            self.files.notice(
-                f"resumed at step {self.step} of {self.n_steps}"
-                + (f"; {dropped} logged steps after it are done again" if dropped else "")
-            )
+        if state is None and not redone:
+            return
+        text = f"resumed at step {self.step} of {self.n_steps}"
+        if redone:
+            text += f"; {redone} steps after it are done again"
+        if redone or self.step < self.n_steps:
+            self.files.event(text, resumed=1, steps_redone=redone)
+        else:
+            self.files.notice(text)
 
     def settle_attention(self) -> None:
         """Decide between packed and padded rows, and say which."""
@@ -172,17 +170,40 @@ class _Loop:
             if batch.step != self.step:
                 raise AssertionError(f"the feed gave step {batch.step}, not {self.step}")
             rate = self.trainee.scheduler.get_last_lr()[0]
-            self.window.norm = train_step(self.trainee, batch, self.window.sums)
+            trained, left_out = self._step(batch)
             self.step += 1
-            self._count(batch, time.perf_counter() - started)
+            self.files.ledger(self.step, batch.epoch, trained.row_ids, left_out)
+            self._count(trained, time.perf_counter() - started)
             self._after_step(rate)
             started = time.perf_counter()
 
+    def _step(self, batch: StepBatch) -> tuple[StepBatch, tuple[RowId, ...]]:
+        """Train on a batch; returns what of it was trained on, and the rows left out."""
+        left_out: tuple[RowId, ...] = ()
+        while batch.n_pairs:
+            try:
+                self.window.norm = train_step(self.trainee, batch, self.window.sums)
+                return batch, left_out
+            except NonFiniteError as error:
+                train = self.job.config.train
+                self.skipped_rows += len(error.rows)
+                if train.on_nonfinite == "stop":
+                    raise
+                if self.skipped_rows > train.max_skipped_rows:
+                    raise NonFiniteError(
+                        f"{error}; {self.skipped_rows} rows were to be left out, more than "
+                        f"max_skipped_rows={train.max_skipped_rows}"
+                    ) from error
+                self.files.event(f"{error}; left out", rows_skipped=len(error.rows))
+                left_out += error.rows
+                batch = self.job.train.batch_without(batch.step, set(left_out))
+        self.trainee.scheduler.step()  # nothing is left to train on in this step
+        return batch, left_out
+
     def finish(self) -> None:
-        """Save the last step and write `final/`, unless an earlier attempt did."""
+        """See to the last checkpoint and write `final/`, unless an earlier attempt did."""
         job = self.job
-        if self.saved_step != self.step:
-            self._save()
+        self.keeper.after_step(self.step, True, self._state)
         final = Path(job.run_directory, FINAL)
         done = [exported_step(str(final)) == self.step]
         dist.broadcast_object_list(done)
@@ -207,15 +228,15 @@ class _Loop:
         line: dict[str, Any] = {}
         if last or self.step % config.logging_steps == 0:
             line |= self._window_metrics(rate)
+            self._mind_spike(line["loss"])
         if last or (config.eval_steps and self.step % config.eval_steps == 0):
             line |= self._evaluate()
         if line:
             epoch = self.step / self.job.train.steps_per_epoch
             self._log({"step": self.step, "epoch": epoch} | line)
-        if last or self.step % config.save_steps == 0:
-            self._save()
-        elif any(name.startswith("eval_") for name in line):
-            self.job.report(self.latest | {"step": self.step}, None)
+        if any(name.startswith("eval_") for name in line):
+            self.job.report(self.latest | {"step": self.step})
+        self.keeper.after_step(self.step, last, self._state)
 
     def _window_metrics(self, rate: float) -> dict[str, Any]:
         """The metrics since the last logged step: one collective, one wait for the device."""
@@ -228,6 +249,19 @@ class _Loop:
             "tokens_per_s": window.tokens / window.seconds,
         }
 
+    def _mind_spike(self, loss: float) -> None:
+        """Say so when a logged loss is far above those before it."""
+        before = [
+            line["loss"]
+            for line in read_metrics(Path(self.job.run_directory))[-_RECENT:]
+            if line.get("loss") is not None
+        ]
+        if before and loss > _SPIKE * statistics.median(before):
+            text = (
+                f"step {self.step}: loss {loss:.4g}, median before {statistics.median(before):.4g}"
+            )
+            self.files.event(text, loss_spikes=1)
+
     def _evaluate(self) -> dict[str, Any]:
         job = self.job
         return evaluate_streams(self.trainee.model, job.evals, job.config.orpo.beta, job.device)
@@ -236,22 +270,21 @@ class _Loop:
         self.latest |= line
         self.files.metrics(line)
 
-    def _save(self) -> None:
-        """Commit a checkpoint and report it."""
-        # Rank 0 takes over the sums of all, here and after a resume alike: the same additions
-        # in the same order, so the figures of a resumed run equal an uninterrupted one's.
-        sums = self.window.sums
-        dist.all_reduce(sums)
+    def _state(self) -> tuple[TrainState, dict[str, Any]]:
+        """What a checkpoint holds besides tensors, and its position; a collective.
+
+        Every rank's own sums are kept, so a save changes nothing: wherever the saves of a run
+        fall, the same figures are added up in the same order.
+        """
+        plan = self.job.train.plan
+        sums = [torch.zeros_like(self.window.sums) for _ in range(dist.get_world_size())]
+        dist.all_gather(sums, self.window.sums)
         state = TrainState(
             step=self.step,
-            global_batch_pairs=self.job.train.plan.batch_groups,
+            global_batch_pairs=plan.batch_groups,
             scheduler=self.trainee.scheduler.state_dict(),
-            sums=tuple(sums.tolist()),
+            sums=tuple(tuple(part.tolist()) for part in sums),
             logged_steps=self.window.steps,
+            skipped_rows=self.skipped_rows,
         )
-        if not self.files.is_writer:
-            sums.zero_()
-        directory = self.job.run_directory
-        name = save_checkpoint(directory, self.trainee.model, self.trainee.optimizer, state)
-        self.saved_step = self.step
-        self.job.report(self.latest | {"step": self.step}, name)
+        return state, position(self.step, self.job.train.steps_per_epoch, plan.batch_groups)

@@ -1,13 +1,20 @@
 """The files of a run directory: names, and the text that rank 0 writes and anyone reads."""
 
+import contextlib
 import json
 import math
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.preference.groups import RowId
+
 METRICS = "metrics.jsonl"
+LEDGER = "ledger.jsonl"
+EVENTS = "events.jsonl"
 LOG = "run.log"
 FINAL = "final"
 # What differs between two runs that are otherwise the same to the byte.
@@ -16,7 +23,7 @@ TIMING = ("time", "pairs_per_s", "tokens_per_s")
 
 @dataclass(frozen=True)
 class RunFiles:
-    """`metrics.jsonl` and `run.log` of a run; other ranks than 0 write nothing."""
+    """`metrics.jsonl`, `ledger.jsonl`, `events.jsonl` and `run.log`; only rank 0 writes."""
 
     directory: Path
     is_writer: bool
@@ -27,17 +34,48 @@ class RunFiles:
             with (self.directory / LOG).open("a") as file:
                 file.write(text + "\n")
 
+    def event(self, text: str, **counts: int) -> None:
+        """Say what a run met that it should not have, and keep what of it is counted."""
+        self.notice(text)
+        if self.is_writer:
+            line = {"time": time.time(), "text": text, "counts": counts}
+            with (self.directory / EVENTS).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
     def rewind(self, step: int) -> int:
-        """Drop the metrics of steps after `step`, which will be done again; returns how many."""
-        path = self.directory / METRICS
-        if not self.is_writer or not path.exists():
+        """Cut what was written of steps after `step`, which will be done again.
+
+        Returns:
+            How many steps that is.
+        """
+        if not self.is_writer:
             return 0
-        lines = read_metrics(self.directory)
-        kept = [line for line in lines if line["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_json_line(line) for line in kept))
-        temporary.replace(path)
-        return len(lines) - len(kept)
+        _cut_after(self.directory / METRICS, step)
+        dropped, kept = _cut_after(self.directory / LEDGER, step)
+        if kept != max(step, 0):
+            text = f"{LEDGER} holds {kept} of the {step} steps before the checkpoint"
+            self.event(text, ledger_gaps=1)
+        return dropped
+
+    def ledger(
+        self, step: int, epoch: int, rows: Sequence[RowId], left_out: Sequence[RowId]
+    ) -> None:
+        """Add one step to the ledger; a row is [index of its source file, row there from 1]."""
+        if not self.is_writer:
+            return
+        line: dict[str, Any] = {"step": step, "epoch": epoch, "rows": _places(rows)}
+        if left_out:
+            line["skipped"] = _places(left_out)
+        with (self.directory / LEDGER).open("a") as file:
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+    def sync(self) -> None:
+        """Put on disk what a checkpoint that comes next relies on."""
+        for name in (METRICS, LEDGER) if self.is_writer else ():
+            path = self.directory / name
+            if path.exists():
+                with path.open("a") as file:
+                    os.fsync(file.fileno())
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Add one line to the metrics; `time` is in seconds since 1970."""
@@ -54,6 +92,17 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def count_events(directory: Path) -> dict[str, int]:
+    """What a run met on its way, by kind."""
+    counts: dict[str, int] = {}
+    path = directory / EVENTS
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # a torn last line
+            for kind, count in json.loads(text)["counts"].items():
+                counts[kind] = counts.get(kind, 0) + count
+    return counts
 
 
 def summary(directory: Path) -> dict[str, dict[str, float]]:
@@ -75,6 +124,28 @@ def summary(directory: Path) -> dict[str, dict[str, float]]:
         "before": evals[0] if evals and evals[0]["step"] == 0 else {},
         "after": evals[-1] if evals else {},
     }
+
+
+def _places(rows: Sequence[RowId]) -> list[list[int]]:
+    return [[row_id.source, row_id.row + 1] for row_id in rows]
+
+
+def _cut_after(path: Path, step: int) -> tuple[int, int]:
+    """Truncate a file of steps behind `step`; returns how many were dropped and kept."""
+    if not path.exists():
+        return 0, 0
+    end, dropped, kept = 0, 0, 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                continue  # torn
+            if json.loads(line)["step"] <= step:
+                end += len(line)
+                kept += 1
+            else:
+                dropped += 1
+    os.truncate(path, end)
+    return dropped, kept
 
 
 def _json_line(line: dict[str, Any]) -> str:

@@ -62,7 +62,7 @@ def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> Tensor:
         step_sums += _forward_backward(trainee, row, scale)
     norm = gradient_norm(trainee.model, trainee.max_grad_norm)
     if not torch.isfinite(norm):  # the one wait for the device in a step
-        raise NonFiniteError(_non_finite_rows(trainee, batch, scale))
+        raise _non_finite(trainee, batch, scale)
     trainee.optimizer.step()
     trainee.scheduler.step()
     sums += step_sums
@@ -124,7 +124,7 @@ def evaluate(
     return sums
 
 
-def _non_finite_rows(trainee: Trainee, batch: StepBatch, scale: LossScale) -> str:
+def _non_finite(trainee: Trainee, batch: StepBatch, scale: LossScale) -> NonFiniteError:
     """Run the step's forward passes again and name the pairs whose figures are not finite."""
     bad: list[RowId] = []
     with torch.no_grad():
@@ -139,8 +139,9 @@ def _non_finite_rows(trainee: Trainee, batch: StepBatch, scale: LossScale) -> st
     everywhere: list[list[RowId]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everywhere, bad)
     named = [row_id for part in everywhere for row_id in part] or list(batch.row_ids)
-    rows = ", ".join(f"{row_id.source}:{row_id.row}" for row_id in named[:16])
-    return (
+    rows = ", ".join(f"{row_id.source}:{row_id.row + 1}" for row_id in named[:16])
+    text = (
         f"step {batch.step + 1}: the gradient is not finite; weights are as before it. "
         f"Rows (source:row) {rows}{' ...' if len(named) > 16 else ''}"
     )
+    return NonFiniteError(text, named)

@@ -77,6 +77,7 @@ def train_small(folder: Path, run: Path, changes: dict[str, Any]) -> dict[str, A
     defaults = {
         "max_steps": 24,
         "save_steps": 7,
+        "save_total_limit": 3,
         "logging_steps": 5,
         "eval_steps": 10,
         "learning_rate": 1e-2,
@@ -95,7 +96,7 @@ def train_small(folder: Path, run: Path, changes: dict[str, Any]) -> dict[str, A
         data_report={},
         version="0",
         device=torch.device("cpu"),
-        report=lambda metrics, name: None,
+        report=lambda metrics: None,
     )
     return run_training(job)
 

@@ -1,0 +1,138 @@
+"""The commit point of a checkpoint: the manifest that covers every byte of it.
+
+Runs in training workers and on the driver; needs no torch.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+MANIFEST = "MANIFEST.json"
+FOLDER = "checkpoints"
+SET_ASIDE = "set-aside"
+
+
+def checkpoint_directory(run_directory: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(run_directory, FOLDER, f"step-{step:08d}")
+
+
+def checkpoint_directories(run_directory: str | Path) -> list[Path]:
+    """Folders of all checkpoints, committed or not; the newest first."""
+    return sorted(Path(run_directory, FOLDER).glob("step-*"), reverse=True)
+
+
+def write_manifest(directory: Path, about: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Commit a checkpoint whose other files are written.
+
+    Args:
+        directory: of the checkpoint.
+        about: what else the manifest says (step, epoch, position, world size, settings).
+        files: `fingerprint` of every file by name.
+    """
+    write_json(directory / MANIFEST, _sealed({**about, "files": dict(files)}))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says.
+
+    Raises:
+        ValueError: when it is missing or not byte for byte as it was written; the text says which.
+    """
+    try:
+        text = (directory / MANIFEST).read_text()
+    except FileNotFoundError:
+        raise ValueError(f"it has no {MANIFEST}, so its save never ended") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"its {MANIFEST} cannot be read: {error}") from error
+    try:
+        content: dict[str, Any] = json.loads(text)["content"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"its {MANIFEST} is damaged") from None
+    if text != _text(_sealed(content)):
+        raise ValueError(f"its {MANIFEST} is damaged")
+    return content
+
+
+def find_damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint by its manifest, or None: every byte is read."""
+    try:
+        files = read_manifest(directory)["files"]
+    except ValueError as error:
+        return str(error)
+    for name, entry in files.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if fingerprint(path) != entry:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def newest_checkpoint(run_directory: str, set_aside: Callable[[str, str], None]) -> int | None:
+    """The step of the newest checkpoint that verifies, or None.
+
+    What does not verify is moved to `checkpoints/set-aside/`, where the last one is kept.
+
+    Args:
+        run_directory: of the run.
+        set_aside: told the name of every checkpoint that was, and why.
+    """
+    for directory in checkpoint_directories(run_directory):
+        damage = find_damage(directory)
+        if damage is None:
+            return int(directory.name.removeprefix("step-"))
+        aside = directory.parent / SET_ASIDE
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        directory.rename(aside / directory.name)
+        (aside / "REASON").write_text(f"{directory.name}: {damage}\n")
+        set_aside(directory.name, damage)
+    return None
+
+
+def keep_newest(run_directory: str, limit: int | None) -> None:
+    """Delete all checkpoints but the newest `limit`; called when the newest was just committed."""
+    if limit is None:
+        return
+    for directory in checkpoint_directories(run_directory)[limit:]:
+        (directory / MANIFEST).unlink(missing_ok=True)  # from here on it is none
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and XXH3-128 of a file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON so that the file is whole or absent, and on disk."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(_text(content))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with its own checksum, so that a flipped bit in it is found as well."""
+    return {"content": content, "xxh3_128": xxhash.xxh3_128_hexdigest(_text(content).encode())}
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1)
