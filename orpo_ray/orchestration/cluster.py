@@ -8,7 +8,6 @@ from pathlib import Path
 
 import ray
 from ray.train import (
-    CheckpointConfig,
     FailureConfig,
     LoggingConfig,
     RunConfig,
@@ -25,7 +24,6 @@ _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's other output is silent when it is told to be
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
 }
 # A step on the host frees and asks again for the same large tensors: glibc, which by default gives
 # them back to the system each time, made 2.3 million page faults in 40 steps of a 5 M model, and
@@ -65,12 +63,12 @@ def with_cluster(config: ORPOConfig) -> ORPOConfig:
     total = ray.cluster_resources()
     use_gpu = config.ray.use_gpu
     if use_gpu is None:
-        use_gpu = total.get("GPU", 0) >= config.ray.num_workers
-    resources = config.ray.resources_per_worker or _fair_share(config.ray.num_workers, use_gpu)
+        use_gpu = total.get("GPU", 0) >= config.ray.min_workers
+    resources = config.ray.resources_per_worker or _fair_share(config.ray.max_workers, use_gpu)
     settled = config.replace(use_gpu=use_gpu, resources_per_worker=resources)
-    wanted = {name: amount * config.ray.num_workers for name, amount in resources.items()}
+    wanted = {name: amount * config.ray.min_workers for name, amount in resources.items()}
     missing = [
-        f"num_workers: {config.ray.num_workers} workers need {amount:g} {name}, "
+        f"num_workers: {config.ray.min_workers} workers need {amount:g} {name}, "
         f"the cluster has {total.get(name, 0):g}; ask for fewer workers or resources_per_worker"
         for name, amount in wanted.items()
         if amount > total.get(name, 0)
@@ -88,6 +86,14 @@ def _fair_share(num_workers: int, use_gpu: bool) -> dict[str, float]:
     per_node = math.ceil(num_workers / len(nodes))
     share = max(node.get("CPU", 0.0) for node in nodes) / per_node
     return {"CPU": float(math.floor(share)) if share >= 1 else share}
+
+
+def ask_for_timeouts(config: ORPOConfig) -> None:
+    """Set what Ray Train reads from the environment where a run starts."""
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.ray.health_check_timeout_s)
+    # With fewer workers than asked for, a longer wait would only be for those that are gone.
+    is_elastic = config.ray.min_workers < config.ray.max_workers
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30" if is_elastic else "60"
 
 
 def scaling(config: ORPOConfig) -> ScalingConfig:
@@ -109,7 +115,6 @@ def run_settings(
         failure_config=FailureConfig(
             max_failures=config.ray.max_failures, controller_failure_limit=10
         ),
-        checkpoint_config=CheckpointConfig(num_to_keep=config.train.save_total_limit),
         logging_config=LoggingConfig(log_level="ERROR"),
         callbacks=callbacks,
         worker_runtime_env=None if config.ray.use_gpu else {"env_vars": _HOST_MEMORY},
@@ -120,7 +125,8 @@ def set_aside_broken_snapshot(run_directory: Path) -> str | None:
     """Move Ray Train's own state away when it cannot be started from; the checkpoints stay.
 
     Ray writes the file in place and refuses to start on a torn one, or on one that names a
-    checkpoint which is gone. Training finds its checkpoints by their manifests, not by it.
+    checkpoint which is gone, as earlier versions of this project let it. Training finds its
+    checkpoints by their manifests, not by it.
 
     Returns:
         What was wrong, or None.

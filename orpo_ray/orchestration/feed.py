@@ -75,7 +75,7 @@ def eval_plan(config: ORPOConfig, token_set: TokenSet) -> FeedPlan:
     return FeedPlan(
         token_set=token_set,
         order=_order(config, token_set, shuffle=False),
-        plan=_batches(config, per_device * config.ray.num_workers, budget),
+        plan=_batches(config, per_device * config.ray.max_workers, budget),
     )
 
 

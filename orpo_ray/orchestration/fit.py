@@ -58,11 +58,14 @@ class Fit:
             data_report=dict(self.data_report),
             version=orpo_ray.__version__,
         )
+        cluster.ask_for_timeouts(self.config)
         backend = "cpu:gloo,cuda:nccl" if self.config.ray.use_gpu else "gloo"
         trainer = TorchTrainer(
             work,
             train_loop_config={"task": task},
-            torch_config=TorchConfig(backend=backend),
+            torch_config=TorchConfig(
+                backend=backend, timeout_s=int(self.config.ray.process_group_timeout_s)
+            ),
             scaling_config=cluster.scaling(self.config),
             run_config=cluster.run_settings(self.config, self.run_directory, list(self.callbacks)),
             datasets={name: plan.shard_list() for name, plan in self.plans.items()},
@@ -70,7 +73,7 @@ class Fit:
         )
         answer: WorkerAnswer = trainer.fit().return_value
         if answer.refusal:
-            raise ConfigError([answer.refusal])
+            raise ConfigError(answer.refusal.splitlines())
         if answer.failure:
             raise TrainingError(answer.failure)
         return answer

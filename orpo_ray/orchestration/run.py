@@ -9,10 +9,16 @@ from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
 from orpo_ray.orchestration.progress import RunWatcher
-from orpo_ray.orchestration.start import make_console, start_run
+from orpo_ray.orchestration.run_lock import claimed
+from orpo_ray.orchestration.start import (
+    make_console,
+    run_directory_of,
+    start_run,
+    with_run_name,
+)
 from orpo_ray.orchestration.worker import evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
-from orpo_ray.training.run_files import FINAL, summary
+from orpo_ray.training.run_files import FINAL, count_events, summary
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class TrainResult:
         metrics: last logged training metrics and last evaluation.
         metrics_before: the evaluation before the first step; empty without evaluation data.
         data_report: rows read, kept and refused, by data set.
+        events: what the run met on its way (`resumed`, `steps_redone`, `rows_skipped`, ...).
     """
 
     run_directory: str
@@ -32,6 +39,7 @@ class TrainResult:
     metrics: dict[str, float]
     metrics_before: dict[str, float] = field(default_factory=dict)
     data_report: dict[str, Any] = field(default_factory=dict)
+    events: dict[str, int] = field(default_factory=dict)
 
 
 def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
@@ -44,11 +52,19 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
         inputs: files and model, when they are not those that the config names.
 
     Raises:
-        ConfigError: for settings that the cluster or the run directory cannot meet.
+        ConfigError: for settings that the cluster or the run directory cannot meet, and while
+            another driver has the run directory.
         DataError: for missing files and when no usable row is left.
         TrainingError: for a loss that is not finite.
         ray.train.TrainingFailedError: when workers keep failing.
     """
+    config = with_run_name(config)
+    with claimed(run_directory_of(config)):
+        return _train(config, inputs)
+
+
+def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
+    """`train` in a run directory that is ours."""
     console = make_console()
     start = start_run(config, console, inputs)
     config, run_directory = start.config, start.run_directory
@@ -58,7 +74,7 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
         console.print(problem, markup=False)
     console.print(
         f"run directory: {run_directory}\n"
-        f"starting {config.ray.num_workers} worker(s) with {config.ray.resources_per_worker}",
+        f"starting {_workers_text(config)} worker(s) with {config.ray.resources_per_worker}",
         markup=False,
     )
     steps_per_epoch = plans[TRAIN].order.n_batches(plans[TRAIN].plan.batch_groups)
@@ -71,6 +87,7 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
         metrics=figures["train"] | figures["after"],
         metrics_before=figures["before"],
         data_report=start.data_report,
+        events=count_events(run_directory),
     )
     console.print(end_text(result, config), markup=False)
     return result
@@ -106,6 +123,13 @@ def prepare(config: ORPOConfig) -> dict[str, Any]:
     return start.data_report
 
 
+def _workers_text(config: ORPOConfig) -> str:
+    ray = config.ray
+    if ray.min_workers == ray.max_workers:
+        return str(ray.max_workers)
+    return f"{ray.min_workers} to {ray.max_workers}"
+
+
 def end_text(result: TrainResult, config: ORPOConfig) -> str:
     """The end of a run on a few lines: what came of it, where it is, what to try next."""
     before, after = result.metrics_before, result.metrics
@@ -118,6 +142,9 @@ def end_text(result: TrainResult, config: ORPOConfig) -> str:
         lines.append(
             f"held-out log odds: {before[log_odds]:+.3f} before, {after[log_odds]:+.3f} after"
         )
+    if result.events:
+        met = ", ".join(f"{kind} {count}" for kind, count in sorted(result.events.items()))
+        lines.append(f"on the way: {met} (events.jsonl)")
     lines += [f"run directory: {result.run_directory}", f"model: {result.model_directory}"]
     if config.data.train_files is None:
         lines.append(

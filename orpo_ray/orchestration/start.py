@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.config_file import load_config, to_yaml
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_report import write_data_report
@@ -17,6 +17,8 @@ from orpo_ray.orchestration.feed import TRAIN, FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.ingest import IngestRequest, ingest
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
 from orpo_ray.preference.shards import TokenSet
+from orpo_ray.training.errors import ResumeError
+from orpo_ray.training.resume import decisive_settings, newest_manifest, refuse_changes
 
 CONFIG = "config.yaml"
 
@@ -56,6 +58,18 @@ class Start:
         return {TRAIN: train_plan(self.config, self.token_sets[TRAIN])} | evals
 
 
+def with_run_name(config: ORPOConfig) -> ORPOConfig:
+    """The config with a name by the time where it has none."""
+    if config.output.run_name:
+        return config
+    return config.replace(run_name=time.strftime("orpo-%Y%m%d-%H%M%S"))
+
+
+def run_directory_of(config: ORPOConfig) -> Path:
+    """Absolute path of a named run."""
+    return Path(config.output.output_dir).expanduser().resolve() / str(config.output.run_name)
+
+
 def start_run(
     config: ORPOConfig,
     console: Console,
@@ -65,13 +79,13 @@ def start_run(
     """Name the run, find its files, join the cluster, ingest, and write down all of it.
 
     Raises:
-        ConfigError: for settings that the cluster cannot meet.
+        ConfigError: for settings that the cluster cannot meet, and for settings or data other
+            than those of the run's checkpoint.
         DataError: for missing files and when no usable row is left.
     """
-    if not config.output.run_name:
-        config = config.replace(run_name=time.strftime("orpo-%Y%m%d-%H%M%S"))
-    output_directory = Path(config.output.output_dir).expanduser().resolve()
-    run_directory = output_directory / str(config.output.run_name)
+    config = with_run_name(config)
+    run_directory = run_directory_of(config)
+    output_directory = run_directory.parent
     config = _with_batch_size(config, run_directory, console)
     inputs = inputs or find_inputs(config, output_directory)
     cluster.connect()
@@ -83,6 +97,8 @@ def start_run(
         tokens = ingest(_request(config, inputs, paths, output_directory))
         token_sets[name] = tokens
         console.print(_counts_text(name.rstrip("_"), tokens.report), markup=False)
+    if TRAIN in token_sets:
+        _refuse_another_run(config, run_directory, token_sets[TRAIN])
     run_directory.mkdir(parents=True, exist_ok=True)
     write_data_report(
         str(run_directory), {name.rstrip("_"): tokens for name, tokens in token_sets.items()}
@@ -90,6 +106,17 @@ def start_run(
     (run_directory / CONFIG).write_text(to_yaml(config))
     report = json.loads((run_directory / "data_report.json").read_text())
     return Start(config, inputs, run_directory, token_sets, report)
+
+
+def _refuse_another_run(config: ORPOConfig, run_directory: Path, tokens: TokenSet) -> None:
+    """Say before workers start what they would refuse, and before anything is written over."""
+    manifest = newest_manifest(run_directory)
+    if manifest is None or config.train.resume_changed:
+        return
+    try:
+        refuse_changes(manifest, decisive_settings(config, tokens.digest))
+    except ResumeError as error:
+        raise ConfigError(str(error).splitlines()) from error
 
 
 def _with_batch_size(config: ORPOConfig, run_directory: Path, console: Console) -> ORPOConfig:

@@ -23,8 +23,15 @@ from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.config_file import to_yaml
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.feed import TRAIN
+from orpo_ray.orchestration.run_lock import claimed
 from orpo_ray.orchestration.search_space import search_space
-from orpo_ray.orchestration.start import Start, make_console, start_run
+from orpo_ray.orchestration.start import (
+    Start,
+    make_console,
+    run_directory_of,
+    start_run,
+    with_run_name,
+)
 from orpo_ray.orchestration.sweep_progress import SweepWatcher, trial_text
 from orpo_ray.orchestration.sweep_report import write_sweep_report
 from orpo_ray.orchestration.sweep_results import Goal, Trial, read_trials, table_rows
@@ -95,6 +102,13 @@ def tune(config: ORPOConfig, space: Mapping[str, Any] | None = None) -> SweepRes
     if config.tune.repeats > 1:
         seed = config.train.seed
         space["seed"] = ray_tune.grid_search(list(range(seed, seed + config.tune.repeats)))
+    config = with_run_name(config)
+    with claimed(run_directory_of(config)):
+        return _search(config, space, goal)
+
+
+def _search(config: ORPOConfig, space: Mapping[str, Any], goal: Goal) -> SweepResult:
+    """`tune` in a run directory that is ours."""
     console = make_console()
     cluster.connect(dashboard=True)
     start = start_run(_one_cpu_each(config), console)
@@ -173,7 +187,7 @@ def _concurrent(config: ORPOConfig) -> int:
     total = ray.cluster_resources()
     wanted = config.ray.resources_per_worker or {}
     fits = [
-        int(total.get(name, 0) // (amount * config.ray.num_workers))
+        int(total.get(name, 0) // (amount * config.ray.max_workers))
         for name, amount in wanted.items()
         if amount
     ]

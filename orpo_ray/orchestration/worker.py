@@ -4,6 +4,7 @@ The training floor is imported by the ranks only: Ray also loads this module on 
 the actors that watch over a run, which would wait seconds for it and need nothing of it.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray.train
 import ray.train.torch
-from ray.train import Checkpoint, CheckpointUploadMode
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.feed import TRAIN
@@ -79,7 +79,8 @@ def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
         data_report=task.data_report,
         version=task.version,
         device=_device(task),
-        report=_Reporter(task.run_directory),
+        report=_report,
+        leaving=_leaving,
     )
     # These would come back at every attempt: they are answers, not failures to start again from.
     try:
@@ -125,19 +126,20 @@ def _device(task: WorkerTask) -> "torch.device":
     return torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class _Reporter:
-    """Tells Ray Train of an evaluation, or of a checkpoint that is already in its place."""
+def _report(metrics: Mapping[str, Any]) -> None:
+    """Tell Ray Train of an evaluation.
 
-    run_directory: str
+    It is not told of checkpoints: it would keep a list of them that is torn or stale after some
+    faults, refuse to start on it, and fail on a folder that is gone. Their manifests are enough.
+    """
+    ray.train.report(dict(metrics))
 
-    def __call__(self, metrics: Mapping[str, Any], name: str | None) -> None:
-        if name is None:
-            ray.train.report(dict(metrics))
-            return
-        ray.train.report(
-            dict(metrics),
-            checkpoint=Checkpoint.from_directory(str(Path(self.run_directory, name))),
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        )
+
+def _leaving() -> str | None:
+    """Whether the cluster is about to take a node of this run away, and until when."""
+    info = ray.train.get_preemption_info()
+    if info is None:
+        return None
+    nodes = ", ".join(sorted(node[:12] for node in info.preempted_node_ids))
+    until = f" by {time.strftime('%H:%M:%S', time.localtime(info.deadline_ms / 1000))}"
+    return f"node {nodes} is to be taken away{until if info.deadline_ms else ''}"

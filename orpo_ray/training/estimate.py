@@ -28,7 +28,7 @@ def plan_lines(config: ORPOConfig) -> list[str]:
     lines = [
         f"effective batch: {config.pairs_per_step} pairs a step "
         f"({train.per_device_train_batch_size} a worker and pass x "
-        f"{train.gradient_accumulation_steps} passes x {config.ray.num_workers} workers)"
+        f"{train.gradient_accumulation_steps} passes x {config.ray.max_workers} workers)"
     ]
     if config.data.train_files is None:
         lines.append("steps: the demo's pairs and model are made when the run starts")
@@ -75,13 +75,13 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
     value_bytes = 2 if config.train.bf16 else 4
     kept_layers = 1 if config.train.gradient_checkpointing else layers
     per_token = kept_layers * _ACTIVATIONS_PER_TOKEN + (layers - kept_layers)
-    state = n_parameters * _BYTES_PER_PARAMETER / config.ray.num_workers
+    state = n_parameters * _BYTES_PER_PARAMETER / config.ray.max_workers
     activations = config.microbatch_tokens * per_token * width * value_bytes
     logits = 2 * 4 * config.train.head_chunk_tokens * text_config.vocab_size
     total = state + activations + logits
     return [
         f"memory a worker: about {total / _GIB:.2f} GiB = {state / _GIB:.2f} weights, gradients "
-        f"and AdamW ({n_parameters:,} parameters x 16 bytes / {config.ray.num_workers} workers) + "
+        f"and AdamW ({n_parameters:,} parameters x 16 bytes / {config.ray.max_workers} workers) + "
         f"{activations / _GIB:.2f} activations of {config.microbatch_tokens} tokens + "
         f"{logits / _GIB:.2f} logits of {config.train.head_chunk_tokens} positions and their "
         "gradient"

@@ -4,8 +4,10 @@ It needs a process group and nothing of Ray: batches come from an iterator and w
 goes to a function, so it runs under torchrun as well.
 """
 
+import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +106,7 @@ class _Loop:
     step: int = 0
     skipped_rows: int = 0
     latest: dict[str, Any] = field(default_factory=dict)
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
     def __post_init__(self) -> None:
         job, config = self.job, self.job.config
@@ -143,6 +146,8 @@ class _Loop:
         redone = self.files.rewind(self.step if state is not None else -1)
         for line in read_metrics(Path(self.job.run_directory)):
             self.latest |= line
+            if line.get("loss") is not None:
+                self.losses.append(line["loss"])
         if state is None and not redone:
             return
         text = f"resumed at step {self.step} of {self.n_steps}"
@@ -251,16 +256,11 @@ class _Loop:
 
     def _mind_spike(self, loss: float) -> None:
         """Say so when a logged loss is far above those before it."""
-        before = [
-            line["loss"]
-            for line in read_metrics(Path(self.job.run_directory))[-_RECENT:]
-            if line.get("loss") is not None
-        ]
-        if before and loss > _SPIKE * statistics.median(before):
-            text = (
-                f"step {self.step}: loss {loss:.4g}, median before {statistics.median(before):.4g}"
-            )
+        median = statistics.median(self.losses) if self.losses else math.inf
+        if loss > _SPIKE * median:
+            text = f"step {self.step}: the loss is {loss:.4g}, {median:.4g} was usual before"
             self.files.event(text, loss_spikes=1)
+        self.losses.append(loss)
 
     def _evaluate(self) -> dict[str, Any]:
         job = self.job
