@@ -90,6 +90,7 @@ class CheckpointKeeper:
         ):
             return
         self._finish(step)
+        self._retry_at = None
         self._files.sync()
         train_state, position = state()
         about = position | {

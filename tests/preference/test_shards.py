@@ -54,7 +54,28 @@ def test_a_shard_gives_back_what_it_was_given(
         n_groups=len(content),
         n_pairs=sum(len(group.pairs) for group in content),
         n_tokens=sum(group.n_tokens for group in content),
+        digest=shard.digest,
     )
+
+
+def test_the_digest_tells_tokens_lengths_pairs_and_rows_apart(tmp_path: Path) -> None:
+    """[7 8 | 9] and [7 | 8 9] have the same tokens; their lengths differ."""
+
+    def digest(prompt: list[int], chosen: list[int], pair: tuple[int, int], row: int) -> str:
+        group = PromptGroup(
+            as_ids(prompt), (as_ids(chosen), as_ids([3])), (pair,), (RowId(0, row),)
+        )
+        return write_shard(str(tmp_path / "a.parquet"), [group]).digest
+
+    same = digest([7, 8], [9], (0, 1), 4)
+    others = {
+        digest([7], [8, 9], (0, 1), 4),
+        digest([7, 8], [9], (1, 0), 4),
+        digest([7, 8], [9], (0, 1), 5),
+        digest([7, 8], [10], (0, 1), 4),
+    }
+    assert digest([7, 8], [9], (0, 1), 4) == same
+    assert len(others - {same}) == 4
 
 
 PAIR = PromptGroup(
@@ -86,7 +107,7 @@ def test_a_shard_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> No
 
 
 def test_a_set_exists_once_its_manifest_does(tmp_path: Path) -> None:
-    shards = (Shard("a.parquet", 2, 3, 40), Shard("b.parquet", 1, 1, 9))
+    shards = (Shard("a.parquet", 2, 3, 40, "aa"), Shard("b.parquet", 1, 1, 9, "bb"))
     tokens = TokenSet(str(tmp_path), shards, ("/data/\u00e9.jsonl",), {"rows_read": 4})
     assert (tokens.n_groups, tokens.n_pairs) == (3, 4)
     assert TokenSet.load(str(tmp_path)) is None
@@ -105,10 +126,12 @@ def test_a_set_that_was_moved_is_read_where_it_is(tmp_path: Path) -> None:
 
 
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
-    TokenSet(str(tmp_path), (Shard("a.parquet", 1, 1, 6),), ("s",), {"rows_read": 1}).save()
+    TokenSet(str(tmp_path), (Shard("a.parquet", 1, 1, 6, "aa"),), ("s",), {"rows_read": 1}).save()
     assert json.loads((tmp_path / MANIFEST_NAME).read_text()) == {
         "directory": str(tmp_path),
-        "shards": [{"name": "a.parquet", "n_groups": 1, "n_pairs": 1, "n_tokens": 6}],
+        "shards": [
+            {"name": "a.parquet", "n_groups": 1, "n_pairs": 1, "n_tokens": 6, "digest": "aa"}
+        ],
         "sources": ["s"],
         "report": {"rows_read": 1},
     }

@@ -52,6 +52,17 @@ def test_global_batches_do_not_depend_on_the_world_size(folder, world_size):
     assert alone[10].n_pairs == N_PAIRS - 10 * BATCH
 
 
+def test_a_batch_without_some_rows_has_all_others(folder):
+    stream = token_stream(folder, 0, 1)
+    whole = list(stream.batches(0, 15))[13]
+    out = set(whole.row_ids[2:4])
+    left = stream.batch_without(13, out)
+    assert left.row_ids == whole.row_ids[:2] + whole.row_ids[4:]
+    assert (left.step, left.epoch, left.n_pairs) == (13, 1, BATCH - 2)
+    nothing = stream.batch_without(13, set(whole.row_ids))
+    assert (nothing.n_pairs, nothing.row_ids) == (0, ())
+
+
 @pytest.mark.parametrize("first", [1, 9, 11, 17])
 def test_entering_at_a_step_gives_the_same_batches(folder, first):
     whole = list(token_stream(folder, 0, 2).batches(0, 20))

@@ -72,7 +72,15 @@ def token_stream(
 
 
 def train_small(folder: Path, run: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """Train on this rank; `changes` are leaves of the config. Returns the run's summary."""
+    """Train on this rank; returns the run's summary.
+
+    Args:
+        folder: of `make_inputs`.
+        run: the run directory.
+        changes: leaves of the config; `evaluate=False` leaves out the evaluation set.
+    """
+    changes = dict(changes)
+    evaluate = changes.pop("evaluate", True)
     run.mkdir(parents=True, exist_ok=True)
     defaults = {
         "max_steps": 24,
@@ -92,7 +100,7 @@ def train_small(folder: Path, run: Path, changes: dict[str, Any]) -> dict[str, A
         model=ModelSource(str(folder / "model"), str(folder / "model")),
         run_directory=str(run),
         train=stream,
-        evals={"eval_": evaluation},
+        evals={"eval_": evaluation} if evaluate else {},
         data_report={},
         version="0",
         device=torch.device("cpu"),

@@ -1,15 +1,23 @@
 """The training loop on real gloo processes, without Ray."""
 
 import hashlib
+import json
+import os
+import resource
 import shutil
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from orpo_ray.preference.shards import read_shard
+from orpo_ray.training.run_files import count_events
 from tests.distributed import run_ranks
-from tests.training.small_run import make_inputs, metrics_without_times, train_small
+from tests.training.small_run import make_inputs, metrics_without_times, token_stream, train_small
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +90,53 @@ def test_a_killed_run_with_a_damaged_checkpoint_ends_byte_identical(whole_run, i
     assert "resumed at step 14 of 24" in log
 
 
-def test_another_number_of_workers_goes_on_with_the_same_batches(whole_run, inputs, tmp_path):
-    """Sums over ranks differ in their last bits, so 10 steps later by about 1e-6 relative."""
-    run = interrupted_copy(whole_run, tmp_path / "run", last_step=14)
-    run_ranks(1, train_small, inputs, run, {})
+def test_a_torn_newest_checkpoint_is_set_aside(whole_run, inputs, tmp_path):
+    """As a full disk or a lost node leaves it: half a shard, and a save that never ended."""
+    run = interrupted_copy(whole_run, tmp_path / "run", last_step=24)
+    (run / "checkpoints" / "step-00000024" / "MANIFEST.json").unlink()
+    shard = run / "checkpoints" / "step-00000021" / "__0_0.distcp"
+    os.truncate(shard, shard.stat().st_size // 2)
+    run_ranks(2, train_small, inputs, run, {})
+    assert weights_digest(run) == weights_digest(whole_run)
+    assert metrics_without_times(run) == metrics_without_times(whole_run)
+    assert count_events(run) == {"checkpoints_set_aside": 2, "resumed": 1, "steps_redone": 10}
+
+
+def ledger(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_the_ledger_has_every_row_once_an_epoch(whole_run):
+    """85 pairs, 8 a step: 11 steps an epoch, of which the 24 steps hold two and two steps."""
+    lines = ledger(whole_run)
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    for epoch in range(2):
+        rows = [tuple(r) for line in lines if line["epoch"] == epoch for r in line["rows"]]
+        assert sorted(rows) == sorted(
+            (0, shard * 100 + row + 1) for shard in range(5) for row in range(17)
+        )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (2, 1),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+        pytest.param(4, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_another_number_of_workers_goes_on_with_the_same_batches(
+    whole_run, inputs, tmp_path, before, after
+):
+    """Sums over ranks differ in their last bits, so 17 steps later by about 1e-6 relative."""
+    fixed_size = whole_run if before == 2 else tmp_path / "fixed"
+    if before != 2:
+        run_ranks(before, train_small, inputs, fixed_size, {"save_total_limit": None})
+    run = interrupted_copy(fixed_size, tmp_path / "run", last_step=14 if before == 2 else 7)
+    run_ranks(after, train_small, inputs, run, {})
+    assert ledger(run) == ledger(fixed_size)
     for resumed, whole in zip(
-        metrics_without_times(run), metrics_without_times(whole_run), strict=True
+        metrics_without_times(run), metrics_without_times(fixed_size), strict=True
     ):
         assert resumed == pytest.approx(whole, rel=1e-4, abs=1e-6)
 
@@ -105,6 +154,95 @@ def test_another_batch_size_is_refused_with_both_numbers(whole_run, inputs, tmp_
     run = interrupted_copy(whole_run, tmp_path / "run", last_step=14)
     with pytest.raises(AssertionError, match=r"counts 8 pairs a step, this config 4"):
         run_ranks(1, train_small, inputs, run, {"global_batch_size": 4})
+
+
+def test_other_settings_are_refused_with_both_values(whole_run, inputs, tmp_path):
+    run = interrupted_copy(whole_run, tmp_path / "run", last_step=14)
+    with pytest.raises(AssertionError, match=r"beta: 0.1 in the checkpoint, 0.3 now\n.*step 14"):
+        run_ranks(1, train_small, inputs, run, {"beta": 0.3})
+    assert ledger(run) == ledger(whole_run)
+    run_ranks(1, train_small, inputs, run, {"beta": 0.3, "resume_changed": True})
+    assert count_events(run)["settings_changed"] == 1
+    assert (
+        "resume_changed=true: beta: 0.1 in the checkpoint, 0.3 now" in (run / "run.log").read_text()
+    )
+
+
+def train_with_a_full_disk(folder: Path, run: Path, changes: dict[str, Any]) -> None:
+    """No file may grow beyond 4 KiB, as if the disk were full, until the first alarm."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    def make_room() -> None:
+        while not (run / "run.log").exists() or "ALARM" not in (run / "run.log").read_text():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    threading.Thread(target=make_room, daemon=True).start()
+    train_small(folder, run, changes)
+
+
+def test_a_full_disk_is_an_alarm_and_training_goes_on(whole_run, inputs, tmp_path):
+    run = tmp_path / "run"
+    run_ranks(2, train_with_a_full_disk, inputs, run, {"save_steps": 10})
+    log = (run / "run.log").read_text()
+    assert "ALARM: the checkpoint of step 10 was not saved: " in log
+    assert "the next attempt is after step " in log
+    assert count_events(run).keys() == {"saves_failed"}
+    steps = sorted(path.parent.name for path in run.glob("checkpoints/step-*/MANIFEST.json"))
+    assert len(steps) > 1
+    assert steps[-1] == "step-00000024"
+    assert weights_digest(run) == weights_digest(whole_run)
+    assert metrics_without_times(run) == metrics_without_times(whole_run)
+
+
+def test_a_loss_far_above_the_usual_is_said(whole_run, inputs, tmp_path):
+    """The lines before the checkpoint are made to say a twentieth of what they said."""
+    run = interrupted_copy(whole_run, tmp_path / "run", last_step=14)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"loss": line["loss"] / 20} if "loss" in line else line for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_ranks(2, train_small, inputs, run, {"max_steps": 15})
+    assert count_events(run)["loss_spikes"] == 1
+    assert "step 15: the loss is " in (run / "run.log").read_text()
+
+
+def test_rows_whose_loss_is_not_finite_are_left_out_and_counted(inputs, tmp_path):
+    """Token 5 has no finite vector: the pairs with it are left out, all others are trained."""
+    broken = tmp_path / "broken"
+    shutil.copytree(inputs, broken)
+    model = AutoModelForCausalLM.from_pretrained(broken / "model")
+    untied = LlamaForCausalLM(
+        LlamaConfig(**model.config.to_dict() | {"tie_word_embeddings": False})
+    )
+    with torch.no_grad():
+        untied.get_input_embeddings().weight[5] = float("nan")
+    untied.save_pretrained(broken / "model")
+    run = tmp_path / "run"
+    changes = {"eval_steps": None, "on_nonfinite": "skip", "max_steps": 11, "evaluate": False}
+    run_ranks(2, train_small, broken, run, changes)
+    stream = token_stream(broken, 0, 1)
+    groups = [
+        group
+        for shard in stream.token_set.shards
+        for group in read_shard(f"{stream.token_set.directory}/{shard.name}")
+    ]
+    bad = {
+        (0, group.row_ids[0].row + 1)
+        for group in groups
+        # The last token of an answer is predicted, and never looked up.
+        if 5 in [*group.prompt, *group.completions[0][:-1], *group.completions[1][:-1]]
+    }
+    assert len(bad) > 5
+    lines = ledger(run)
+    assert {tuple(row) for line in lines for row in line.get("skipped", ())} == bad
+    trained = [tuple(row) for line in lines for row in line["rows"]]
+    assert len(trained) == len(set(trained)) == 85 - len(bad)
+    assert not set(trained) & bad
+    assert count_events(run) == {"rows_skipped": len(bad)}
+    assert all(line["loss"] > 0 for line in metrics_without_times(run))
+    with pytest.raises(AssertionError, match=r"more than max_skipped_rows=2"):
+        run_ranks(1, train_small, broken, tmp_path / "capped", changes | {"max_skipped_rows": 2})
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(inputs, tmp_path):

@@ -1,0 +1,88 @@
+"""The commit point: what is not byte for byte as it was committed is not gone on from."""
+
+from pathlib import Path
+
+import pytest
+
+from orpo_ray.training.manifest import (
+    MANIFEST,
+    checkpoint_directory,
+    find_damage,
+    fingerprint,
+    keep_newest,
+    newest_checkpoint,
+    read_manifest,
+    write_manifest,
+)
+
+
+def commit(run: Path, step: int, content: bytes = b"tensors") -> Path:
+    directory = checkpoint_directory(run, step)
+    directory.mkdir(parents=True)
+    (directory / "__0_0.distcp").write_bytes(content)
+    files = {"__0_0.distcp": fingerprint(directory / "__0_0.distcp")}
+    write_manifest(directory, {"step": step, "epoch": 1, "settings": {"beta": 0.1}}, files)
+    return directory
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "__0_0.distcp"])
+def test_every_flipped_bit_of_every_file_is_found(tmp_path, name):
+    directory = commit(tmp_path, 7)
+    path = directory / name
+    assert find_damage(directory) is None
+    for bit in range(8 * path.stat().st_size):
+        flip(path, bit)
+        assert find_damage(directory) is not None, f"bit {bit} of {name}"
+        flip(path, bit)
+    assert find_damage(directory) is None
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    directory = commit(tmp_path, 7)
+    (directory / "__0_0.distcp").write_bytes(b"tens")
+    assert find_damage(directory) == "__0_0.distcp has 4 bytes instead of 7"
+    (directory / "__0_0.distcp").unlink()
+    assert find_damage(directory) == "__0_0.distcp is missing"
+    (directory / MANIFEST).write_text("")
+    assert find_damage(directory) == "its MANIFEST.json is damaged"
+    (directory / MANIFEST).unlink()
+    assert find_damage(directory) == "it has no MANIFEST.json, so its save never ended"
+
+
+def test_the_newest_that_verifies_is_found_and_the_others_are_set_aside(tmp_path):
+    for step in (7, 14, 21, 28):
+        commit(tmp_path, step)
+    (checkpoint_directory(tmp_path, 28) / MANIFEST).unlink()
+    flip(checkpoint_directory(tmp_path, 21) / "__0_0.distcp", 3)
+    said = []
+    assert newest_checkpoint(str(tmp_path), lambda *what: said.append(what)) == 14
+    assert said == [
+        ("step-00000028", "it has no MANIFEST.json, so its save never ended"),
+        ("step-00000021", "__0_0.distcp does not match its checksum"),
+    ]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["set-aside", "step-00000007", "step-00000014"]
+    reason = (tmp_path / "checkpoints" / "set-aside" / "REASON").read_text()
+    assert reason == "step-00000021: __0_0.distcp does not match its checksum\n"
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert newest_checkpoint(str(tmp_path), lambda name, reason: None) is None
+
+
+def test_the_newest_stay_and_half_deleted_ones_go(tmp_path):
+    for step in (7, 14, 21, 28):
+        commit(tmp_path, step)
+    (checkpoint_directory(tmp_path, 7) / MANIFEST).unlink()
+    keep_newest(str(tmp_path), None)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+    keep_newest(str(tmp_path), 2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000021", "step-00000028"]
+    assert read_manifest(checkpoint_directory(tmp_path, 28))["step"] == 28
