@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all faults lint clean
 
 demo: .venv/run.installed
 	$(BIN)/python jobs/train.py
@@ -13,6 +13,9 @@ test: .venv/test.installed
 
 test-all: .venv/test.installed
 	$(BIN)/python -m pytest
+
+faults: .venv/test.installed
+	$(BIN)/python benchmarks/faults.py $(ONLY)
 
 lint: .venv/test.installed
 	$(BIN)/ruff check .

@@ -25,7 +25,9 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     from orpo_ray.preference.order import Order
     from orpo_ray.preference.shards import TokenSet
     from orpo_ray.preference.stream import BatchPlan, TokenStream
+    from orpo_ray.training.checkpoint import CheckpointSaver, TrainState
     from orpo_ray.training.optimizer import build_optimizer, build_scheduler
+    from orpo_ray.training.run_files import RunFiles
     from orpo_ray.training.sharding import build_model
     from orpo_ray.training.step import Trainee, train_step
 
@@ -55,11 +57,21 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     )
     batches = TokenStream(tokens, order, plan, 0, 1).batches(0, n_steps)
     weights = OrpoWeights(config.orpo.beta, 0.0)
+    files = RunFiles(Path(work.folder), is_writer=True)
+    saver = CheckpointSaver(work.folder, keep=2)
 
     def steps() -> Iterator[float]:
         for batch in batches:
             sums = torch.zeros(N_SUMS, dtype=torch.float64, device=device)
             train_step(trainee, batch, sums)
+            if work.saves:
+                files.ledger(batch.step, batch.epoch, batch.row_ids, ())
+                if batch.step % work.steps == 0:
+                    files.sync()
+                    state = TrainState(batch.step, work.batch, {}, ((0.0,),), 0, 0)
+                    saver.start(model, optimizer, state, {"step": batch.step})
+                elif batch.step % work.steps == work.steps - 1:
+                    assert saver.finish() is None
             yield metrics_from_sums(sums.tolist(), weights)["loss"]
 
     _answer(line, steps(), work)

@@ -87,7 +87,8 @@ def main(arguments: Sequence[str]) -> None:
                 result = grouped_against_apart(work)
             else:
                 make_folder(Path(folder), args.data, size, vocabulary, work.n_pairs)
-                result = through_ray(work) if args.through_ray else against_trl(work)
+                measure = with_saves if args.saving else against_trl
+                result = through_ray(work) if args.through_ray else measure(work)
         console.print(_table(result))
         print(json.dumps(result))
 
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--budget-tokens", type=int, default=8192, help="a microbatch's")
     found.add_argument("--through-ray", action="store_true", help="jobs/train.py, bare step")
     found.add_argument("--ranking", action="store_true", help="grouped by prompt, pairs apart")
+    found.add_argument("--saving", action="store_true", help="with and without checkpoints")
     found.add_argument("--trl-gradient-checkpointing", action="store_true")
     return found
 
@@ -232,6 +234,19 @@ def grouped_against_apart(work: Work) -> dict[str, Any]:
         "first_loss_difference": abs(apart.losses[0] - grouped.losses[0]),
         "apart_round_s": apart.seconds,
         "grouped_round_s": grouped.seconds,
+    }
+
+
+def with_saves(work: Work) -> dict[str, Any]:
+    """Rounds with one checkpoint each against rounds without, and what that is of 100 steps."""
+    plain, saving = in_turn(("orpo_ray", work), ("orpo_ray", dataclasses.replace(work, saves=True)))
+    plain_s, saving_s = statistics.median(plain.seconds), statistics.median(saving.seconds)
+    return described(work) | {
+        "step_s": plain_s / work.steps,
+        "save_s": saving_s - plain_s,
+        "share_of_100_steps": (saving_s - plain_s) / (100 * plain_s / work.steps),
+        "plain_round_s": plain.seconds,
+        "saving_round_s": saving.seconds,
     }
 
 

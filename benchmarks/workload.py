@@ -46,6 +46,7 @@ class Work:
         budget_tokens: packed tokens a microbatch.
         gradient_checkpointing: of TRL's side, where its activations would not fit.
         pairs_per_group: of prompt groups: 1 for pairs apart.
+        saves: whether every round writes one checkpoint beside its steps, and their ledger.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Work:
     budget_tokens: int
     gradient_checkpointing: bool = False
     pairs_per_group: int = 1
+    saves: bool = False
 
     @property
     def tokens(self) -> str:

@@ -49,7 +49,8 @@ def test_the_commands_run_in_the_order_they_are_shown(folder, run_command, ray_c
     for name in ("first", "second"):
         shown = re.findall(r"^\| `([^`*X]+?)/?` \|", TEXT, flags=re.MULTILINE)
         there = [n for n in shown if (folder / "runs" / name / n).exists()]
-        assert {"config.yaml", "data_report.json", "metrics.jsonl", "final", "run.log"} <= {*there}
+        always = {"config.yaml", "data_report.json", "metrics.jsonl", "ledger.jsonl"}
+        assert always | {"final", "run.log"} <= {*there}
         assert list((folder / "runs" / name).glob("checkpoints/step-*/MANIFEST.json"))
 
 

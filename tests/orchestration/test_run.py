@@ -1,12 +1,12 @@
 """Whole runs under Ray Train: real data, the Python API, resuming, workers that die."""
 
-import contextlib
+import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orpo_ray import ORPOConfig, ORPOTrainer
 from orpo_ray.config import ConfigError
 from orpo_ray.orchestration.cluster import set_aside_broken_snapshot, with_cluster
+from orpo_ray.training.run_files import TIMING, count_events
 from tests.conftest import ROOT
 
 PAIRS = {
@@ -146,41 +147,64 @@ def test_real_dialogues_train_on_two_workers(shared_data, run_command, ray_clust
     assert "step 20/20  loss " in done.stdout
 
 
-@pytest.mark.timeout(600)
-def test_a_killed_driver_goes_on_where_its_checkpoint_was(tmp_path):
-    """SIGKILL after the first checkpoint; the same command ends as if nothing had been."""
+def wait_for(process: subprocess.Popen, condition: Callable[[], object]) -> None:
+    """Wait until something is true of a run that goes on."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def workers() -> list[psutil.Process]:
+    found = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in p.info["name"]]
+    return sorted(found, key=lambda process: process.pid)
+
+
+def figures_of(run: Path) -> tuple[str, list[dict], list[str]]:
+    """What has to be the same: the weights, the metrics without times, the ledger."""
+    digest = hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
+    lines = [{k: v for k, v in line.items() if k not in TIMING} for line in lines_of(run)]
+    return digest, lines, (run / "ledger.jsonl").read_text().splitlines()
+
+
+@pytest.mark.timeout(900)
+def test_a_run_that_loses_a_worker_and_its_driver_ends_byte_identical(
+    ray_cluster, run_command, tmp_path
+):
+    """SIGKILL for a worker, for its successor's driver, and what others try in between."""
     row = {"prompt": "p {}", "chosen": "a {}", "rejected": "b {}"}
     rows = [{k: v.format(i) for k, v in row.items()} for i in range(100)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    command = [sys.executable, str(ROOT / "jobs/train.py"), "train_files=pairs.jsonl"]
-    command += ["max_steps=60", "save_steps=5", "logging_steps=5", "global_batch_size=4"]
-    run = tmp_path / "runs" / "killed"
+    settings = ["train_files=pairs.jsonl", "max_steps=90", "save_steps=5", "logging_steps=5"]
+    settings += ["global_batch_size=4", "num_workers=2"]
+    whole = run_command(
+        tmp_path, "jobs/train.py", *settings, "run_name=whole", ray_address=ray_cluster
+    )
+    assert whole.returncode == 0, whole.stderr
+    assert "on the way" not in whole.stdout
+    run, settings = tmp_path / "runs" / "killed", [*settings, "run_name=killed"]
+    log = run / "run.log"
     process = subprocess.Popen(
-        [*command, "run_name=killed"],
+        [sys.executable, str(ROOT / "jobs/train.py"), *settings],
         cwd=tmp_path,
+        env=os.environ | {"RAY_ADDRESS": ray_cluster},
         stdout=subprocess.DEVNULL,
-        start_new_session=True,
     )
-    deadline = time.monotonic() + 200
-    while not list(run.glob("checkpoints/*/MANIFEST.json")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.2)
-    children = psutil.Process(process.pid).children(recursive=True)
-    workers = [child for child in children if "RayTrainWorker" in child.name()]
-    assert workers
-    os.kill(process.pid, signal.SIGKILL)
+    wait_for(process, lambda: list(run.glob("checkpoints/*/MANIFEST.json")))
+    workers()[-1].kill()
+    second = run_command(tmp_path, "jobs/train.py", *settings, ray_address=ray_cluster)
+    assert second.returncode == 2
+    assert f"in use by process {process.pid} on " in second.stderr
+    wait_for(process, lambda: "resumed at step" in log.read_text())
+    process.kill()
     process.wait()
-    assert not psutil.wait_procs(workers, timeout=60)[1]
-    for child in children:  # some of Ray's own daemons only notice after a minute
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    steps_before = [line["step"] for line in lines_of(run)]
-    assert steps_before[-1] < 60
-    done = subprocess.run(
-        [*command, "run_name=killed"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    assert not psutil.wait_procs(workers(), timeout=60)[1]
+    other = run_command(tmp_path, "jobs/train.py", *settings, "beta=0.4", ray_address=ray_cluster)
+    assert other.returncode == 2
+    assert "error: beta: 1.0 in the checkpoint, 0.4 now\n" in other.stderr
+    done = run_command(tmp_path, "jobs/train.py", *settings, ray_address=ray_cluster)
     assert done.returncode == 0, done.stderr
-    assert "resumed at step " in (run / "run.log").read_text()
-    steps = [line["step"] for line in lines_of(run)]
-    assert steps == list(range(5, 61, 5))
+    assert figures_of(run) == figures_of(tmp_path / "runs" / "whole")
+    assert count_events(run)["resumed"] == 2
+    assert "on the way: resumed 2, steps_redone " in done.stdout
