@@ -306,6 +306,24 @@ def in_the_export(run: Run) -> None:
 
 
 def disk_full(run: Run) -> None:
+    """Something else takes all the room on the run's disk, until an alarm is given."""
+    run.until_step(SAVE_STEPS + 2)
+    run.until(lambda: run.saved_steps())
+    run.hurt()
+    ballast = run.folder / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    started = run.step()
+    time.sleep(4)
+    assert run.driver is not None
+    assert run.driver.poll() is None, "the run ended on a full disk"
+    os.truncate(ballast, 0)
+    run.until(lambda: "ALARM" in (run.directory / "run.log").read_text())
+    print(f"  (no byte of room from step {started} on, for 4 s)", file=sys.stderr)
+
+
+def file_limit(run: Run) -> None:
     """No file of a worker may grow beyond 64 KiB until the first alarm."""
     run.until_step(SAVE_STEPS + 2)
     workers = run.processes("RayTrainWorker")
@@ -410,6 +428,7 @@ def changed_data(run: Run) -> None:
     run.start()
 
 
+DISK_FULL = "disk full in a save"
 FAULTS: dict[str, Fault] = {
     "worker SIGKILL": signalled(signal.SIGKILL),
     "worker SIGTERM": signalled(signal.SIGTERM),
@@ -430,7 +449,8 @@ FAULTS: dict[str, Fault] = {
     "driver SIGKILL in a save": driver_in_a_save,
     "worker SIGKILL in an evaluation": in_an_evaluation,
     "worker SIGKILL in the export": in_the_export,
-    "disk full in a save": disk_full,
+    DISK_FULL: disk_full,
+    "file size limit in a save": file_limit,
     "newest checkpoint torn": damaged(torn),
     "one bit flipped": damaged(flipped),
     "one bit of a manifest flipped": damaged(flipped_manifest),
@@ -470,7 +490,7 @@ def random_kill(seed: int) -> Fault:
 
 def write_inputs(folder: Path, long: bool) -> dict[str, Any]:
     """Pairs whose answers say the prompt's number or another one; returns settings for them."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, first, count in (("pairs", 0, 6000 if long else N_PAIRS), ("held_out", 10**6, 12)):
         with (folder / f"{name}.jsonl").open("w") as file:
             for i in range(first, first + count):
@@ -517,6 +537,11 @@ def rows_missing_and_doubled(directory: Path, whole: Path) -> tuple[int, int]:
 def run_case(cluster: FaultCluster, folder: Path, name: str, fault: Fault, whole: Path) -> str:
     """One case as a line of the table."""
     other = OTHER_SIZES.get(name, {})
+    if name == DISK_FULL:
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
+        if subprocess.run(mount, check=False, capture_output=True).returncode:
+            return f"| {name} | not tried: only root can make a small disk | | | | |"
     run = Run(cluster, folder, write_inputs(folder, name in LONG_INGEST) | other)
     run.start()
     try:
@@ -574,6 +599,8 @@ def main() -> int:
                 case = folder / f"case-{number}"
                 lines.append(run_case(cluster, case, name, fault, whole[name in LONG_INGEST]))
                 print(lines[-1], flush=True)
+                if os.path.ismount(case):
+                    subprocess.run(["umount", "--lazy", str(case)], check=True)
                 shutil.rmtree(case, ignore_errors=True)
     return int(any("NO" in line or "| 0 | 0 |" not in line for line in lines))
 

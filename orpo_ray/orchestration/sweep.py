@@ -222,6 +222,7 @@ def _scheduler(start: Start) -> TrialScheduler:
             max_t=n_steps,
             grace_period=grace,
             reduction_factor=config.tune.reduction_factor,
+            stop_last_trials=False,  # after its last evaluation a trial still writes its model
         )
     if config.tune.trial_scheduler == "median":
         return MedianStoppingRule(time_attr="step", grace_period=grace, min_samples_required=2)

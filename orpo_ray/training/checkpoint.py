@@ -89,6 +89,7 @@ class CheckpointSaver:
         optimizer: torch.optim.Optimizer,
         state: TrainState,
         about: Mapping[str, Any],
+        problem: str | None = None,
     ) -> None:
         """Copy the tensors to the host, and write them while training goes on.
 
@@ -97,11 +98,12 @@ class CheckpointSaver:
             optimizer: of it.
             state: the rest.
             about: what the manifest says besides its files.
+            problem: of this rank, for which there is to be no checkpoint.
         """
         if self._pending is not None:
             raise AssertionError("a save is under way")
         staged = self._stager.stage(_tensors(model, optimizer))
-        self._pending = self._thread.submit(self._write, staged, state, dict(about))
+        self._pending = self._thread.submit(self._write, staged, state, dict(about), problem)
 
     def finish(self) -> str | None:
         """Wait for the save under way.
@@ -114,11 +116,12 @@ class CheckpointSaver:
         pending, self._pending = self._pending, None
         return pending.result()
 
-    def _write(self, staged: Any, state: TrainState, about: dict[str, Any]) -> str | None:
+    def _write(
+        self, staged: Any, state: TrainState, about: dict[str, Any], problem: str | None
+    ) -> str | None:
         """Write, check and commit; in the thread."""
         rank = dist.get_rank()
         directory = checkpoint_directory(self._run_directory, state.step)
-        problem: str | None = None
         files: dict[str, Any] = {}
         try:
             if rank == 0:

@@ -91,7 +91,7 @@ class CheckpointKeeper:
             return
         self._finish(step)
         self._retry_at = None
-        self._files.sync()
+        problem = self._files.sync()
         train_state, position = state()
         about = position | {
             "step": step,
@@ -99,7 +99,8 @@ class CheckpointKeeper:
             "config_hash": settings_hash(self._settings),
             "settings": self._settings,
         }
-        self._saver.start(self._trainee.model, self._trainee.optimizer, train_state, about)
+        trainee = self._trainee
+        self._saver.start(trainee.model, trainee.optimizer, train_state, about, problem)
         self._saving_step = step
         if last or leaving:
             self._finish(step)

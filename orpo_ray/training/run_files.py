@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,24 @@ TIMING = ("time", "pairs_per_s", "tokens_per_s")
 
 @dataclass(frozen=True)
 class RunFiles:
-    """`metrics.jsonl`, `ledger.jsonl`, `events.jsonl` and `run.log`; only rank 0 writes."""
+    """`metrics.jsonl`, `ledger.jsonl`, `events.jsonl` and `run.log`; only rank 0 writes.
+
+    Lines that find no room on the disk are kept, and written before the next ones.
+    """
 
     directory: Path
     is_writer: bool
+    unwritten: dict[str, list[str]] = field(default_factory=dict)
 
     def notice(self, text: str) -> None:
         """Add a line to the log, which the driver shows."""
-        if self.is_writer:
-            with (self.directory / LOG).open("a") as file:
-                file.write(text + "\n")
+        self._append(LOG, text + "\n")
 
     def event(self, text: str, **counts: int) -> None:
         """Say what a run met that it should not have, and keep what of it is counted."""
         self.notice(text)
-        if self.is_writer:
-            line = {"time": time.time(), "text": text, "counts": counts}
-            with (self.directory / EVENTS).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        line = {"time": time.time(), "text": text, "counts": counts}
+        self._append(EVENTS, json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> int:
         """Cut what was written of steps after `step`, which will be done again.
@@ -61,27 +61,45 @@ class RunFiles:
         self, step: int, epoch: int, rows: Sequence[RowId], left_out: Sequence[RowId]
     ) -> None:
         """Add one step to the ledger; a row is [index of its source file, row there from 1]."""
-        if not self.is_writer:
-            return
         line: dict[str, Any] = {"step": step, "epoch": epoch, "rows": _places(rows)}
         if left_out:
             line["skipped"] = _places(left_out)
-        with (self.directory / LEDGER).open("a") as file:
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
-
-    def sync(self) -> None:
-        """Put on disk what a checkpoint that comes next relies on."""
-        for name in (METRICS, LEDGER) if self.is_writer else ():
-            path = self.directory / name
-            if path.exists():
-                with path.open("a") as file:
-                    os.fsync(file.fileno())
+        self._append(LEDGER, json.dumps(line, separators=(",", ":")) + "\n")
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Add one line to the metrics; `time` is in seconds since 1970."""
+        self._append(METRICS, _json_line(line | {"time": time.time()}))
+
+    def sync(self) -> str | None:
+        """Put on disk what a checkpoint that comes next relies on; returns why it could not."""
+        try:
+            for name in (METRICS, LEDGER) if self.is_writer else ():
+                self._write(name)
+                with (self.directory / name).open("a") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _append(self, name: str, text: str) -> None:
+        """Write a line, or keep it until there is room."""
         if self.is_writer:
-            with (self.directory / METRICS).open("a") as file:
-                file.write(_json_line(line | {"time": time.time()}))
+            self.unwritten.setdefault(name, []).append(text)
+            with contextlib.suppress(OSError):
+                self._write(name)
+
+    def _write(self, name: str) -> None:
+        """Write all lines that wait for it, or none of them."""
+        path, waiting = self.directory / name, self.unwritten.get(name, [])
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a") as file:
+                file.writelines(waiting)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
+        waiting.clear()
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
