@@ -142,13 +142,14 @@ class Run:
         self.until(lambda: self.step() >= step)
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """Living processes of this Ray by a part of their title, oldest first."""
+        """Living processes of this cluster by a part of their title, oldest first."""
         found = []
-        for process in psutil.process_iter(["name", "cmdline", "create_time"]):
-            title = " ".join(process.info["cmdline"] or []) or process.info["name"]
-            if title.startswith("ray::") and name in title:
-                found.append(process)
-        return sorted(found, key=lambda process: process.info["create_time"])
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                title = " ".join(process.cmdline()) or process.name()
+                if title.startswith("ray::") and name in title:
+                    found.append(process)
+        return sorted(found, key=lambda process: process.create_time())
 
     def kill_driver(self) -> None:
         """SIGKILL, and wait until its workers are gone."""

@@ -32,7 +32,7 @@ def ray_cluster(ray_token: None) -> Iterator[str]:
     """
     import ray
 
-    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield context.address_info["gcs_address"]
     with warnings.catch_warnings():
         # Ray does not wait for its daemons to end; the warning would hit some later test.

@@ -157,8 +157,10 @@ def wait_for(process: subprocess.Popen, condition: Callable[[], object]) -> None
 
 
 def workers() -> list[psutil.Process]:
-    found = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in p.info["name"]]
-    return sorted(found, key=lambda process: process.pid)
+    """Training workers of the cluster that these tests started, oldest first."""
+    children = psutil.Process().children(recursive=True)
+    found = [p for p in children if p.is_running() and "RayTrainWorker" in p.name()]
+    return sorted(found, key=lambda process: process.create_time())
 
 
 def figures_of(run: Path) -> tuple[str, list[dict], list[str]]:
