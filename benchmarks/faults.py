@@ -248,10 +248,9 @@ def _again_if_ended(run: Run) -> None:
 
 def ingest_killed(run: Run) -> None:
     """The process of a data task dies while it tokenizes."""
-    run.until(lambda: run.processes("ray::Map"))
+    run.until(lambda: run.processes("Map("))
     run.hurt()
-    for process in run.processes("ray::Map"):
-        process.kill()
+    run.processes("Map(")[-1].kill()
 
 
 def ingest_node_killed(run: Run) -> None:

@@ -1,14 +1,15 @@
 """Ingest: files of pairs to token shards with Ray Data; on the driver, reading in data tasks.
 
 A data task reads one split of a file and writes its own token shards, named by file and row, so
-no token passes through the driver, a task that is run again writes the same bytes, and the order
-of shards does not depend on scheduling. The manifest, written last, makes the set exist.
+no token passes through the driver, a shard that is there is not written again, and the order of
+shards does not depend on scheduling. The manifest, written last, makes the set exist.
 """
 
 import functools
 import itertools
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from orpo_ray.preference.tokenization import PairTokenizer
 
 # Raised whenever the same input would give other tokens or another report.
 CODE_VERSION = 4
-QUARANTINE = "quarantine"
+QUARANTINE, DONE = "quarantine", "done"
 _BATCH_ROWS = 256
 
 
@@ -67,10 +68,12 @@ def ingest(request: IngestRequest) -> TokenSet:
     directory = Path(request.cache_directory) / _cache_key(request)
     found = TokenSet.load(str(directory))
     if found is None:
-        (directory / QUARANTINE).mkdir(parents=True, exist_ok=True)
+        for name in (QUARANTINE, DONE):
+            (directory / name).mkdir(parents=True, exist_ok=True)
         summaries = _run_tasks(request, str(directory))
         found = _gathered(request, str(directory), summaries)
         found.save()
+        shutil.rmtree(directory / DONE)
         for path in directory.glob("*.parquet"):  # shards of pairs that became shards of prompts
             if path.name not in {shard.name for shard in found.shards}:
                 path.unlink()
@@ -150,8 +153,19 @@ class _TokenizeSplit:
         return answers
 
     def _write_chunk(self, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
+        """The summary of one shard, which an ingest that was killed may have written already."""
+        name = f"{source:05d}-{chunk[0].number:010d}"
+        done = Path(self.directory, DONE, f"{name}.json")
+        if not done.exists():
+            temporary = done.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(self._tokenize_chunk(name, source, chunk)))
+            temporary.replace(done)
+        summary: dict[str, Any] = json.loads(done.read_text())
+        return summary
+
+    def _tokenize_chunk(self, name: str, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
         """Tokenize up to `shard_rows` rows, write what is kept and what is not."""
-        request, name = self.request, f"{source:05d}-{chunk[0].number:010d}"
+        request = self.request
         pairs = load_tokenizer(request.tokenizer, request.revision, request.max_length)
         groups, refused, truncated = [], [], 0
         for batch in _batches(chunk, _BATCH_ROWS):

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from orpo_ray.orchestration.data_report import write_data_report
-from orpo_ray.orchestration.ingest import IngestRequest, ingest, load_tokenizer
+from orpo_ray.orchestration.ingest import (
+    IngestRequest,
+    _TokenizeSplit,
+    ingest,
+    load_tokenizer,
+)
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.records import Reason, Record, normalise
 from orpo_ray.preference.shards import MANIFEST_NAME, TokenSet, read_shard
+from orpo_ray.preference.sources import split_file
 from orpo_ray.preference.templates import render
 from orpo_ray.preference.tokenization import PairTokenizer, TokenizedPair
 from orpo_ray.training.demo_model import CHAT_TEMPLATE, train_tokenizer
@@ -407,3 +413,25 @@ def test_pairs_of_one_prompt_become_one_group_wherever_they_stand(
     assert {path.name for path in Path(result.tokens.directory).glob("*.parquet")} == {
         shard.name for shard in result.tokens.shards
     }
+
+
+def test_a_shard_that_a_killed_ingest_finished_is_not_written_again(ingested, tmp_path):
+    """The data task of a split, run by itself: once, again, and with one of its shards undone."""
+    for name in ("quarantine", "done"):
+        (tmp_path / name).mkdir()
+    lines = ingested.request.files[0]
+    task = _TokenizeSplit(ingested.request, str(tmp_path))
+    [split] = split_file(lines, 10**9)
+    item = {"item": json.dumps({"source": 0, "split": asdict(split)})}
+    first = task(item)
+    shards = sorted(tmp_path.glob("*.parquet"))
+    times = [path.stat().st_mtime_ns for path in shards]
+    assert len(first) == len(list((tmp_path / "done").iterdir())) > len(shards) > 1
+    assert task(item) == first
+    assert [path.stat().st_mtime_ns for path in shards] == times
+    contents = [path.read_bytes() for path in shards]
+    (tmp_path / "done" / f"{shards[0].stem}.json").unlink()
+    shards[0].unlink()
+    assert task(item) == first
+    assert [path.read_bytes() for path in shards] == contents
+    assert [path.stat().st_mtime_ns for path in shards[1:]] == times[1:]
