@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -12,6 +12,14 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 def _some_steps(value: int) -> int:
     if value == 0:
         raise ValueError("0 steps: give a number of steps, or -1 to go by epochs")
+    return value
+
+
+def _some_workers(value: Any) -> Any:
+    counts = list(value) if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    numbers = [count for count in counts if type(count) is int and count > 0]
+    if numbers != counts or numbers != sorted(numbers):
+        raise ValueError("give a number of workers from 1, or [least, most] of them")
     return value
 
 
@@ -169,7 +177,7 @@ class TrainSection(Section):
 class RaySection(Section):
     """What is asked of the Ray cluster, in Ray Train's own words."""
 
-    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_some_workers)] = Field(
         1, description="Training processes; [least, most]: as many as the cluster has room for."
     )
     use_gpu: bool | None = Field(None, description="A GPU each; unset: if the cluster has any.")
@@ -183,12 +191,6 @@ class RaySection(Section):
     process_group_timeout_s: float = Field(
         600.0, gt=0.0, le=1e6, description="Longest wait of a worker for the others."
     )
-
-    @model_validator(mode="after")
-    def _range(self) -> Self:
-        if self.min_workers > self.max_workers:
-            raise ValueError("num_workers: [least, most] has more at least than at most")
-        return self
 
     @property
     def min_workers(self) -> int:

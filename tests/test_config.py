@@ -91,7 +91,7 @@ def test_all_findings_come_at_once():
     [
         ("beta=.inf", "orpo.beta"),
         ("learning_rate=2", "less than or equal to 1"),
-        ("num_workers=0", "greater than or equal to 1"),
+        ("num_workers=0", "give a number of workers from 1"),
         ("warmup_ratio=1.5", "less than or equal to 1"),
         ("lr_scheduler_type=lineer", "'linear', 'cosine'"),
         ("run_name=../else", "output.run_name"),
