@@ -79,8 +79,7 @@ def test_all_findings_come_at_once():
         "bta: no such setting; did you mean orpo.beta?",
         "optim: no such setting; --help lists all of them",
         "orpo.beta: input should be greater than or equal to 0 (got -1)",
-        "ray.num_workers: input should be a valid integer, unable to parse string as an integer "
-        "(got 'x')",
+        "ray.num_workers: give a number of workers from 1, or [least, most] of them (got 'x')",
         "train.lr: no such setting; did you mean train.learning_rate?",
         "train.max_steps: 0 steps: give a number of steps, or -1 to go by epochs (got 0)",
     ]
