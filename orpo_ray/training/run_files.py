@@ -39,6 +39,7 @@ class RunFiles:
     def event(self, text: str, **counts: int) -> None:
         """Say what a run met that it should not have, and keep what of it is counted."""
         self.notice(text)
+        counts = {kind: count for kind, count in counts.items() if count}
         line = {"time": time.time(), "text": text, "counts": counts}
         self._append(EVENTS, json.dumps(line) + "\n")
 
