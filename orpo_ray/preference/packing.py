@@ -281,7 +281,7 @@ def balanced_bins(
 def _bin_counts(n_tokens: Sequence[int], n_workers: int, budget_tokens: int) -> range:
     """Bins a worker to try: from the least that could do to one group a bin."""
     least = -(-sum(n_tokens) // (budget_tokens * n_workers))
-    most = -(-len(n_tokens) // n_workers)
+    most = max(1, -(-len(n_tokens) // n_workers))
     return range(max(1, min(least, most)), most + 1)
 
 

@@ -146,3 +146,7 @@ def test_workers_carry_about_the_same():
 
 def test_more_workers_than_groups_leaves_empty_bins():
     assert balanced_bins([5, 3], 4, 100) == [[[0]], [[1]], [[]], [[]]]
+
+
+def test_a_batch_with_nothing_left_is_an_empty_bin_for_everyone():
+    assert balanced_bins([], 3, 100) == [[[]], [[]], [[]]]
