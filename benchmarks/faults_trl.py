@@ -140,7 +140,8 @@ def main() -> None:
             (folder / "out").unlink()
             code = start(folder, beta).wait()
             text = (folder / "out").read_text().strip().splitlines()
-            errors = [line for line in text if re.search(r"(Error|UserWarning|RuntimeWarning):", line)]
+            telling = re.compile(r"(Error|UserWarning|RuntimeWarning):")
+            errors = [line for line in text if telling.search(line)]
             equal = "yes" if code == 0 and digest(folder) == digest(whole) else "NO"
             said = errors[-1].strip()[:120].replace("|", "/") if errors else "nothing"
             ended = "ended" if code == 0 else f"exit code {code}"

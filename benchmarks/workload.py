@@ -15,9 +15,9 @@ from orpo_ray.preference.demo_pairs import FAMILIES, REQUIREMENTS
 from orpo_ray.preference.groups import PromptGroup, RowId, merge_groups
 from orpo_ray.preference.records import Refusal, normalise
 from orpo_ray.preference.shards import TokenSet, write_shard
-from orpo_ray.preference.sources import Split, read_split
+from orpo_ray.preference.readers import Split, read_split
 from orpo_ray.preference.templates import PairText, render
-from orpo_ray.preference.tokenization import PairTokenizer
+from orpo_ray.preference.tokenization import Limits, PairTokenizer
 
 MAX_LENGTH = 1024
 # Layers, width, feed-forward width, heads, key-value heads; the names count 16 k words.
@@ -119,7 +119,7 @@ def _fill_folder(
     _make_model(folder / "model", model, VOCABULARIES[vocabulary], tokenizer)
     kept, groups = [], []
     for row, text in enumerate(texts):
-        (result,) = PairTokenizer(tokenizer, MAX_LENGTH).tokenize([text], [RowId(0, row)])
+        (result,) = PairTokenizer(tokenizer, Limits(MAX_LENGTH)).tokenize([text], [RowId(0, row)])
         # TRL cuts prompts where this project refuses the pair: those are left to neither side.
         if not isinstance(result, Refusal) and len(kept) < n_pairs:
             kept.append(text)

@@ -1,38 +1,242 @@
-"""What a run directory says of its data: counts, and every refused row; on the driver."""
+"""What a run directory says of its data: counts, lengths, and every refused row; on the driver."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from orpo_ray.preference.shards import TokenSet
+import numpy as np
+import numpy.typing as npt
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.orchestration.feed import TRAIN
+from orpo_ray.orchestration.ingest import LENGTHS, first_refused, load_keys
+from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.records import ON_REQUEST, Reason
+from orpo_ray.preference.shards import TokenSet, read_shard
+from orpo_ray.training.run_files import LEDGER
 
 REPORT_NAME = "data_report.json"
 QUARANTINE = "quarantine"
+_KINDS = ("prompt", "chosen", "rejected", "longest")
+_SHOWN_ROWS, _SHOWN_TEXT = 3, 200
+Tally = npt.NDArray[np.int64]
 
 
-def write_data_report(run_directory: str, token_sets: Mapping[str, TokenSet]) -> None:
+def write_data_report(
+    run_directory: Path,
+    token_sets: Mapping[str, TokenSet],
+    config: ORPOConfig,
+    names: Mapping[str, str],
+) -> dict[str, Any]:
     """Write `data_report.json` and `quarantine/<name>.jsonl` for every data set.
 
     Args:
         run_directory: must exist.
-        token_sets: by name, such as `train` and `eval`.
+        token_sets: by their name in the feed.
+        config: of the run.
+        names: of source files, where they have other names than their paths.
+
+    Returns:
+        What the file holds, by data set.
 
     Raises:
-        AssertionError: when rows are neither kept nor refused, which would be a bug.
+        AssertionError: when rows are neither kept nor refused nor held out, which would be a bug.
     """
-    run = Path(run_directory)
+    train = token_sets.get(TRAIN)
     report = {}
     for name, tokens in token_sets.items():
+        shown = name.rstrip("_")
+        if train is not None and name != TRAIN and tokens.directory == train.directory:
+            report[shown] = {"rows_kept": tokens.report["rows_held_out"], "pairs": tokens.n_pairs}
+            continue
         counts = {key: value for key, value in tokens.report.items() if key != "quarantine"}
         for part in (counts, *counts["sources"].values()):
-            if part["rows_read"] != part["rows_kept"] + part["rows_refused"]:
+            if part["rows_read"] != sum(
+                part[f"rows_{end}"] for end in ("kept", "refused", "held_out")
+            ):
                 raise AssertionError(f"{name}: {part} does not add up")
-        report[name] = counts
-        listed = run / QUARANTINE / f"{name}.jsonl"
-        listed.unlink(missing_ok=True)
-        if tokens.report["quarantine"]:
-            listed.parent.mkdir(exist_ok=True)
-            with listed.open("w", encoding="utf-8") as file:
-                for source in tokens.report["quarantine"]:
-                    file.write(Path(tokens.directory, source).read_text(encoding="utf-8"))
-    (run / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
+        sources = {
+            path: ({"name": names[path]} if path in names else {}) | part
+            for path, part in counts["sources"].items()
+        }
+        report[shown] = counts | {"sources": sources} | _figures(tokens, config)
+        _list_refused(run_directory, shown, tokens)
+    if train is not None:
+        report[TRAIN]["overlapping_pairs"] = _overlaps(token_sets)
+    save_report(run_directory, report)
+    return report
+
+
+def save_report(run_directory: Path, report: Mapping[str, Any]) -> None:
+    """Write `data_report.json` atomically."""
+    path = run_directory / REPORT_NAME
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _list_refused(run_directory: Path, name: str, tokens: TokenSet) -> None:
+    listed = run_directory / QUARANTINE / f"{name}.jsonl"
+    listed.unlink(missing_ok=True)
+    if not tokens.report["quarantine"]:
+        return
+    listed.parent.mkdir(exist_ok=True)
+    with listed.open("w", encoding="utf-8") as file:
+        for source in tokens.report["quarantine"]:
+            file.write(Path(tokens.directory, source).read_text(encoding="utf-8"))
+
+
+def length_tallies(tokens: TokenSet) -> dict[str, Tally]:
+    """How many pairs have a prompt, a chosen or a rejected answer, a longer side of n tokens."""
+    with np.load(Path(tokens.directory, LENGTHS)) as arrays:
+        return {kind: arrays[kind] for kind in _KINDS}
+
+
+def _figures(tokens: TokenSet, config: ORPOConfig) -> dict[str, Any]:
+    """Lengths, and the tokens that padding would have cost."""
+    tallies = length_tallies(tokens)
+    batch = config.train.per_device_train_batch_size
+    return {
+        "lengths": {kind: _spread(tally) for kind, tally in tallies.items()},
+        "padded_tokens": round(_padded_tokens(tallies["longest"], batch)),
+    }
+
+
+def _spread(tally: Tally) -> dict[str, float]:
+    """Mean, quantiles and maximum of tallied lengths, in tokens."""
+    n_pairs = int(tally.sum())
+    if not n_pairs:
+        return {}
+    below = tally.cumsum()
+    quantiles = {f"p{q}": int(np.searchsorted(below, n_pairs * q / 100)) for q in (5, 50, 95)}
+    mean = float((tally * np.arange(len(tally))).sum() / n_pairs)
+    return {"mean": round(mean, 1)} | quantiles | {"max": int(tally.nonzero()[0][-1])}
+
+
+def _padded_tokens(longest: Tally, batch_pairs: int) -> float:
+    """Tokens of all pairs in padded batches: two rows a pair, as long as the batch's longest.
+
+    The mean over all ways to draw batches: E[max of B] = sum over n of n (F(n)^B - F(n - 1)^B).
+    """
+    n_pairs = int(longest.sum())
+    if not n_pairs:
+        return 0.0
+    below = (longest.cumsum() / n_pairs) ** min(batch_pairs, n_pairs)
+    expected = float((np.arange(len(longest)) * np.diff(below, prepend=0.0)).sum())
+    return 2 * n_pairs * expected
+
+
+def _overlaps(token_sets: Mapping[str, TokenSet]) -> int:
+    """Training pairs whose prompt a separate evaluation set has too."""
+    train = token_sets[TRAIN]
+    others = {t.directory for t in token_sets.values()} - {train.directory}
+    if not others:
+        return 0
+    elsewhere = np.concatenate([load_keys(directory, "prompt_keys") for directory in others])
+    return int(np.isin(load_keys(train.directory, "prompt_keys"), elsewhere).sum())
+
+
+def data_lines(name: str, figures: Mapping[str, Any]) -> list[str]:
+    """What is said of a data set once it is read: one line, and one for each thing to know."""
+    if "rows_read" not in figures:
+        return [f"{name} data: {figures['rows_kept']} rows held out of the training files"]
+    text = f"{name} data: {figures['rows_read']} rows read, {figures['rows_kept']} kept"
+    if figures["rows_held_out"]:
+        text += f", {figures['rows_held_out']} held out"
+    if figures["refused"]:
+        refused = ", ".join(f"{n} {reason}" for reason, n in figures["refused"].items())
+        text += f", refused: {refused}"
+    if figures["shapes"]:
+        text += f"; {', '.join(figures['shapes'])}"
+    lines = [text]
+    facts = [
+        (figures["truncated_prompts"], "prompts cut"),
+        (figures["truncated_completions"], "pairs with a cut answer"),
+        (figures["pairs_left_out"], "pairs left out of rows that are kept"),
+        (figures["duplicate_pairs"], "pairs that occur again (drop_duplicates)"),
+        (
+            figures.get("overlapping_pairs", 0),
+            "pairs with a prompt of an evaluation set (drop_overlap)",
+        ),
+    ]
+    told = [f"{count} {what}" for count, what in facts if count]
+    if figures["ignored_columns"]:
+        told.append(f"columns ignored: {', '.join(figures['ignored_columns'])}")
+    return lines + ([f"{name} data: {'; '.join(told)}"] if told else [])
+
+
+def first_pair_lines(tokens: TokenSet, tokenizer: Any, nll_scope: str) -> list[str]:
+    """The first pair as the model sees it, and what of it is trained."""
+    group = read_shard(str(Path(tokens.directory, tokens.shards[0].name)))[0]
+    (row_id, *_), ((chosen, rejected), *_) = group.row_ids, group.pairs
+    in_nll = "in the NLL" if nll_scope == "all" else "not trained (nll_scope=completion)"
+    parts = [
+        ("prompt", group.prompt, in_nll),
+        ("chosen", group.completions[chosen], "in the NLL and the odds ratio"),
+        ("rejected", group.completions[rejected], "in the odds ratio"),
+    ]
+    lines = [f"first pair, {tokens.sources[row_id.source]}:{row_id.row + 1}:"]
+    for name, ids, use in parts:
+        text = repr(tokenizer.decode(ids))
+        shown = text if len(text) <= _SHOWN_TEXT else f"{text[:90]} ... {text[-90:]}"
+        lines.append(f"  {name}, {len(ids)} tokens, {use}: {shown}")
+    return lines
+
+
+def refuse_bad_data(
+    run_directory: Path, token_sets: Mapping[str, TokenSet], config: ORPOConfig
+) -> None:
+    """Stop before training when too many rows are refused, or any where none may be.
+
+    Raises:
+        DataError: with the counts, the first rows, and where all of them are listed.
+    """
+    problems: list[str] = []
+    seen: set[str] = set()
+    for name, tokens in token_sets.items():
+        if tokens.directory in seen:  # held out of the training files, which were looked at
+            continue
+        seen.add(tokens.directory)
+        report, shown = tokens.report, name.rstrip("_")
+        listed = f"all in {run_directory}/{QUARANTINE}/{shown}.jsonl"
+        bad = {reason: n for reason, n in report["refused"].items() if reason not in ON_REQUEST}
+        share = sum(bad.values()) / report["rows_read"]
+        if share > config.data.max_bad_fraction:
+            counts = ", ".join(f"{n} {reason}" for reason, n in bad.items())
+            problems.append(
+                f"{shown} data: {sum(bad.values())} of {report['rows_read']} rows are refused "
+                f"({counts}), more than max_bad_fraction={config.data.max_bad_fraction}; {listed}"
+            )
+            problems += first_refused(tokens, _SHOWN_ROWS)
+        too_long = report["refused"].get(Reason.PROMPT_TOO_LONG, 0)
+        if too_long and config.data.truncation == "error":
+            problems.append(f"{shown} data: {too_long} prompts are too long; {listed}")
+            problems += first_refused(tokens, _SHOWN_ROWS, Reason.PROMPT_TOO_LONG)
+    if problems:
+        raise DataError(problems)
+
+
+def count_trained(
+    run_directory: Path, report: Mapping[str, Any], train: TokenSet
+) -> dict[str, Any]:
+    """Add to the report how many rows of every training file the ledger says were trained."""
+    trained = [bytearray() for _ in train.sources]  # a byte a row: 1 where it was trained
+    with (run_directory / LEDGER).open() as file:
+        for line in file:
+            for source, row in json.loads(line)["rows"]:
+                seen = trained[source]
+                seen.extend(bytes(max(0, row + 1 - len(seen))))
+                seen[row] = 1
+    counts = [sum(seen) for seen in trained]
+    counted = dict(report[TRAIN])
+    sources = {}
+    for path, n_rows in zip(train.sources, counts, strict=True):
+        part = counted["sources"][path]
+        sources[path] = part | _trained(part, n_rows)
+    counted |= {"sources": sources} | _trained(counted, sum(counts))
+    return dict(report) | {TRAIN: counted}
+
+
+def _trained(part: Mapping[str, Any], n_rows: int) -> dict[str, int]:
+    return {"rows_trained": n_rows, "rows_not_reached": part["rows_kept"] - n_rows}

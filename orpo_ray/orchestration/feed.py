@@ -1,6 +1,7 @@
 """Ray Train's feed: token sets become one stateless stream a rank; on the controller's node."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,12 +59,24 @@ class PlannedFeed(DataConfig):  # type: ignore[misc]
         ]
 
 
-def train_plan(config: ORPOConfig, token_set: TokenSet) -> FeedPlan:
-    """The order and batches of training."""
+def train_plan(
+    config: ORPOConfig, token_set: TokenSet, source_weights: Sequence[float]
+) -> FeedPlan:
+    """The order and batches of training.
+
+    Args:
+        config: of the run.
+        token_set: of the training pairs.
+        source_weights: of every source file of it.
+    """
     data = config.data
+    weights: tuple[float, ...] = ()
+    if set(source_weights) - {1.0}:
+        weights = tuple(source_weights[shard.source] for shard in token_set.shards)
+    order = dataclasses.replace(_order(config, token_set, data.shuffle), weights=weights)
     return FeedPlan(
         token_set=token_set,
-        order=_order(config, token_set, data.shuffle),
+        order=order,
         plan=_batches(config, config.pairs_per_step, config.microbatch_tokens),
     )
 

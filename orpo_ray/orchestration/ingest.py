@@ -5,58 +5,39 @@ no token passes through the driver, a shard that is there is not written again, 
 shards does not depend on scheduling. The manifest, written last, makes the set exist.
 """
 
-import functools
-import itertools
+import dataclasses
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from jinja2 import TemplateError
 
 from orpo_ray.orchestration.data_tasks import each
-from orpo_ray.orchestration.grouping import group_shards, prompt_keys
+from orpo_ray.orchestration.grouping import NewShards, Place, by_prompt, rewrite
+from orpo_ray.orchestration.pair_stats import STATS, PairStats
+from orpo_ray.orchestration.tokenize_task import (
+    DONE,
+    QUARANTINE,
+    IngestRequest,
+    SplitFile,
+    TokenizeSplit,
+)
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.groups import RowId
-from orpo_ray.preference.records import Reason, Refusal, excerpt, normalise
-from orpo_ray.preference.shards import Shard, TokenSet, write_shard
-from orpo_ray.preference.sources import RawRow, Split, read_split, split_file
-from orpo_ray.preference.templates import PairText, render
-from orpo_ray.preference.tokenization import PairTokenizer
+from orpo_ray.preference.records import Reason
+from orpo_ray.preference.shards import Shard, TokenSet
+from orpo_ray.preference.sources import identity
 
 # Raised whenever the same input would give other tokens or another report.
-CODE_VERSION = 4
-QUARANTINE, DONE = "quarantine", "done"
-_BATCH_ROWS = 256
-
-
-@dataclass(frozen=True)
-class IngestRequest:
-    """What decides the tokens, and where they are cached.
-
-    Args:
-        files: absolute paths, in order.
-        tokenizer: folder or hub id.
-        revision: of a hub tokenizer.
-        max_length: tokens of prompt plus completion.
-        shard_rows: source rows in one token shard.
-        cache_directory: parent of the token sets, on storage that every node reaches.
-        group_by_prompt: whether pairs of one prompt become one group.
-    """
-
-    files: tuple[str, ...]
-    tokenizer: str
-    revision: str | None
-    max_length: int
-    shard_rows: int
-    cache_directory: str
-    group_by_prompt: bool = False
+CODE_VERSION = 5
+LENGTHS = "lengths.npz"
+_COUNTS = (
+    *("rows_read", "rows_kept", "rows_held_out", "pairs_left_out"),
+    *("truncated_pairs", "truncated_prompts", "truncated_completions", "duplicate_pairs"),
+)
 
 
 def ingest(request: IngestRequest) -> TokenSet:
@@ -68,14 +49,14 @@ def ingest(request: IngestRequest) -> TokenSet:
     directory = Path(request.cache_directory) / _cache_key(request)
     found = TokenSet.load(str(directory))
     if found is None:
-        for name in (QUARANTINE, DONE):
+        for name in (QUARANTINE, DONE, STATS):
             (directory / name).mkdir(parents=True, exist_ok=True)
-        summaries = _run_tasks(request, str(directory))
-        found = _gathered(request, str(directory), summaries)
+        found = _gathered(request, str(directory), _run_tasks(request, str(directory)))
         found.save()
         shutil.rmtree(directory / DONE)
-        for path in directory.glob("*.parquet"):  # shards of pairs that became shards of prompts
-            if path.name not in {shard.name for shard in found.shards}:
+        kept = {shard.name for shard in (*found.shards, *found.held_out)}
+        for path in directory.glob("*.parquet"):  # shards that were written anew
+            if path.name not in kept:
                 path.unlink()
     if not found.n_pairs:
         raise DataError(_nothing_usable(found))
@@ -84,215 +65,239 @@ def ingest(request: IngestRequest) -> TokenSet:
 
 def _cache_key(request: IngestRequest) -> str:
     """A hash of everything that could change the tokens."""
-    tokenizer = load_tokenizer(request.tokenizer, request.revision, request.max_length).tokenizer
-    stats = [os.stat(path) for path in request.files]
+    tokenizer = request.pair_tokenizer().tokenizer
+    settings = dataclasses.asdict(request)
+    for name in ("tokenizer", "revision", "cache_directory", "files"):
+        del settings[name]
     parts = [
         CODE_VERSION,
-        [
-            (path, stat.st_size, stat.st_mtime_ns)
-            for path, stat in zip(request.files, stats, strict=True)
-        ],
+        [(path, *identity(path)) for path in request.files],
         tokenizer.backend_tokenizer.to_str(),
         [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template],
-        [request.max_length, request.shard_rows, request.group_by_prompt],
+        settings | {"other_sets": [Path(path).name for path in request.other_sets]},
     ]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, default=str).encode())
 
 
-@functools.cache
-def load_tokenizer(name: str, revision: str | None, max_length: int) -> PairTokenizer:
-    """The tokenizer of a folder or hub id, once a process.
+def _run_tasks(request: IngestRequest, directory: str) -> list[dict[str, Any]]:
+    """Read all files with Ray Data; returns a summary of every shard in source order.
 
     Raises:
-        DataError: when it cannot be used for pairs.
+        DataError: with what is wrong with each file that cannot be read.
     """
-    from transformers import AutoTokenizer
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a data task has one CPU
-    return PairTokenizer(AutoTokenizer.from_pretrained(name, revision=revision), max_length)
-
-
-def _run_tasks(request: IngestRequest, directory: str) -> list[dict[str, Any]]:
-    """Read all files with Ray Data; returns a summary of every shard in source order."""
-    numbered = [{"source": i, "path": path} for i, path in enumerate(request.files)]
-    splits = each(numbered, _SplitFile(request.shard_rows))
-    summaries = each(splits, _TokenizeSplit(request, directory))
-    return sorted(summaries, key=lambda summary: (summary["source"], summary["first_row"]))
-
-
-@dataclass(frozen=True)
-class _SplitFile:
-    """The data task that cuts one file into splits."""
-
-    rows_per_split: int
-
-    def __call__(self, row: dict[str, str]) -> list[dict[str, str]]:
-        item = json.loads(row["item"])
-        splits = split_file(item["path"], self.rows_per_split)
-        return [
-            {"item": json.dumps({"source": item["source"], "split": asdict(split)})}
-            for split in splits
-        ]
-
-
-@dataclass(frozen=True)
-class _TokenizeSplit:
-    """The data task that turns one split into token shards."""
-
-    request: IngestRequest
-    directory: str
-
-    def __call__(self, row: dict[str, str]) -> list[dict[str, str]]:
-        item = json.loads(row["item"])
-        split = Split(**item["split"])
-        answers = []
-        rows = read_split(split)
-        while chunk := list(itertools.islice(rows, self.request.shard_rows)):
-            summary = self._write_chunk(item["source"], chunk)
-            answers.append({"item": json.dumps(summary)})
-        return answers
-
-    def _write_chunk(self, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
-        """The summary of one shard, which an ingest that was killed may have written already."""
-        name = f"{source:05d}-{chunk[0].number:010d}"
-        done = Path(self.directory, DONE, f"{name}.json")
-        if not done.exists():
-            temporary = done.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(self._tokenize_chunk(name, source, chunk)))
-            temporary.replace(done)
-        summary: dict[str, Any] = json.loads(done.read_text())
-        return summary
-
-    def _tokenize_chunk(self, name: str, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
-        """Tokenize up to `shard_rows` rows, write what is kept and what is not."""
-        request = self.request
-        pairs = load_tokenizer(request.tokenizer, request.revision, request.max_length)
-        groups, refused, truncated = [], [], 0
-        for batch in _batches(chunk, _BATCH_ROWS):
-            kept: list[tuple[RawRow, PairText]] = []
-            for raw in batch:
-                text = _text(raw, pairs.tokenizer)
-                if isinstance(text, Refusal):
-                    refused.append((raw, text))
-                else:
-                    kept.append((raw, text))
-            row_ids = [RowId(source, raw.number) for raw, _ in kept]
-            results = pairs.tokenize([text for _, text in kept], row_ids)
-            for (raw, _), result in zip(kept, results, strict=True):
-                if isinstance(result, Refusal):
-                    refused.append((raw, result))
-                else:
-                    groups.append(result.group)
-                    truncated += result.truncated
-        shard = None
-        if groups:
-            shard = asdict(write_shard(f"{self.directory}/{name}.parquet", groups))
-        self._write_refused(name, request.files[source], refused)
-        return {
-            "source": source,
-            "first_row": chunk[0].number,
-            "shard": shard,
-            "prompt_keys": prompt_keys(groups) if request.group_by_prompt else [],
-            "quarantine": f"{QUARANTINE}/{name}.jsonl" if refused else None,
-            "rows_read": len(chunk),
-            "refused": Counter(str(refusal.reason) for _, refusal in refused),
-            "truncated_pairs": truncated,
-            "longest_group_tokens": max((group.n_tokens for group in groups), default=0),
-        }
-
-    def _write_refused(
-        self, name: str, path: str, refused: Sequence[tuple[RawRow, Refusal]]
-    ) -> None:
-        """One line for every row that is not trained on; `row` counts from 1."""
-        if not refused:
-            return
-        lines = [
-            json.dumps(
-                {
-                    "file": path,
-                    "row": raw.number + 1,
-                    "reason": refusal.reason,
-                    "detail": refusal.detail,
-                    "excerpt": raw.excerpt[:200] or excerpt(raw.record or {}),
-                },
-                ensure_ascii=False,
-            )
-            for raw, refusal in sorted(refused, key=lambda entry: entry[0].number)
-        ]
-        target = Path(self.directory, QUARANTINE, f"{name}.jsonl")
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
-        temporary.replace(target)
-
-
-def _text(raw: RawRow, tokenizer: Any) -> PairText | Refusal:
-    """One row as text, or why it is not trained on."""
-    if raw.record is None:
-        if raw.problem is None:
-            raise AssertionError(f"row {raw.number} has neither a record nor a problem")
-        return Refusal(raw.problem, "the row cannot be read as one JSON object")
-    record = normalise(raw.record)
-    if isinstance(record, Refusal):
-        return record
-    try:
-        return render(record, tokenizer)
-    except TemplateError as error:  # as templates do for turns that their model does not take
-        return Refusal(Reason.TEMPLATE_REFUSED, f"the chat template says: {error}")
-
-
-def _batches(rows: Sequence[RawRow], size: int) -> Iterator[Sequence[RawRow]]:
-    return (rows[first : first + size] for first in range(0, len(rows), size))
+    files = [{"source": source, "path": path} for source, path in enumerate(request.files)]
+    splits = each(files, SplitFile(request.shard_rows))
+    answers = each(splits, TokenizeSplit(request, directory))
+    problems = [line for answer in answers for line in answer.get("problems", ())]
+    if problems:
+        raise DataError(sorted(set(problems)))
+    return sorted(answers, key=lambda summary: (summary["source"], summary["first_row"]))
 
 
 def _gathered(
-    request: IngestRequest, directory: str, summaries: Sequence[Mapping[str, Any]]
+    request: IngestRequest, directory: str, summaries: Sequence[dict[str, Any]]
 ) -> TokenSet:
     """The token set of all shards, with the counts of every source."""
+    dropped = _dropped(request, directory, summaries)
+    shards = {
+        part: tuple(Shard(**s[part]) for s in summaries if s[part])
+        for part in ("shard", "held_shard")
+    }
+    longest: Any = max((s["longest_group_tokens"] for s in summaries), default=0)
+    if request.group_by_prompt:
+        shards["shard"], longest = _grouped(request, directory, summaries, dropped, "shard")
+        shards["held_shard"], _ = _grouped(request, directory, summaries, dropped, "held_shard")
+    elif any(mask.any() for mask in dropped):
+        shards["shard"], longest = _without_dropped(request, directory, summaries, dropped)
     by_source = {
         path: _counts([s for s in summaries if s["source"] == source])
         for source, path in enumerate(request.files)
     }
+    pairs = shards["shard"]
     report = _counts(summaries) | {
+        "pairs": sum(shard.n_pairs for shard in pairs),
+        "tokens": sum(shard.n_tokens for shard in pairs),
+        "longest_group_tokens": longest,
+        **_length_figures(directory, summaries, dropped, request.limits.max_length),
         "sources": by_source,
         "quarantine": [s["quarantine"] for s in summaries if s["quarantine"]],
     }
-    shards = tuple(Shard(**summary["shard"]) for summary in summaries if summary["shard"])
     if request.group_by_prompt:
-        shards, longest = group_shards(directory, summaries, request.shard_rows)
-        report |= {
-            "prompts": sum(shard.n_groups for shard in shards),
-            "tokens": sum(shard.n_tokens for shard in shards),
-            "longest_group_tokens": longest,
-        }
-    return TokenSet(directory, shards, request.files, report)
+        report["prompts"] = sum(shard.n_groups for shard in pairs)
+    if any(mask.any() for mask in dropped):
+        report["quarantine"].append(f"{QUARANTINE}/dropped.jsonl")
+    return TokenSet(directory, pairs, request.files, report, shards["held_shard"])
+
+
+def _stats(directory: str, summaries: Sequence[Mapping[str, Any]]) -> Iterator[PairStats]:
+    """The stats of every shard in order, one at a time."""
+    return (PairStats.load(directory, summary["name"]) for summary in summaries)
+
+
+def load_keys(directory: str, name: str) -> Any:
+    """One kind of keys of all pairs of a token set, in no order."""
+    parts = [PairStats.load(directory, path.stem) for path in Path(directory, STATS).iterdir()]
+    return np.concatenate([getattr(part, name) for part in parts])
+
+
+def _dropped(
+    request: IngestRequest, directory: str, summaries: Sequence[dict[str, Any]]
+) -> list[Any]:
+    """Of every shard which pairs are left out, after counting duplicates; counts are mended."""
+    keys = [stats.pair_keys for stats in _stats(directory, summaries)]
+    everything = np.concatenate([np.empty(0, np.uint64), *keys])
+    repeated = np.ones(len(everything), dtype=bool)
+    repeated[np.unique(everything, return_index=True)[1]] = False
+    others = [load_keys(other, "prompt_keys") for other in request.other_sets]
+    elsewhere = np.unique(np.concatenate([np.empty(0, np.uint64), *others]))
+    masks, first, lines = [], 0, []
+    for summary, stats in zip(summaries, _stats(directory, summaries), strict=True):
+        here = repeated[first : first + len(stats.rows)]
+        first += len(stats.rows)
+        summary["duplicate_pairs"] = int(here.sum())
+        overlaps = np.isin(stats.prompt_keys, elsewhere) & ~stats.held
+        doubles = here & ~overlaps if request.drop_duplicates else np.zeros_like(here)
+        mask = doubles | overlaps
+        masks.append(mask)
+        if mask.any():
+            reasons = {Reason.DUPLICATE: doubles, Reason.OVERLAP: overlaps}
+            lines += _leave_out(request, summary, stats, reasons)
+    if lines:
+        path = Path(directory, QUARANTINE, "dropped.jsonl")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return masks
+
+
+def _leave_out(
+    request: IngestRequest,
+    summary: dict[str, Any],
+    stats: PairStats,
+    reasons: Mapping[Reason, Any],
+) -> list[str]:
+    """Count the rows of a shard that lose their last pair, and say so of each."""
+    kept = ~np.logical_or.reduce(list(reasons.values()))
+    for name, side in (("rows_kept", ~stats.held), ("rows_held_out", stats.held)):
+        summary[name] = len(np.unique(stats.rows[kept & side]))
+    lost = set(stats.rows.tolist()) - set(stats.rows[kept].tolist())
+    details = {
+        Reason.DUPLICATE: "the same pair stands before it",
+        Reason.OVERLAP: "an evaluation set has its prompt",
+    }
+    lines = []
+    for reason, mask in reasons.items():
+        rows = sorted(set(stats.rows[mask].tolist()) & lost)
+        lost -= set(rows)
+        summary["refused"][str(reason)] = summary["refused"].get(str(reason), 0) + len(rows)
+        summary["pairs_left_out"] += int(mask.sum()) - len(rows)
+        path = request.files[summary["source"]]
+        place = {"file": path, "reason": reason, "detail": details[reason], "excerpt": ""}
+        lines += [json.dumps(place | {"row": row + 1}, ensure_ascii=False) for row in rows]
+    return lines
+
+
+def _places(
+    directory: str,
+    summaries: Sequence[Mapping[str, Any]],
+    dropped: Sequence[Any],
+    part: str,
+) -> Iterator[tuple[int, int, Place]]:
+    """Source, key of the prompt, and place of every pair that stays in one part of the set."""
+    for summary, stats, mask in zip(summaries, _stats(directory, summaries), dropped, strict=True):
+        side = stats.held if part == "held_shard" else ~stats.held
+        for index, (key, out) in enumerate(
+            zip(stats.group_keys[side].tolist(), mask[side].tolist(), strict=True)
+        ):
+            if not out:
+                yield summary["source"], key, (summary[part]["name"], index)
+
+
+def _grouped(
+    request: IngestRequest,
+    directory: str,
+    summaries: Sequence[Mapping[str, Any]],
+    dropped: Sequence[Any],
+    part: str,
+) -> tuple[tuple[Shard, ...], int]:
+    """Shards of whole prompts, wherever in the files their pairs stand."""
+    places = ((key, place) for _, key, place in _places(directory, summaries, dropped, part))
+    name = "prompts" if part == "shard" else "held-prompts"
+    return rewrite(directory, [NewShards(name, -1, by_prompt(places))], request.shard_rows)
+
+
+def _without_dropped(
+    request: IngestRequest,
+    directory: str,
+    summaries: Sequence[Mapping[str, Any]],
+    dropped: Sequence[Any],
+) -> tuple[tuple[Shard, ...], int]:
+    """Shards without the pairs that are left out, by source."""
+    kept: dict[int, list[list[Place]]] = {}
+    for source, _, place in _places(directory, summaries, dropped, "shard"):
+        kept.setdefault(source, []).append([place])
+    parts = [NewShards("kept", source, members) for source, members in sorted(kept.items())]
+    return rewrite(directory, parts, request.shard_rows)
 
 
 def _counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows read, kept and refused by reason; the first is the sum of the others."""
+    """Rows read, kept, held out, and refused by reason; the first is the sum of the others."""
     refused: Counter[str] = Counter()
+    shapes: Counter[str] = Counter()
+    ignored: set[str] = set()
     for summary in summaries:
-        refused.update(summary["refused"])
-    shards = [summary["shard"] for summary in summaries if summary["shard"]]
+        refused.update({reason: n for reason, n in summary["refused"].items() if n})
+        shapes.update(summary["shapes"])
+        ignored |= set(summary["ignored_columns"])
     return {
-        "rows_read": sum(summary["rows_read"] for summary in summaries),
-        "rows_kept": sum(shard["n_pairs"] for shard in shards),
+        **{name: sum(summary[name] for summary in summaries) for name in _COUNTS},
         "rows_refused": refused.total(),
         "refused": dict(sorted(refused.items())),
-        "truncated_pairs": sum(summary["truncated_pairs"] for summary in summaries),
-        "tokens": sum(shard["n_tokens"] for shard in shards),
-        "longest_group_tokens": int(
-            np.max([summary["longest_group_tokens"] for summary in summaries], initial=0)
-        ),
+        "shapes": dict(shapes.most_common()),
+        "ignored_columns": sorted(ignored),
     }
+
+
+def _length_figures(
+    directory: str,
+    summaries: Sequence[Mapping[str, Any]],
+    dropped: Sequence[Any],
+    max_length: int,
+) -> dict[str, Any]:
+    """How many pairs have which length is written down; how often the longer answer is chosen."""
+    names = ("prompt", "chosen", "rejected", "longest")
+    tallies = {name: np.zeros(max_length + 1, dtype=np.int64) for name in names}
+    longer = equal = 0
+    for stats, mask in zip(_stats(directory, summaries), dropped, strict=True):
+        lengths = stats.lengths[~mask & ~stats.held]
+        prompt, chosen, rejected = lengths.T
+        columns = (prompt, chosen, rejected, prompt + np.maximum(chosen, rejected))
+        for name, column in zip(names, columns, strict=True):
+            tallies[name] += np.bincount(column, minlength=max_length + 1)
+        longer += int((chosen > rejected).sum())
+        equal += int((chosen == rejected).sum())
+    with Path(directory, LENGTHS).open("wb") as file:
+        np.savez(file, allow_pickle=False, **tallies)
+    return {"pairs_chosen_longer": longer, "pairs_equally_long": equal}
 
 
 def _nothing_usable(tokens: TokenSet) -> list[str]:
     """Why nothing is left: counts by reason, and the first few rows."""
     report = tokens.report
     counts = ", ".join(f"{count} {reason}" for reason, count in report["refused"].items())
+    if report["rows_held_out"]:
+        counts = f"{report['rows_held_out']} held out"
     lines = [f"no usable row in {', '.join(tokens.sources)}: {counts or 'the files hold no row'}"]
-    for part in report["quarantine"][:1]:
-        for line in Path(tokens.directory, part).read_text().splitlines()[:3]:
-            row = json.loads(line)
-            lines.append(f"{row['file']}:{row['row']}: {row['reason']}: {row['detail']}")
+    return lines + first_refused(tokens, 3)
+
+
+def first_refused(tokens: TokenSet, n_rows: int, reason: str | None = None) -> list[str]:
+    """Some refused rows, a line each."""
+    lines: list[str] = []
+    for part in tokens.report["quarantine"]:
+        with Path(tokens.directory, part).open(encoding="utf-8") as file:
+            for text in file:
+                row = json.loads(text)
+                if reason in (None, row["reason"]):
+                    lines.append(f"{row['file']}:{row['row']}: {row['reason']}: {row['detail']}")
+                if len(lines) == n_rows:
+                    return lines
     return lines

@@ -1,15 +1,21 @@
 """Turning what a user names (files, a hub id, objects in memory) into files; on the driver."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from orpo_ray.config import ORPOConfig
+from orpo_ray.config_sections import DataSource
 from orpo_ray.preference.demo_pairs import write_demo_pairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.sources import find_files
+from orpo_ray.preference.templates import template_text
 from orpo_ray.training.model_source import ModelSource
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400
@@ -20,13 +26,13 @@ class RunInputs:
     """The files and the model of a run.
 
     Args:
-        train_files: absolute paths.
-        eval_files: absolute paths, by metric prefix.
+        train_files: one source a file, with its absolute path or URL.
+        eval_files: the same, by metric prefix.
         model: base model and tokenizer.
     """
 
-    train_files: tuple[str, ...]
-    eval_files: Mapping[str, tuple[str, ...]]
+    train_files: tuple[DataSource, ...]
+    eval_files: Mapping[str, tuple[DataSource, ...]]
     model: ModelSource
 
 
@@ -40,8 +46,9 @@ def find_inputs(config: ORPOConfig, output_directory: Path) -> RunInputs:
     if data.dataset_name:
         return _from_hub(config, output_directory)
     problems: list[str] = []
+    template = _chat_template(data.chat_template, problems)
     train_files = _found("train_files", data.train_files, problems)
-    eval_files = _found("eval_files", data.eval_files, problems)
+    eval_files = eval_sets(_found("eval_files", data.eval_files, problems))
     model = _base_model(config, problems)
     if problems:
         raise DataError(problems)
@@ -50,17 +57,54 @@ def find_inputs(config: ORPOConfig, output_directory: Path) -> RunInputs:
         model = model or demo.model
         if data.train_files is None:
             train_files = demo.train_files
-            eval_files = eval_files or demo.eval_files["eval_"]
-    return RunInputs(train_files, {"eval_": eval_files} if eval_files else {}, model)
+            eval_files = eval_files or dict(demo.eval_files)
+    if template is not None:
+        model = dataclasses.replace(model, chat_template=template)
+    return RunInputs(train_files, eval_files, model)
 
 
-def _found(setting: str, patterns: tuple[str, ...] | None, problems: list[str]) -> tuple[str, ...]:
-    """The files of a setting; what is wrong with them is added to `problems`."""
+def _chat_template(setting: str | None, problems: list[str]) -> str | None:
     try:
-        return tuple(find_files(patterns or ()))
+        return None if setting is None else template_text(setting)
     except DataError as error:
-        problems += [f"{setting}: {line}" for line in error.lines]
-        return ()
+        problems += error.lines
+        return None
+
+
+def as_sources(files: Sequence[str], like: DataSource | None = None) -> tuple[DataSource, ...]:
+    """One source a file, with the weight and name of another."""
+    kept = like.model_dump() if like else {}
+    return tuple(DataSource.model_validate(kept | {"path": path}) for path in files)
+
+
+def eval_sets(sources: Sequence[DataSource]) -> dict[str, tuple[DataSource, ...]]:
+    """Sources by metric prefix: `eval_<name>_`, and `eval_` where they have no name."""
+    sets: dict[str, tuple[DataSource, ...]] = {}
+    for source in sources:
+        prefix = f"eval_{source.name}_" if source.name else "eval_"
+        sets[prefix] = (*sets.get(prefix, ()), source)
+    return sets
+
+
+def _found(
+    setting: str, named: Sequence[str | DataSource] | None, problems: list[str]
+) -> tuple[DataSource, ...]:
+    """The files of a setting; what is wrong with them is added to `problems`.
+
+    A file that several entries find is read once; under two weights or names that is a problem.
+    """
+    found: dict[str, DataSource] = {}
+    for entry in named or ():
+        like = entry if isinstance(entry, DataSource) else DataSource(path=entry)
+        try:
+            sources = as_sources(find_files([like.path]), like)
+        except DataError as error:
+            problems += [f"{setting}: {line}" for line in error.lines]
+            continue
+        for source in sources:
+            if found.setdefault(source.path, source) != source:
+                problems.append(f"{setting}: {source.path}: named twice, with another weight")
+    return tuple(found.values())
 
 
 def _base_model(config: ORPOConfig, problems: list[str]) -> ModelSource | None:
@@ -97,7 +141,7 @@ def _make_demo(output_directory: Path, seed: int) -> RunInputs:
             texts += [pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]]
         make_demo_model(str(model), texts, seed)
     source = ModelSource(str(model), str(model))
-    return RunInputs((str(train),), {"eval_": (str(evals),)}, source)
+    return RunInputs(as_sources([str(train)]), {"eval_": as_sources([str(evals)])}, source)
 
 
 def _from_hub(config: ORPOConfig, output_directory: Path) -> RunInputs:
@@ -108,9 +152,19 @@ def _from_hub(config: ORPOConfig, output_directory: Path) -> RunInputs:
     files: dict[str, tuple[str, ...]] = {}
     for prefix, split in (("", data.dataset_train_split), ("eval_", data.dataset_test_split)):
         if split:
-            dataset = load_dataset(data.dataset_name, split=split)
+            try:
+                dataset = load_dataset(
+                    data.dataset_name,
+                    data.dataset_config,
+                    split=split,
+                    revision=data.dataset_revision,
+                )
+            except (OSError, ValueError) as error:  # datasets' own errors are one or the other
+                first_line = str(error).splitlines()[0]
+                raise DataError([f"dataset_name: {data.dataset_name}: {first_line}"]) from error
             files[prefix] = (keep_dataset(dataset, output_directory / "inputs"),)
-    local = config.replace(dataset_name=None, train_files=files[""], eval_files=files.get("eval_"))
+    evals = files.get("eval_", data.eval_files)
+    local = config.replace(dataset_name=None, train_files=files[""], eval_files=evals)
     return find_inputs(local, output_directory)
 
 
@@ -118,7 +172,7 @@ def keep_dataset(dataset: Any, directory: Path) -> str:
     """Write a data set held in memory as one Parquet file, named by its content.
 
     Args:
-        dataset: a `datasets.Dataset`, a Ray Dataset, or a dict of lists.
+        dataset: a `datasets.Dataset`, a Ray Dataset, a pandas frame, or a dict of lists.
         directory: where; made if missing.
 
     Returns:
@@ -128,21 +182,47 @@ def keep_dataset(dataset: Any, directory: Path) -> str:
         DataError: for any other type.
     """
     import datasets
+    import pandas
     import ray.data
 
+    directory.mkdir(parents=True, exist_ok=True)
+    if isinstance(dataset, ray.data.Dataset):
+        return _keep_ray_dataset(dataset, directory)
+    if isinstance(dataset, pandas.DataFrame):
+        dataset = datasets.Dataset.from_pandas(dataset, preserve_index=False)
     if isinstance(dataset, Mapping):
         dataset = datasets.Dataset.from_dict(dict(dataset))
-    if isinstance(dataset, ray.data.Dataset):
-        dataset = datasets.Dataset.from_list(dataset.take_all())
     if not isinstance(dataset, datasets.Dataset):
         raise DataError(
             [
                 f"train_dataset: a {type(dataset).__name__} cannot be read; give a path, a hub id, "
-                "a datasets.Dataset, a Ray Dataset or a dict of lists"
+                "a datasets.Dataset, a Ray Dataset, a pandas frame or a dict of lists"
             ]
         )
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{dataset._fingerprint}.parquet"
     if not path.exists():
         dataset.to_parquet(str(path))
+    return str(path)
+
+
+def _keep_ray_dataset(dataset: Any, directory: Path) -> str:
+    """Block by block in their order, so that no more than a few are in memory here."""
+    import pyarrow.parquet as pq
+
+    dataset.context.execution_options.preserve_order = True
+    temporary = directory / f"ray-{os.getpid()}.tmp"
+    writer = None
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        if writer is None:
+            writer = pq.ParquetWriter(temporary, batch.schema)
+        writer.write_table(batch.cast(writer.schema))
+    if writer is None:
+        raise DataError(["train_dataset: the Ray Dataset has no row"])
+    writer.close()
+    digest = xxhash.xxh3_128()
+    with temporary.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    path = directory / f"{digest.hexdigest()}.parquet"
+    temporary.replace(path)
     return str(path)

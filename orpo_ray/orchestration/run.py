@@ -5,6 +5,7 @@ from typing import Any
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration import cluster
+from orpo_ray.orchestration.data_report import count_trained, save_report
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
@@ -30,7 +31,7 @@ class TrainResult:
         model_directory: the trained model, for `AutoModelForCausalLM.from_pretrained`.
         metrics: last logged training metrics and last evaluation.
         metrics_before: the evaluation before the first step; empty without evaluation data.
-        data_report: rows read, kept and refused, by data set.
+        data_report: rows read, trained, refused and held out, by data set and file.
         events: what the run met on its way (`resumed`, `steps_redone`, `rows_skipped`, ...).
     """
 
@@ -80,13 +81,15 @@ def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
     steps_per_epoch = plans[TRAIN].order.n_batches(plans[TRAIN].plan.batch_groups)
     with RunWatcher(run_directory, config.total_steps(steps_per_epoch), console):
         Fit(config, start.inputs.model, run_directory, plans, start.data_report).run(train_worker)
+    report = count_trained(run_directory, start.data_report, start.token_sets[TRAIN])
+    save_report(run_directory, report)
     figures = summary(run_directory)
     result = TrainResult(
         run_directory=str(run_directory),
         model_directory=str(run_directory / FINAL),
         metrics=figures["train"] | figures["after"],
         metrics_before=figures["before"],
-        data_report=start.data_report,
+        data_report=report,
         events=count_events(run_directory),
     )
     console.print(end_text(result, config), markup=False)
@@ -142,6 +145,10 @@ def end_text(result: TrainResult, config: ORPOConfig) -> str:
         lines.append(
             f"held-out log odds: {before[log_odds]:+.3f} before, {after[log_odds]:+.3f} after"
         )
+    train = result.data_report[TRAIN]
+    ends = ("trained", "not_reached", "held_out", "refused")
+    counts = [f"{train[f'rows_{end}']} {end.replace('_', ' ')}" for end in ends]
+    lines.append(f"rows: {train['rows_read']} read = {' + '.join(counts)}")
     if result.events:
         met = ", ".join(f"{kind} {count}" for kind, count in sorted(result.events.items()))
         lines.append(f"on the way: {met} (events.jsonl)")

@@ -1,8 +1,7 @@
 """What every command does first: name the run, find its files, join Ray, ingest; on the driver."""
 
-import json
+import dataclasses
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,22 @@ from rich.console import Console
 
 from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.config_file import load_config, to_yaml
+from orpo_ray.config_sections import DataSource
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.data_report import write_data_report
+from orpo_ray.orchestration.data_report import (
+    data_lines,
+    first_pair_lines,
+    refuse_bad_data,
+    write_data_report,
+)
 from orpo_ray.orchestration.feed import TRAIN, FeedPlan, eval_plan, train_plan
-from orpo_ray.orchestration.ingest import IngestRequest, ingest
+from orpo_ray.orchestration.ingest import ingest
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
+from orpo_ray.orchestration.tokenize_task import IngestRequest
+from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.shards import TokenSet
+from orpo_ray.preference.tokenization import Limits
 from orpo_ray.training.errors import ResumeError
 from orpo_ray.training.resume import decisive_settings, newest_manifest, refuse_changes
 
@@ -55,7 +64,26 @@ class Start:
         }
         if TRAIN not in self.token_sets:
             return evals
-        return {TRAIN: train_plan(self.config, self.token_sets[TRAIN])} | evals
+        return {TRAIN: self._train_plan()} | evals
+
+    def _train_plan(self) -> FeedPlan:
+        weights = [source.weight for source in self.inputs.train_files]
+        return train_plan(self.config, self.token_sets[TRAIN], weights)
+
+    def refuse_another_run(self) -> None:
+        """Say before workers start what they would refuse, and before anything is written over.
+
+        Raises:
+            ConfigError: for settings or data other than those of the newest checkpoint.
+        """
+        manifest = newest_manifest(self.run_directory)
+        if manifest is None or TRAIN not in self.token_sets or self.config.train.resume_changed:
+            return
+        digest = self._train_plan().stream(0, 1).data_digest
+        try:
+            refuse_changes(manifest, decisive_settings(self.config, digest))
+        except ResumeError as error:
+            raise ConfigError(str(error).splitlines()) from error
 
 
 def with_run_name(config: ORPOConfig) -> ORPOConfig:
@@ -90,33 +118,61 @@ def start_run(
     inputs = inputs or find_inputs(config, output_directory)
     cluster.connect()
     config = cluster.with_cluster(config)
-    files = dict(inputs.eval_files) if only_evals else {TRAIN: inputs.train_files}
-    files |= inputs.eval_files
-    token_sets = {}
-    for name, paths in files.items():
-        tokens = ingest(_request(config, inputs, paths, output_directory))
-        token_sets[name] = tokens
-        console.print(_counts_text(name.rstrip("_"), tokens.report), markup=False)
-    if TRAIN in token_sets:
-        _refuse_another_run(config, run_directory, token_sets[TRAIN])
+    token_sets = _ingest_all(config, inputs, output_directory, only_evals)
+    start = Start(config, inputs, run_directory, token_sets, {})
+    start.refuse_another_run()
     run_directory.mkdir(parents=True, exist_ok=True)
-    write_data_report(
-        str(run_directory), {name.rstrip("_"): tokens for name, tokens in token_sets.items()}
-    )
+    report = write_data_report(run_directory, token_sets, config, _names(inputs))
+    for name, figures in report.items():
+        for line in data_lines(name, figures):
+            console.print(line, markup=False)
+    refuse_bad_data(run_directory, token_sets, config)
+    if TRAIN in token_sets:
+        tokenizer = _request(config, inputs, (), output_directory).pair_tokenizer().tokenizer
+        for line in first_pair_lines(token_sets[TRAIN], tokenizer, config.orpo.nll_scope):
+            console.print(line, markup=False)
     (run_directory / CONFIG).write_text(to_yaml(config))
-    report = json.loads((run_directory / "data_report.json").read_text())
-    return Start(config, inputs, run_directory, token_sets, report)
+    return dataclasses.replace(start, data_report=report)
 
 
-def _refuse_another_run(config: ORPOConfig, run_directory: Path, tokens: TokenSet) -> None:
-    """Say before workers start what they would refuse, and before anything is written over."""
-    manifest = newest_manifest(run_directory)
-    if manifest is None or config.train.resume_changed:
-        return
-    try:
-        refuse_changes(manifest, decisive_settings(config, tokens.digest))
-    except ResumeError as error:
-        raise ConfigError(str(error).splitlines()) from error
+def _ingest_all(
+    config: ORPOConfig, inputs: RunInputs, output_directory: Path, only_evals: bool
+) -> dict[str, TokenSet]:
+    """The token set of every data set, by its name in the feed; the training set comes first."""
+    data = config.data
+    evals = {
+        name: ingest(_request(config, inputs, sources, output_directory))
+        for name, sources in inputs.eval_files.items()
+    }
+    if only_evals:
+        return evals
+    request = dataclasses.replace(
+        _request(config, inputs, inputs.train_files, output_directory),
+        val_set_size=data.val_set_size,
+        drop_duplicates=data.drop_duplicates,
+        other_sets=tuple(t.directory for t in evals.values()) if data.drop_overlap else (),
+    )
+    train = ingest(request)
+    if data.val_set_size:
+        evals["eval_" if "eval_" not in evals else "eval_held_out_"] = _held_out(train)
+    return {TRAIN: train} | evals
+
+
+def _held_out(train: TokenSet) -> TokenSet:
+    """The pairs of the training files that are not trained on, as a set of their own.
+
+    Raises:
+        DataError: where there are none.
+    """
+    if not train.held_out:
+        raise DataError(["val_set_size: no prompt falls into so small a share of the data"])
+    return dataclasses.replace(train, shards=train.held_out, held_out=())
+
+
+def _names(inputs: RunInputs) -> dict[str, str]:
+    """What the user calls a file, where that is not its path."""
+    sources = [*inputs.train_files, *(s for part in inputs.eval_files.values() for s in part)]
+    return {source.path: source.name for source in sources if source.name}
 
 
 def _with_batch_size(config: ORPOConfig, run_directory: Path, console: Console) -> ORPOConfig:
@@ -133,22 +189,24 @@ def _with_batch_size(config: ORPOConfig, run_directory: Path, console: Console) 
 
 
 def _request(
-    config: ORPOConfig, inputs: RunInputs, paths: tuple[str, ...], output_directory: Path
+    config: ORPOConfig,
+    inputs: RunInputs,
+    sources: tuple[DataSource, ...],
+    output_directory: Path,
 ) -> IngestRequest:
-    cache = Path(config.data.token_cache_dir or output_directory / "token_cache")
+    data = config.data
+    cache = Path(data.token_cache_dir or output_directory / "token_cache")
     return IngestRequest(
-        files=tuple(paths),
+        files=tuple(source.path for source in sources),
         tokenizer=inputs.model.tokenizer,
         revision=inputs.model.revision,
-        max_length=config.data.max_length,
-        shard_rows=config.data.shard_rows,
+        limits=Limits(
+            data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation
+        ),
+        shard_rows=data.shard_rows,
         cache_directory=str(cache.expanduser().resolve()),
-        group_by_prompt=config.data.group_by_prompt,
+        reader=RowReader(tuple((data.column_mapping or {}).items()), data.min_score_gap),
+        chat_template=inputs.model.chat_template,
+        special_tokens=data.special_tokens_in_text,
+        group_by_prompt=data.group_by_prompt,
     )
-
-
-def _counts_text(name: str, report: Mapping[str, Any]) -> str:
-    """What ingest counted, on one line."""
-    refused = ", ".join(f"{count} {reason}" for reason, count in report["refused"].items())
-    text = f"{name} data: {report['rows_read']} rows read, {report['rows_kept']} kept"
-    return f"{text}, refused: {refused}" if refused else text

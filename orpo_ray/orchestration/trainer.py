@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_ray.config import ORPOConfig
-from orpo_ray.orchestration.inputs import RunInputs, find_inputs, keep_dataset
+from orpo_ray.config_sections import DataSource
+from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
 from orpo_ray.orchestration.run import TrainResult, evaluate, train
 from orpo_ray.preference.sources import find_files
 from orpo_ray.training.model_source import ModelSource
@@ -23,8 +24,9 @@ class ORPOTrainer:
     Args:
         model: folder, hub id, or a model in memory; unset: the one that `args` names.
         args: the run.
-        train_dataset: a path or glob, a hub id, a `datasets.Dataset`, a Ray Dataset, or a dict of
-            lists with `prompt`, `chosen` and `rejected`; unset: the files that `args` names.
+        train_dataset: a path or glob, a hub id, a `datasets.Dataset`, a Ray Dataset, a pandas
+            frame, or a dict of lists with `prompt`, `chosen` and `rejected`; unset: the files that
+            `args` names.
         eval_dataset: the same, or a dict of such data sets by name, whose metrics are then
             `eval_<name>_...`.
         processing_class: the tokenizer; unset: the model's own.
@@ -103,14 +105,18 @@ class ORPOTrainer:
             return _named_dataset(str(dataset), self._kept)
         return (keep_dataset(dataset, self._kept),)
 
-    def _eval_files(self, dataset: Any) -> dict[str, tuple[str, ...]]:
+    def _eval_files(self, dataset: Any) -> dict[str, tuple[DataSource, ...]]:
         """The files of every evaluation set, by metric prefix."""
         named = isinstance(dataset, Mapping) and not any(
             isinstance(value, list | tuple) for value in dataset.values()
         )
         if not named:
-            return {"eval_": self._files(dataset)}
-        return {f"eval_{name}_": self._files(part) for name, part in dataset.items()}
+            return {"eval_": as_sources(self._files(dataset))}
+        parts = {name: self._files(part) for name, part in dataset.items()}
+        return {
+            f"eval_{name}_": as_sources(files, DataSource(path="-", name=name))
+            for name, files in parts.items()
+        }
 
     def _keep_model(self, model: PreTrainedModel) -> str:
         """Write a model held in memory into the run directory."""

@@ -22,16 +22,28 @@ TRIALS, RECORD = "trials", "trial.json"
 # Settings that change tokens or the base model: a trial with its own of these ingests for itself.
 _INPUTS = frozenset(
     {
+        "chat_template",
+        "column_mapping",
+        "dataset_config",
         "dataset_name",
+        "dataset_revision",
         "dataset_test_split",
         "dataset_train_split",
+        "drop_duplicates",
+        "drop_overlap",
         "eval_files",
         "group_by_prompt",
+        "max_completion_length",
         "max_length",
+        "max_prompt_length",
+        "min_score_gap",
         "model_name_or_path",
         "model_revision",
         "shard_rows",
+        "special_tokens_in_text",
         "train_files",
+        "truncation",
+        "val_set_size",
     }
 )
 
@@ -97,8 +109,8 @@ def _with_found_inputs(config: ORPOConfig, start: Start, values: Mapping[str, An
     """Name what the sweep found by its absolute path: a trial has a working folder of its own."""
     found: dict[str, Any] = {"model_name_or_path": start.inputs.model.model}
     if config.data.dataset_name is None:
-        evals = [path for paths in start.inputs.eval_files.values() for path in paths]
-        found |= {"train_files": list(start.inputs.train_files), "eval_files": evals}
+        evals = [source for sources in start.inputs.eval_files.values() for source in sources]
+        found |= {"train_files": start.inputs.train_files, "eval_files": evals or None}
     return config.replace(**{name: path for name, path in found.items() if name not in values})
 
 

@@ -63,7 +63,12 @@ def merge_groups(groups: Sequence[PromptGroup]) -> PromptGroup:
 
     Args:
         groups: at least one; all with the same prompt.
+
+    Raises:
+        AssertionError: for groups with different prompts.
     """
+    if len({group.prompt.tobytes() for group in groups}) > 1:
+        raise AssertionError(f"{groups[0].row_ids} and {groups[1].row_ids} share no prompt")
     completions: dict[bytes, int] = {}
     distinct: list[TokenIds] = []
     pairs: list[tuple[int, int]] = []

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_FIXED = 2**63  # in place of an epoch: what is the same in all of them
+
 
 @dataclass(frozen=True)
 class Order:
@@ -13,22 +15,33 @@ class Order:
     Shards are permuted, then rows are shuffled inside windows of consecutive shards, anew each
     epoch. Nothing depends on the number of workers.
 
+    With weights, every epoch takes from each shard as many groups as its length times its weight
+    (rounded, one at least). Which ones goes round: after any number of epochs no group of a shard
+    was taken more than once oftener than another.
+
     Args:
         shard_lengths: groups in every shard.
         window_shards: shards whose rows are shuffled together.
         seed: of the permutations.
         shuffle: False keeps shards and rows as they are.
+        weights: of every shard, how often its groups are taken in an epoch; none: once.
     """
 
     shard_lengths: tuple[int, ...]
     window_shards: int
     seed: int
     shuffle: bool
+    weights: tuple[float, ...] = ()
 
     @property
     def n_groups(self) -> int:
-        """Groups in an epoch."""
-        return sum(self.shard_lengths)
+        """Groups in an epoch, each as often as it is taken."""
+        return sum(map(self._taken, range(len(self.shard_lengths))))
+
+    def _taken(self, shard: int) -> int:
+        """Groups that an epoch takes from one shard."""
+        length = self.shard_lengths[shard]
+        return max(1, round(length * self.weights[shard])) if self.weights else length
 
     def n_batches(self, batch_groups: int) -> int:
         """Global batches in an epoch; the last one may be smaller."""
@@ -47,18 +60,36 @@ class Order:
         """
         passed = 0
         for index, window in enumerate(self.windows(epoch)):
-            size = sum(self.shard_lengths[shard] for shard in window)
+            size = sum(map(self._taken, window))
             if passed + size > first_group:
                 yield from self._window_rows(epoch, index, window)[max(0, first_group - passed) :]
             passed += size
 
     def _window_rows(self, epoch: int, index: int, window: Sequence[int]) -> list[tuple[int, int]]:
-        rows = [(shard, row) for shard in window for row in range(self.shard_lengths[shard])]
+        rows = [(shard, row) for shard in window for row in self._shard_rows(epoch, shard)]
         if not self.shuffle:
             return rows
         return [rows[i] for i in self._permutation(epoch, 1 + index, len(rows))]
 
+    def _shard_rows(self, epoch: int, shard: int) -> list[int]:
+        """The groups of one shard that an epoch takes, in file order.
+
+        A group at place p of a fixed permutation of n is taken floor(((e+1) k + p) / n) -
+        floor((e k + p) / n) times in epoch e, where k are taken: by Hermite's identity k in all.
+        """
+        length, taken = self.shard_lengths[shard], self._taken(shard)
+        if taken == length:
+            return list(range(length))
+        places = np.empty(length, dtype=np.int64)
+        places[_permutation(self.seed, _FIXED, shard, length)] = np.arange(length)
+        times = ((epoch + 1) * taken + places) // length - (epoch * taken + places) // length
+        return [int(row) for row in np.repeat(np.arange(length), times)]
+
     def _permutation(self, epoch: int, stream: int, length: int) -> list[int]:
-        """Sort raw random bits: unlike `Generator.permutation` that is the same in every numpy."""
-        bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch, stream]))
-        return [int(i) for i in bits.random_raw(length).argsort(kind="stable")]
+        return _permutation(self.seed, epoch, stream, length)
+
+
+def _permutation(seed: int, epoch: int, stream: int, length: int) -> list[int]:
+    """Sort raw random bits: unlike `Generator.permutation` that is the same in every numpy."""
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch, stream]))
+    return [int(i) for i in bits.random_raw(length).argsort(kind="stable")]

@@ -1,8 +1,9 @@
-"""What one source row says: prompt, chosen and rejected, as text or as messages."""
+"""What a pair says: prompt, chosen and rejected, as text or as messages, and whether it may."""
 
+import difflib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -10,26 +11,52 @@ Message = Mapping[str, Any]
 Content = str | tuple[Message, ...]
 
 _LAST_TURN = "\n\nAssistant:"
+USER, ASSISTANT, SYSTEM, TOOL = "user", "assistant", "system", "tool"
+# What a message may call its speaker, in the words of messages and of ShareGPT.
+_ROLES = {
+    **dict.fromkeys(("user", "human"), USER),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), ASSISTANT),
+    **dict.fromkeys(("system", "developer"), SYSTEM),
+    **dict.fromkeys(("tool", "observation", "ipython", "function"), TOOL),
+}
+_KEPT_ROLES = {"developer", "ipython", "function", "model"}  # templates know them by these names
 
 
 class Reason(StrEnum):
     """Why a row is not trained on; the values are the names in reports."""
 
     MALFORMED_JSON = "malformed_json"
+    MALFORMED_TABLE = "malformed_table_row"
+    TORN_LINE = "torn_last_line"
+    NOT_UTF8 = "not_utf8"
+    DUPLICATE_KEY = "duplicate_key"
+    BAD_SURROGATE = "bad_surrogate"
     NOT_AN_OBJECT = "not_an_object"
     MISSING_FIELD = "missing_field"
+    NULL_FIELD = "null_field"
     WRONG_TYPE = "wrong_type"
     MIXED_TYPES = "mixed_types"
     BAD_MESSAGE = "bad_message"
+    BAD_ROLE = "bad_role"
     NOT_AN_ANSWER = "not_an_answer"
+    BAD_SCORE = "bad_score"
+    SCORE_GAP = "score_gap"
     EMPTY_CHOSEN = "empty_chosen"
     EMPTY_REJECTED = "empty_rejected"
     IDENTICAL_ANSWERS = "identical_answers"
     PROMPT_NOT_SHARED = "prompt_not_shared"
     TEMPLATE_REFUSED = "template_refused"
-    NOTHING_LEFT = "nothing_left_after_truncation"
+    UNSTABLE_BORDER = "unstable_border"
+    SPECIAL_TOKEN = "special_token_in_text"
+    PROMPT_TOO_LONG = "prompt_too_long"
     IDENTICAL_AFTER_TRUNCATION = "identical_after_truncation"
     NO_PREDICTED_TOKEN = "no_predicted_token"
+    DUPLICATE = "duplicate"
+    OVERLAP = "overlap"
+
+
+# What a setting asks to leave out is no sign of bad data.
+ON_REQUEST = frozenset({Reason.SCORE_GAP, Reason.PROMPT_TOO_LONG, Reason.DUPLICATE, Reason.OVERLAP})
 
 
 @dataclass(frozen=True)
@@ -42,69 +69,122 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Record:
-    """A pair as its source has it: three texts, or three lists of messages."""
+    """A pair as its source has it: three texts, or three lists of messages.
+
+    Args:
+        prompt: may be empty.
+        chosen: the better answer.
+        rejected: the other one.
+        template: what the row wants of the chat template: tools, and other keyword arguments.
+    """
 
     prompt: Content
     chosen: Content
     rejected: Content
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 def normalise(row: Mapping[str, Any]) -> Record | Refusal:
-    """Find prompt, chosen and rejected in a source row, or say why they are not there.
+    """Find prompt, chosen and rejected in a row with these columns, or say why they are not there.
 
     Without a prompt column, dialogues in text are cut after their last `Assistant:` (hh-rlhf), and
     lists of messages before their last message; the two prompts must then be the same.
     """
     fields: dict[str, Content] = {}
     for name in ("prompt", "chosen", "rejected"):
-        value = row.get(name)
-        if value is None:
-            if name == "prompt" and name not in row:
-                continue
-            return Refusal(Reason.MISSING_FIELD, f"{name} is {_state(row, name)}")
-        content = _content(name, value)
+        if name == "prompt" and name not in row:
+            continue
+        content = content_of(row, name)
         if isinstance(content, Refusal):
             return content
         fields[name] = content
     if len({isinstance(content, str) for content in fields.values()}) > 1:
         return Refusal(Reason.MIXED_TYPES, "some of prompt, chosen and rejected are text, some not")
     record = _with_prompt(fields)
-    return record if isinstance(record, Refusal) else _checked(record)
+    return record if isinstance(record, Refusal) else checked(record)
 
 
-def _state(row: Mapping[str, Any], name: str) -> str:
+def missing(row: Mapping[str, Any], name: str) -> Refusal:
+    """Why a row has no value for a field: it is null, or missing beside other columns."""
     if name in row:
-        return "null"
-    return f"missing; the row has {', '.join(sorted(map(str, row))) or 'no fields'}"
+        return Refusal(Reason.NULL_FIELD, f"{name} is null")
+    columns = sorted(map(str, row))
+    near = difflib.get_close_matches(name, columns, n=1)
+    hint = f"; did you mean {near[0]}? column_mapping={{{name}: {near[0]}}}" if near else ""
+    return Refusal(
+        Reason.MISSING_FIELD,
+        f"{name} is missing; the row has {', '.join(columns) or 'no fields'}{hint}",
+    )
 
 
-def _content(name: str, value: Any) -> Content | Refusal:
+def content_of(row: Mapping[str, Any], name: str) -> Content | Refusal:
     """Text, or a list of messages each with a role and content."""
+    value = row.get(name)
+    if value is None:
+        return missing(row, name)
     if isinstance(value, str):
         return value if _is_text(value) else _half_a_pair(name)
+    if isinstance(value, Mapping):  # ShareGPT gives an answer as one turn
+        value = [value]
     if not isinstance(value, list):
         return Refusal(Reason.WRONG_TYPE, f"{name} is a {type(value).__name__}, not text or a list")
+    messages = []
     for index, message in enumerate(value):
-        if not isinstance(message, Mapping):
-            return Refusal(Reason.BAD_MESSAGE, f"{name}[{index}] is not an object")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                return Refusal(Reason.BAD_MESSAGE, f"{name}[{index}] has no {key} that is text")
-            if not _is_text(message[key]):
-                return _half_a_pair(f"{name}[{index}].{key}")
+        found = _message(f"{name}[{index}]", message)
+        if isinstance(found, Refusal):
+            return found
+        messages.append(found)
+    return tuple(messages)
+
+
+def _message(place: str, message: Any) -> Message | Refusal:
+    """One message with `role` and `content`, from those words or ShareGPT's."""
+    if not isinstance(message, Mapping):
+        return Refusal(Reason.BAD_MESSAGE, f"{place} is not an object")
     # Parquet gives every message every field; those that are null were never there.
-    return tuple({k: v for k, v in message.items() if v is not None} for message in value)
+    found = {key: value for key, value in message.items() if value is not None}
+    for key, other in (("role", "from"), ("content", "value")):
+        if key not in found and other in found:
+            found[key] = found.pop(other)
+    if isinstance(found.get("content"), list):
+        found["content"] = _joined(found["content"])
+    if "content" not in found and found.get("tool_calls"):
+        found["content"] = ""
+    for key in ("role", "content"):
+        if not isinstance(found.get(key), str):
+            return Refusal(Reason.BAD_MESSAGE, f"{place} has no {key} that is text")
+        if not _is_text(found[key]):
+            return _half_a_pair(f"{place}.{key}")
+    role = found["role"]
+    if role not in _ROLES:
+        return Refusal(Reason.BAD_ROLE, f"{place} has the unknown role {role!r}")
+    return found if role in _KEPT_ROLES else found | {"role": _ROLES[role]}
+
+
+def _joined(parts: Sequence[Any]) -> str | None:
+    """The text of content in parts, or None where a part is no text."""
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
+
+
+def role_of(message: Message) -> str:
+    """user, assistant, system or tool."""
+    return _ROLES[message["role"]]
 
 
 def _is_text(value: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _half_a_pair(name: str) -> Refusal:
-    return Refusal(Reason.WRONG_TYPE, f"{name} holds half of a surrogate pair, not text")
+    return Refusal(Reason.BAD_SURROGATE, f"{name} holds half of a surrogate pair, not text")
 
 
-def _with_prompt(fields: dict[str, Content]) -> Record | Refusal:
+def _with_prompt(fields: Mapping[str, Content]) -> Record | Refusal:
     """Take the prompt from the answers when the row has none of its own."""
     chosen, rejected = fields["chosen"], fields["rejected"]
     if "prompt" in fields:
@@ -133,22 +213,39 @@ def _cut_texts(chosen: str, rejected: str) -> Record | Refusal:
     return Record(chosen[: ends[0]], chosen[ends[0] :], rejected[ends[1] :])
 
 
-def _checked(record: Record) -> Record | Refusal:
-    """Refuse pairs with nothing to prefer."""
+def checked(record: Record) -> Record | Refusal:
+    """Refuse pairs with nothing to prefer, and turns that no one speaks in."""
     for name, reason in (
         ("chosen", Reason.EMPTY_CHOSEN),
         ("rejected", Reason.EMPTY_REJECTED),
     ):
         answer = getattr(record, name)
         if isinstance(answer, tuple):
-            if answer and answer[-1]["role"] != "assistant":
+            if answer and role_of(answer[-1]) != ASSISTANT:
                 return Refusal(Reason.NOT_AN_ANSWER, f"{name} does not end with the assistant")
-            answer = "".join(message["content"] for message in answer)
+            wrong = _wrong_order((*record.prompt, *answer))
+            if wrong:
+                return Refusal(Reason.BAD_ROLE, wrong)
+            calls = any(message.get("tool_calls") for message in answer)
+            answer = "".join(message["content"] for message in answer) or "call" * calls
         if not answer.strip():
             return Refusal(reason, f"{name} has no text")
     if record.chosen == record.rejected:
         return Refusal(Reason.IDENTICAL_ANSWERS, "chosen and rejected are the same")
     return record
+
+
+def _wrong_order(messages: Iterable[Any]) -> str | None:
+    """What is wrong with the order of turns, if anything is."""
+    before = None
+    for index, message in enumerate(messages):
+        role = role_of(message)
+        if role == SYSTEM and before not in (None, SYSTEM):
+            return f"a system turn stands at place {index + 1}, after the {before}'s"
+        if role == USER and before == USER:
+            return f"turns {index} and {index + 1} are both the user's"
+        before = role
+    return None
 
 
 def excerpt(row: Mapping[str, Any], limit: int = 200) -> str:

@@ -40,6 +40,7 @@ class Shard:
         n_pairs: pairs.
         n_tokens: packed tokens.
         digest: XXH3-128 of its tokens and pairs, whatever the file format makes of them.
+        source: index of the source file that all its pairs are from, -1 where they are of several.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Shard:
     n_pairs: int
     n_tokens: int
     digest: str
+    source: int = -1
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,14 @@ class TokenSet:
         shards: the shards in the order of the source rows.
         sources: the source files; `RowId.source` indexes them.
         report: what ingest counted, as it goes into `data_report.json`.
+        held_out: shards of pairs that are not trained on, in the same order.
     """
 
     directory: str
     shards: tuple[Shard, ...]
     sources: tuple[str, ...]
     report: dict[str, Any]
+    held_out: tuple[Shard, ...] = ()
 
     @property
     def n_groups(self) -> int:
@@ -99,10 +103,11 @@ class TokenSet:
             shards=tuple(Shard(**shard) for shard in fields["shards"]),
             sources=tuple(fields["sources"]),
             report=fields["report"],
+            held_out=tuple(Shard(**shard) for shard in fields["held_out"]),
         )
 
 
-def write_shard(path: str, groups: Sequence[PromptGroup]) -> Shard:
+def write_shard(path: str, groups: Sequence[PromptGroup], source: int = -1) -> Shard:
     """Write `groups` to one Parquet file atomically, and say what it holds."""
     columns = {
         "prompt": [group.prompt for group in groups],
@@ -121,6 +126,7 @@ def write_shard(path: str, groups: Sequence[PromptGroup]) -> Shard:
         n_pairs=sum(len(group.pairs) for group in groups),
         n_tokens=sum(group.n_tokens for group in groups),
         digest=_digest(groups),
+        source=source,
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from orpo_ray.preference.groups import PromptGroup, RowId, without_rows
 from orpo_ray.preference.order import Order
 from orpo_ray.preference.packing import PackedRow, balanced_bins, nll_tokens, pack
@@ -64,6 +66,12 @@ class TokenStream:
     plan: BatchPlan
     rank: int
     world_size: int
+
+    @property
+    def data_digest(self) -> str:
+        """Equal where the same pairs are trained as often as one another."""
+        pairs, weights = self.token_set.digest, self.order.weights
+        return xxhash.xxh3_128_hexdigest(f"{pairs} {weights}".encode()) if weights else pairs
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,12 +1,17 @@
 """Rendering messages with a chat template, so that a pair is three texts."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.records import Content, Record
+from orpo_ray.preference.records import ASSISTANT, Content, Reason, Record, Refusal, role_of
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,21 @@ class PairText:
     rejected: str
 
 
-def render(record: Record, tokenizer: Any) -> PairText:
+def template_text(setting: str) -> str:
+    """The chat template that a setting names or holds.
+
+    Raises:
+        DataError: for a file that is not there.
+    """
+    if "{" in setting:
+        return setting
+    path = Path(setting).expanduser()
+    if not path.is_file():
+        raise DataError([f"chat_template: {setting}: no such file, and no template either"])
+    return path.read_text(encoding="utf-8")
+
+
+def render(record: Record, tokenizer: Any) -> PairText | Refusal:
     """Text as it is; messages through the tokenizer's chat template.
 
     The prompt is rendered with the turn that asks for an answer. Where a template renders that
@@ -34,13 +53,31 @@ def render(record: Record, tokenizer: Any) -> PairText:
         raise DataError(
             [
                 "train_files: the pairs are messages, and the tokenizer has no chat template to "
-                "render them with; use a chat model's tokenizer, or pairs of text"
+                "render them with; give one as chat_template, use a chat model's tokenizer, or "
+                "pairs of text"
             ]
         )
-    asking = _rendered(tokenizer, prompt) if prompt else ""
-    with_chosen = _rendered(tokenizer, (*prompt, *chosen), answered=True)
-    with_rejected = _rendered(tokenizer, (*prompt, *rejected), answered=True)
+    try:
+        return _render_messages(record, tokenizer)
+    except (TemplateError, TypeError, KeyError) as error:
+        # As templates do for turns that their model does not take.
+        return Refusal(Reason.TEMPLATE_REFUSED, f"the chat template says: {error}")
+
+
+def _render_messages(record: Record, tokenizer: Any) -> PairText | Refusal:
+    prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
+    arguments = record.template
+    asking = _rendered(tokenizer, prompt, arguments) if prompt else ""
+    with_chosen = _rendered(tokenizer, (*prompt, *chosen), arguments, answered=True)
+    with_rejected = _rendered(tokenizer, (*prompt, *rejected), arguments, answered=True)
     shared = shared_length(asking, with_chosen, with_rejected)
+    asked = _rendered(tokenizer, prompt, arguments, answered=True) if prompt else ""
+    if shared < shared_length(asking, asked):
+        lost = asking[shared : shared + 40]
+        return Refusal(
+            Reason.UNSTABLE_BORDER,
+            f"the chat template renders the prompt otherwise once it is answered, from {lost!r} on",
+        )
     return PairText(
         prompt=with_chosen[:shared],
         chosen=_ended(with_chosen[shared:], tokenizer.eos_token),
@@ -54,14 +91,17 @@ def shared_length(*sequences: Sequence[Any]) -> int:
     return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, columns))
 
 
-def _rendered(tokenizer: Any, messages: Content, answered: bool = False) -> str:
+def _rendered(
+    tokenizer: Any, messages: Content, arguments: Mapping[str, Any], answered: bool = False
+) -> str:
     """One conversation as text; a prompt asks for the next turn or leaves its own open."""
-    open_turn = not answered and dict(messages[-1])["role"] == "assistant"  # type: ignore[arg-type]
+    open_turn = not answered and role_of(messages[-1]) == ASSISTANT  # type: ignore[arg-type]
     text: str = tokenizer.apply_chat_template(
         list(messages),
         tokenize=False,
         add_generation_prompt=not answered and not open_turn,
         continue_final_message=open_turn,
+        **arguments,
     )
     return text
 
@@ -70,3 +110,33 @@ def _ended(answer: str, eos: str) -> str:
     """Cut what a template writes after the end-of-sequence token: the answer ends there."""
     stripped = answer.rstrip()
     return stripped if stripped.endswith(eos) else answer
+
+
+def special_token_in(record: Record, tokenizer: Any) -> Refusal | None:
+    """The first special token of the tokenizer that a pair's own text holds, if one does.
+
+    A prompt of text may begin with the beginning-of-sequence token, and an answer may end with the
+    end-of-sequence token: both are put there once in any case.
+    """
+    pattern = _special_tokens(tokenizer)
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
+    for name in ("prompt", "chosen", "rejected"):
+        content = getattr(record, name)
+        texts = [content] if isinstance(content, str) else [m["content"] for m in content]
+        for text in texts:
+            inner = text.removeprefix(bos) if name == "prompt" else text.rstrip().removesuffix(eos)
+            found = pattern.search(inner)
+            if found:
+                return Refusal(
+                    Reason.SPECIAL_TOKEN,
+                    f"{name} holds {found.group()}; special_tokens_in_text=allow reads it as such",
+                )
+    return None
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Any of the tokens that a tokenizer reads as more than their letters."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")

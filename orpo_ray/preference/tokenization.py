@@ -16,10 +16,43 @@ from orpo_ray.preference.templates import PairText, shared_length
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A pair as a group of two completions, and whether one of them was cut."""
+    """A pair as a group of two completions, and what of it was cut."""
 
     group: PromptGroup
-    truncated: bool
+    prompt_cut: bool
+    completion_cut: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a pair may be, in tokens, and what becomes of what is longer.
+
+    A completion loses its end. A prompt is cut where the pair does not fit otherwise, and then to
+    half of `max_length` at most; or whenever it is longer than `max_prompt_length`. A beginning-of-
+    sequence token stays.
+
+    Args:
+        max_length: of prompt plus completion.
+        max_prompt_length: of a prompt, less than `max_length`.
+        max_completion_length: of a completion.
+        truncation: what is kept of a prompt; `drop` and `error` refuse it instead.
+    """
+
+    max_length: int
+    max_prompt_length: int | None = None
+    max_completion_length: int | None = None
+    truncation: str = "keep_end"
+
+    def completion(self) -> int:
+        """Most tokens of a completion."""
+        return min(self.max_completion_length or self.max_length, self.max_length)
+
+    def prompt(self, longest_completion: int) -> int:
+        """Most tokens of the prompt of completions of at most so many tokens."""
+        if self.max_prompt_length is not None:
+            return min(self.max_prompt_length, self.max_length - 1)
+        longest = min(longest_completion, self.completion())
+        return max(self.max_length // 2, self.max_length - longest)
 
 
 @dataclass(frozen=True)
@@ -28,14 +61,14 @@ class PairTokenizer:
 
     Args:
         tokenizer: a `PreTrainedTokenizerFast`.
-        max_length: tokens of prompt plus completion; a longer completion loses its end.
+        limits: of the lengths of a pair.
 
     Raises:
         DataError: for a tokenizer without offsets or without an end-of-sequence token.
     """
 
     tokenizer: Any
-    max_length: int
+    limits: Limits
 
     def __post_init__(self) -> None:
         name = self.tokenizer.name_or_path
@@ -94,12 +127,20 @@ class PairTokenizer:
     def _truncated(
         self, prompt: list[int], completions: list[list[int]], row_id: RowId
     ) -> TokenizedPair | Refusal:
-        room = self.max_length - len(prompt)
-        if room < 1:
+        limits = self.limits
+        most = limits.prompt(max(map(len, completions)))
+        prompt_cut = len(prompt) > most
+        if prompt_cut and limits.truncation in ("drop", "error"):
             return Refusal(
-                Reason.NOTHING_LEFT,
-                f"the prompt has {len(prompt)} tokens and max_length is {self.max_length}",
+                Reason.PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens, of {most} at most"
             )
+        if prompt_cut:
+            n_bos = int(prompt[0] == self.tokenizer.bos_token_id)
+            head, rest = prompt[:n_bos], prompt[n_bos:]
+            n_kept = most - n_bos
+            first = 0 if limits.truncation == "keep_start" else len(rest) - n_kept
+            prompt = head + rest[first : first + n_kept]
+        room = min(limits.completion(), limits.max_length - len(prompt))
         chosen, rejected = (completion[:room] for completion in completions)
         if chosen == rejected:
             reason = Reason.IDENTICAL_AFTER_TRUNCATION
@@ -118,7 +159,7 @@ class PairTokenizer:
             pairs=((0, 1),),
             row_ids=(row_id,),
         )
-        return TokenizedPair(group, truncated=max(map(len, completions)) > room)
+        return TokenizedPair(group, prompt_cut, max(map(len, completions)) > room)
 
 
 def _prompt_tokens(offsets: Sequence[tuple[int, int]], border: int) -> int:

@@ -1,13 +1,7 @@
 """What a run would take, before it takes it: batch, steps, memory; on the driver, without Ray."""
 
-import gzip
-import json
-from collections.abc import Sequence
-from pathlib import Path
-
-import pyarrow.parquet as pq
-
 from orpo_ray.config import ORPOConfig
+from orpo_ray.preference.readers import count_rows
 from orpo_ray.preference.sources import find_files
 
 _GIB = 2**30
@@ -24,16 +18,17 @@ def plan_lines(config: ORPOConfig) -> list[str]:
     Raises:
         DataError: for files that are not there.
     """
-    train = config.train
+    train, data = config.train, config.data
     lines = [
         f"effective batch: {config.pairs_per_step} pairs a step "
         f"({train.per_device_train_batch_size} a worker and pass x "
         f"{train.gradient_accumulation_steps} passes x {config.ray.max_workers} workers)"
     ]
-    if config.data.train_files is None:
+    if data.train_files is None:
         lines.append("steps: the demo's pairs and model are made when the run starts")
     else:
-        n_rows = count_rows(find_files(config.data.train_files))
+        named = [entry if isinstance(entry, str) else entry.path for entry in data.train_files]
+        n_rows = sum(map(count_rows, find_files(named)))
         steps = config.total_steps(-(-n_rows // config.pairs_per_step))
         lines.append(
             f"steps: {steps}, from at most {n_rows} pairs (refused rows are not known yet)"
@@ -41,24 +36,6 @@ def plan_lines(config: ORPOConfig) -> list[str]:
     if config.model.model_name_or_path is not None:
         lines += _memory_lines(config, config.model.model_name_or_path)
     return lines
-
-
-def count_rows(paths: Sequence[str]) -> int:
-    """Rows in files of pairs, blank lines included; quick, nothing is checked."""
-    return sum(_count_rows(path) for path in paths)
-
-
-def _count_rows(path: str) -> int:
-    if path.endswith(".parquet"):
-        n_rows: int = pq.ParquetFile(path).metadata.num_rows
-        return n_rows
-    content = Path(path).read_bytes()
-    if path.endswith(".gz"):
-        content = gzip.decompress(content)
-    if path.removesuffix(".gz").endswith(".jsonl"):
-        return content.count(b"\n") + (not content.endswith(b"\n"))
-    array = json.loads(content)
-    return len(array) if isinstance(array, list) else 1
 
 
 def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:

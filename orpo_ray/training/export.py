@@ -100,6 +100,8 @@ def export_model(
         if (beside / "config.json").exists():
             _restore_config(beside / "config.json", base)
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision)
+        if source.chat_template is not None:
+            tokenizer.chat_template = source.chat_template
         tokenizer.save_pretrained(beside)
         (beside / _RECORD).write_text(json.dumps({"step": step}) + "\n")
         shutil.rmtree(directory, ignore_errors=True)

@@ -125,7 +125,7 @@ class _Loop:
         )
         self.weights = OrpoWeights(config.orpo.beta, model.router_coef)
         self.window = _Window(self._no_sums())
-        settings = decisive_settings(config, job.train.token_set.digest)
+        settings = decisive_settings(config, job.train.data_digest)
         self.keeper = CheckpointKeeper(config, settings, self.files, self.trainee, job.leaving)
 
     def _no_sums(self) -> Tensor:

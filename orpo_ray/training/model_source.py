@@ -11,8 +11,10 @@ class ModelSource:
         model: of the base model.
         tokenizer: of its tokenizer, usually the same.
         revision: branch, tag or commit of a hub model.
+        chat_template: the text of one, instead of the tokenizer's.
     """
 
     model: str
     tokenizer: str
     revision: str | None = None
+    chat_template: str | None = None

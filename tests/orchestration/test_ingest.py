@@ -23,11 +23,11 @@ from orpo_ray.orchestration.ingest import (
 )
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.preference.readers import split_file
 from orpo_ray.preference.records import Reason, Record, normalise
 from orpo_ray.preference.shards import MANIFEST_NAME, TokenSet, read_shard
-from orpo_ray.preference.sources import split_file
 from orpo_ray.preference.templates import render
-from orpo_ray.preference.tokenization import PairTokenizer, TokenizedPair
+from orpo_ray.preference.tokenization import Limits, PairTokenizer, TokenizedPair
 from orpo_ray.training.demo_model import CHAT_TEMPLATE, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -194,7 +194,7 @@ def test_tokens_are_those_of_the_row(ingested: Ingested) -> None:
         {i: chat_row(i) for i in range(7)},
     ]
     tokenizer = load_tokenizer(ingested.request.tokenizer, None, 8).tokenizer
-    pairs = PairTokenizer(tokenizer, MAX_LENGTH)
+    pairs = PairTokenizer(tokenizer, Limits(MAX_LENGTH))
     for group in ingested.groups():
         (row_id,) = group.row_ids
         record = normalise(rows[row_id.source][row_id.row])

@@ -19,6 +19,10 @@ def pair(**changes: Any) -> dict[str, Any]:
     return {"prompt": "p", "chosen": "c", "rejected": "r"} | changes
 
 
+def dialogue(prompt: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": [says("assistant", "c")], "rejected": [says("assistant")]}
+
+
 def test_three_texts_stay_as_they_are() -> None:
     row = {"prompt": " p\n", "chosen": "c ", "rejected": " r", "source": "elsewhere", "score": 3}
     assert normalise(row) == Record(" p\n", "c ", " r")
@@ -75,20 +79,28 @@ DIALOGUE = "\n\nHuman: hi\n\nAssistant:"
 BAD_ROWS: list[tuple[dict[str, Any], Reason, str]] = [
     ({}, Reason.MISSING_FIELD, "chosen is missing; the row has no fields"),
     (
-        {"prompt": "p", "chosen": "c", "refused": "r"},
+        {"prompt": "p", "chosen": "c", "rejcted": "r"},
         Reason.MISSING_FIELD,
-        "rejected is missing; the row has chosen, prompt, refused",
+        "rejected is missing; the row has chosen, prompt, rejcted; did you mean rejcted? "
+        "column_mapping={rejected: rejcted}",
     ),
-    (pair(prompt=None), Reason.MISSING_FIELD, "prompt is null"),
-    (pair(chosen=None), Reason.MISSING_FIELD, "chosen is null"),
+    (pair(prompt=[says("narrator")]), Reason.BAD_ROLE, "prompt[0] has the unknown role 'narrator'"),
+    (
+        dialogue([says("user"), says("system")]),
+        Reason.BAD_ROLE,
+        "a system turn stands at place 2, after the user's",
+    ),
+    (dialogue([says("user"), says("user")]), Reason.BAD_ROLE, "turns 1 and 2 are both the user's"),
+    (pair(prompt=None), Reason.NULL_FIELD, "prompt is null"),
+    (pair(chosen=None), Reason.NULL_FIELD, "chosen is null"),
     ({"chosen": "c", "rejected": "r"}, Reason.MISSING_FIELD, "no 'Assistant:' turn"),
     ({"chosen": DIALOGUE + "c", "rejected": "r"}, Reason.MISSING_FIELD, "no 'Assistant:' turn"),
     (pair(prompt=7), Reason.WRONG_TYPE, "prompt is a int"),
-    (pair(chosen={"role": "assistant"}), Reason.WRONG_TYPE, "chosen is a dict"),
+    (pair(chosen={"role": "assistant"}), Reason.BAD_MESSAGE, "chosen[0] has no content"),
     (pair(rejected=1.5), Reason.WRONG_TYPE, "rejected is a float"),
     (pair(chosen=True), Reason.WRONG_TYPE, "chosen is a bool"),
     (pair(chosen=b"bytes"), Reason.WRONG_TYPE, "chosen is a bytes"),
-    (pair(chosen="\ud83d"), Reason.WRONG_TYPE, "chosen holds half of a surrogate pair"),
+    (pair(chosen="\ud83d"), Reason.BAD_SURROGATE, "chosen holds half of a surrogate pair"),
     (pair(chosen=[says("assistant")]), Reason.MIXED_TYPES, "are text, some not"),
     (pair(prompt=[says("user")]), Reason.MIXED_TYPES, "are text, some not"),
     (pair(chosen=["c"]), Reason.BAD_MESSAGE, "chosen[0] is not an object"),

@@ -130,8 +130,16 @@ def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / MANIFEST_NAME).read_text()) == {
         "directory": str(tmp_path),
         "shards": [
-            {"name": "a.parquet", "n_groups": 1, "n_pairs": 1, "n_tokens": 6, "digest": "aa"}
+            {
+                "name": "a.parquet",
+                "n_groups": 1,
+                "n_pairs": 1,
+                "n_tokens": 6,
+                "digest": "aa",
+                "source": -1,
+            }
         ],
         "sources": ["s"],
         "report": {"rows_read": 1},
+        "held_out": [],
     }

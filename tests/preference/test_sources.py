@@ -2,11 +2,16 @@
 
 import gzip
 import json
+import lzma
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.readers import RawRow, Split, count_rows, read_split, split_file
 from orpo_ray.preference.records import Reason
-from orpo_ray.preference.sources import RawRow, Split, find_files, read_split, split_file
+from orpo_ray.preference.sources import find_files
 
 BOM = b"\xef\xbb\xbf"
 # A line separator, an escaped line end and letters of several bytes: none of them ends a line.
@@ -33,13 +39,39 @@ def write_parquet(path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
 
 
+def pack(path: Path, write: Callable[[Path], object]) -> None:
+    plain = path.with_suffix("")
+    write(plain)
+    path.write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "rows.jsonl": lambda path: path.write_bytes(as_lines(ROWS)),
     "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(as_lines(ROWS))),
     "rows.json": lambda path: path.write_text(json.dumps(ROWS)),
     "rows.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
     "rows.parquet": write_parquet,
+    "stream.arrow": lambda path: write_arrow(path, stream=True),
+    "file.feather": lambda path: write_arrow(path, stream=False),
+    "rows.ndjson.bz2": lambda path: write_packed(path, "bz2"),
+    "rows.jsonl.zst": lambda path: write_packed(path, "zstd"),
+    "rows.jsonl.xz": lambda path: path.write_bytes(lzma.compress(as_lines(ROWS))),
+    "stream.arrow.gz": lambda path: pack(path, lambda p: write_arrow(p, stream=True)),
+    "rows.parquet.gz": lambda path: pack(path, write_parquet),
 }
+
+
+def write_arrow(path: Path, stream: bool) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    new = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def write_packed(path: Path, codec: str) -> None:
+    with pa.CompressedOutputStream(str(path), codec) as file:
+        file.write(as_lines(ROWS))
 
 
 def read_all(path: Path, rows_per_split: int) -> list[RawRow]:
@@ -77,6 +109,79 @@ def test_files_that_can_be_entered_anywhere_are_cut(
     assert [split.first_row for split in splits] == [0, 3, 6][:n_splits]
 
 
+TABLE = 'prompt,chosen,rejected\np,"c,\n""d""",r\n\nq,c,\nx,y\n\xff,c,r\n'
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.tsv"])
+def test_tables_of_text(tmp_path: Path, name: str) -> None:
+    """Numbered by the line on which a row begins: a cell of two lines, a blank line, bad ones."""
+    text = TABLE if ".csv" in name else TABLE.replace(",", "\t")
+    content = BOM + text.encode("latin-1")
+    rows = read_bytes(tmp_path / name, gzip.compress(content) if ".gz" in name else content)
+    cell = 'c,\n"d"' if ".csv" in name else 'c\t\n"d"'
+    assert [(raw.number, raw.record, raw.problem) for raw in rows] == [
+        (1, {"prompt": "p", "chosen": cell, "rejected": "r"}, None),
+        (4, {"prompt": "q", "chosen": "c", "rejected": ""}, None),
+        (5, None, Reason.MALFORMED_TABLE),
+        (6, None, Reason.NOT_UTF8),
+    ]
+
+
+def test_a_table_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"bad\.csv: its header names a column twice"):
+        read_bytes(tmp_path / "bad.csv", b"prompt,chosen,chosen\na,b,c\n")
+
+
+def test_a_large_row_group_is_not_decoded_for_every_split(tmp_path: Path) -> None:
+    """1000 rows in one group by 10: 8 splits of 130, a multiple of 10 not less than an eighth."""
+    path = tmp_path / "wide.parquet"
+    pq.write_table(pa.table({"a": range(1000)}), path)
+    splits = split_file(str(path), 10)
+    assert [split.n_rows for split in splits] == [130] * 7 + [90]
+    rows = [raw for split in splits for raw in read_split(split)]
+    assert [(raw.number, raw.record) for raw in rows] == [(i, {"a": i}) for i in range(1000)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_rows_are_counted_without_looking_at_them(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    assert count_rows(str(tmp_path / name)) == 7
+
+
+def test_a_folder_that_datasets_saved_has_its_files_in_their_order(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list([{"a": i} for i in range(30)])
+    saved.save_to_disk(tmp_path / "saved", num_shards=12)
+    files = find_files([str(tmp_path / "saved")])
+    rows = [raw.record for path in files for raw in read_all(Path(path), 100)]
+    assert rows == [{"a": i} for i in range(30)]
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataError, match="holds the splits train, test; name one"):
+        find_files([str(tmp_path / "splits")])
+    assert len(find_files([str(tmp_path / "splits" / "test")])) == 1
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """A folder behind a real HTTP server on this machine."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_url_is_read_as_a_file_is(tmp_path: Path, served: str) -> None:
+    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.parquet.gz"):
+        WRITERS[name](tmp_path / name)
+        (url,) = find_files([f"{served}/{name}"])
+        rows = [raw for split in split_file(url, 3) for raw in read_split(split)]
+        assert [raw.record for raw in rows] == ROWS
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such file or folder"):
+        find_files([f"{served}/gone.jsonl"])
+
+
 @pytest.mark.parametrize("name", ["odd.jsonl", "odd.jsonl.gz"])
 @pytest.mark.parametrize("rows_per_split", range(1, 7))
 def test_marks_blank_lines_and_line_ends(tmp_path: Path, name: str, rows_per_split: int) -> None:
@@ -109,9 +214,12 @@ def test_any_cut_gives_the_rows_of_the_whole(lines: list[bytes], rows_per_split:
         assert rows == list(read_split(Split(str(path))))
     expected = [number for number, line in enumerate(lines) if line.strip()]
     assert [raw.number for raw in rows] == expected
-    bad = {b"{nope": Reason.MALFORMED_JSON, b"\xff": Reason.MALFORMED_JSON}
+    bad = {b"{nope": Reason.MALFORMED_JSON, b"\xff": Reason.NOT_UTF8}
     bad[b"[1]"] = Reason.NOT_AN_OBJECT
-    assert [raw.problem for raw in rows] == [bad.get(lines[number]) for number in expected]
+    problems = [bad.get(lines[number]) for number in expected]
+    if lines[-1] == b"{nope":
+        problems[-1] = Reason.TORN_LINE
+    assert [raw.problem for raw in rows] == problems
 
 
 def test_lines_longer_than_a_block_are_cut_where_they_end(tmp_path: Path) -> None:
@@ -126,7 +234,10 @@ def test_lines_longer_than_a_block_are_cut_where_they_end(tmp_path: Path) -> Non
     [
         (b'{"prompt": "cut off', Reason.MALFORMED_JSON),
         (b'{"a": 1} {"a": 2}', Reason.MALFORMED_JSON),
-        (b'{"a": "\xff"}', Reason.MALFORMED_JSON),
+        (b'{"a": "\xff"}', Reason.NOT_UTF8),
+        (b'{"a": "\xed\xa0\xbd"}', Reason.NOT_UTF8),
+        (b'{"a": 1, "a": 2}', Reason.DUPLICATE_KEY),
+        (b'{"a": [{"role": 1, "role": 1}]}', Reason.DUPLICATE_KEY),
         (b"[" * 100_000, Reason.MALFORMED_JSON),
         (b'["a", "b"]', Reason.NOT_AN_OBJECT),
         (b'"text"', Reason.NOT_AN_OBJECT),

@@ -1,0 +1,105 @@
+"""Hashes and lengths of every pair: for duplicates, overlaps, groups, and what reports say."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from orpo_ray.preference.groups import PromptGroup
+from orpo_ray.preference.templates import PairText
+
+STATS = "stats"
+_SCALE = float(1 << 64)
+Keys = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class PairStats:
+    """Arrays with an entry for every kept pair of some rows, in their order.
+
+    Hashes are XXH3-64.
+
+    Args:
+        rows: source row, from 0.
+        prompt_keys: of the prompt's text; of all three where there is no prompt.
+        pair_keys: of all three texts.
+        group_keys: of the prompt's tokens, cut as they are.
+        lengths: tokens of prompt, chosen and rejected, [pairs, 3].
+        held: whether the pair is held out.
+    """
+
+    rows: npt.NDArray[np.int64]
+    prompt_keys: Keys
+    pair_keys: Keys
+    group_keys: Keys
+    lengths: npt.NDArray[np.int32]
+    held: npt.NDArray[np.bool_]
+
+    def save(self, directory: str, name: str) -> None:
+        """Write atomically, as the stats of one shard of a token set."""
+        path = Path(directory, STATS, f"{name}.npz")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, **vars(self))
+        temporary.replace(path)
+
+    @staticmethod
+    def load(directory: str, name: str) -> "PairStats":
+        """Read what `save` wrote."""
+        with np.load(Path(directory, STATS, f"{name}.npz")) as arrays:
+            return PairStats(**arrays)
+
+
+@dataclass
+class StatsOfPairs:
+    """Collects what `PairStats` holds, pair by pair.
+
+    Args:
+        held_share: prompts whose hash lies below it are held out, whatever else is in the data.
+    """
+
+    held_share: float
+    groups: list[PromptGroup] = field(default_factory=list)
+    texts: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, group: PromptGroup, text: PairText) -> None:
+        """One plain pair."""
+        parts = (text.prompt, text.chosen, text.rejected)
+        lengths = ",".join(str(len(part)) for part in parts)  # keeps the parts apart
+        pair_key = _hash("".join((lengths, *parts)))
+        # Pairs without a prompt have nothing in common.
+        asked = _hash(text.prompt) if text.prompt.strip() else pair_key
+        self.groups.append(group)
+        self.texts.append((asked, pair_key))
+
+    def part(self, held: bool) -> list[PromptGroup]:
+        """The pairs that are held out, or the others."""
+        kept = zip(self.groups, self.texts, strict=True)
+        return [group for group, (key, _) in kept if (key / _SCALE < self.held_share) == held]
+
+    def arrays(self) -> PairStats:
+        """Everything that was added."""
+        keys = np.array(self.texts, dtype=np.uint64).reshape(-1, 2)
+        lengths = [[len(group.prompt), *map(len, group.completions)] for group in self.groups]
+        return PairStats(
+            rows=np.array([group.row_ids[0].row for group in self.groups], dtype=np.int64),
+            prompt_keys=keys[:, 0],
+            pair_keys=keys[:, 1],
+            group_keys=group_keys(self.groups),
+            lengths=np.array(lengths, dtype=np.int32).reshape(-1, 3),
+            held=np.array([key / _SCALE < self.held_share for key, _ in self.texts], dtype=bool),
+        )
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def group_keys(groups: Sequence[PromptGroup]) -> Keys:
+    """Hashes of the prompts' tokens."""
+    digests = [xxhash.xxh3_64_intdigest(group.prompt.tobytes()) for group in groups]
+    return np.array(digests, dtype=np.uint64)

@@ -1,0 +1,263 @@
+"""The shapes in which people keep preference data, each read as pairs."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as with_fields
+from enum import StrEnum
+from itertools import combinations
+from typing import Any
+
+from orpo_ray.preference.records import (
+    ASSISTANT,
+    USER,
+    Content,
+    Message,
+    Reason,
+    Record,
+    Refusal,
+    checked,
+    content_of,
+    missing,
+    normalise,
+)
+
+_ANSWERS = ("completions", "responses", "answers")
+_SCORES = ("scores", "ratings")
+_PROMPTS = ("prompt", "instruction", "question")
+_ANSWER_TEXTS = ("text", "content", "response", "answer", "completion")
+_ANSWER_SCORES = ("score", "rating", "overall_score")
+_ALPACA_TARGETS = ("chosen", "rejected")
+
+
+class Shape(StrEnum):
+    """What a row's columns are; the values are what is said of a data set."""
+
+    TEXT = "texts (prompt, chosen, rejected)"
+    DIALOGUES = "dialogues in text (chosen, rejected)"
+    MESSAGES = "messages (prompt, chosen, rejected)"
+    CONVERSATIONS = "messages (chosen, rejected)"
+    PROMPTED = "messages (chosen, rejected) with the prompt beside them"
+    SHAREGPT = "ShareGPT turns (conversations, chosen, rejected)"
+    ALPACA = "Alpaca (instruction, input, chosen, rejected)"
+    RANKING = "rankings (one prompt, scored answers)"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one row holds.
+
+    Args:
+        shape: how it was read.
+        records: one pair, or all of a ranking.
+        ignored: columns that were not looked at.
+        left_out: pairs of a ranking that are none: equal answers, too small a gap.
+    """
+
+    shape: Shape
+    records: tuple[Record, ...]
+    ignored: frozenset[str] = frozenset()
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads rows as pairs, finding the shape of each by its columns.
+
+    Args:
+        column_mapping: the data's column for a name of a shape, where they differ.
+        min_score_gap: least difference of the scores of a pair, where it has scores.
+    """
+
+    column_mapping: tuple[tuple[str, str], ...] = ()
+    min_score_gap: float | None = None
+
+    def read(self, row: Mapping[str, Any]) -> Found | Refusal:
+        """The pairs of one row, or why it has none."""
+        for _, column in self.column_mapping:
+            if column not in row:
+                return missing(row, column)
+        taken = {column for _, column in self.column_mapping}
+        named = {name: value for name, value in row.items() if name not in taken}
+        named |= {name: row[column] for name, column in self.column_mapping}
+        shape, used = _shape(named)
+        template = _template_arguments(named)
+        if isinstance(template, Refusal):
+            return template
+        result = self._ranking(named) if shape is Shape.RANKING else self._pair(shape, named)
+        if isinstance(result, Refusal):
+            return result
+        used |= {"tools", "chat_template_kwargs", "score_chosen", "score_rejected"}
+        records = tuple(with_fields(record, template=template) for record in result.records)
+        ignored = frozenset(map(str, named.keys() - used))
+        return with_fields(result, shape=shape, records=records, ignored=ignored)
+
+    def _pair(self, shape: Shape, row: Mapping[str, Any]) -> Found | Refusal:
+        scores = [row.get("score_chosen"), row.get("score_rejected")]
+        if None not in scores:
+            problem = self._bad_scores(scores)
+            if problem:
+                return problem
+        record = normalise(_RESHAPE[shape](row) if shape in _RESHAPE else row)
+        return record if isinstance(record, Refusal) else Found(shape, (record,))
+
+    def _bad_scores(self, scores: Sequence[Any]) -> Refusal | None:
+        numbers = [_number(score) for score in scores]
+        if None in numbers:
+            return Refusal(Reason.BAD_SCORE, f"scores {scores} are not two numbers")
+        gap = float(numbers[0] or 0) - float(numbers[1] or 0)
+        if self.min_score_gap is not None and gap < self.min_score_gap:
+            return Refusal(Reason.SCORE_GAP, f"the scores differ by {gap:g}")
+        return None
+
+    def _ranking(self, row: Mapping[str, Any]) -> Found | Refusal:
+        """Every two answers whose scores differ enough, the better one chosen."""
+        name = next(name for name in _ANSWERS if name in row)
+        scored = _scored_answers(name, row)
+        if isinstance(scored, Refusal):
+            return scored
+        prompt = next((key for key in _PROMPTS if row.get(key) is not None), "prompt")
+        asked = content_of(row, prompt)
+        if isinstance(asked, Refusal):
+            return asked
+        records, left_out = [], 0
+        for (one, first), (other, second) in combinations(scored, 2):
+            better, worse = (one, other) if first > second else (other, one)
+            if first == second or abs(first - second) < (self.min_score_gap or 0.0):
+                left_out += 1
+                continue
+            chosen: Content = better if isinstance(asked, str) else tuple(_answer(better))
+            rejected: Content = worse if isinstance(asked, str) else tuple(_answer(worse))
+            record = checked(Record(asked, chosen, rejected))
+            if isinstance(record, Refusal):
+                left_out += 1
+            else:
+                records.append(record)
+        if not records:
+            return Refusal(Reason.SCORE_GAP, f"no two of {len(scored)} {name} make a pair")
+        return Found(Shape.RANKING, tuple(records), left_out=left_out)
+
+
+def _shape(row: Mapping[str, Any]) -> tuple[Shape, set[str]]:
+    """The shape that a row's columns tell of, and the columns that it uses."""
+    used = {"prompt", "chosen", "rejected"}
+    if "chosen" not in row and any(isinstance(row.get(name), list) for name in _ANSWERS):
+        return Shape.RANKING, {*_ANSWERS, *_SCORES, *_PROMPTS}
+    if isinstance(row.get("conversations"), list):
+        return Shape.SHAREGPT, {"conversations", "chosen", "rejected", "system"}
+    if "prompt" not in row and isinstance(row.get("instruction"), str):
+        return Shape.ALPACA, {"instruction", "input", "system", "history", *_ALPACA_TARGETS}
+    sides = [row.get("chosen"), row.get("rejected")]
+    if all(isinstance(side, str) for side in sides):
+        return (Shape.TEXT if "prompt" in row else Shape.DIALOGUES), used
+    if "prompt" not in row:
+        return Shape.CONVERSATIONS, used
+    whole = all(isinstance(side, list) and len(side) > 1 for side in sides)
+    if isinstance(row["prompt"], str) and whole:
+        return Shape.PROMPTED, used
+    return Shape.MESSAGES, used
+
+
+def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns before the answers are the prompt."""
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return dict(row) | {"prompt": [*system, *row["conversations"]]}
+
+
+def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An instruction is a user's message, with its input below it, after any earlier turns."""
+    messages: list[Message] = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": row["system"]})
+    for question, answer in row.get("history") or []:
+        messages += [{"role": USER, "content": question}, {"role": ASSISTANT, "content": answer}]
+    asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
+    messages.append({"role": USER, "content": asked})
+    sides = {
+        name: _answer(row[name]) if isinstance(row.get(name), str) else row.get(name)
+        for name in _ALPACA_TARGETS
+        if name in row
+    }
+    return {"prompt": messages} | sides
+
+
+def _prompted(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompt is in the messages already, as the text of one of them."""
+    inside = all(
+        any(isinstance(turn, Mapping) and row["prompt"] in turn.values() for turn in row[name])
+        for name in _ALPACA_TARGETS
+    )
+    if not inside:
+        return dict(row)  # text beside messages: refused as such
+    return {name: row[name] for name in _ALPACA_TARGETS}
+
+
+_RESHAPE = {Shape.SHAREGPT: _sharegpt, Shape.ALPACA: _alpaca, Shape.PROMPTED: _prompted}
+
+
+def _answer(text: str) -> list[Message]:
+    return [{"role": ASSISTANT, "content": text}]
+
+
+def _scored_answers(name: str, row: Mapping[str, Any]) -> list[tuple[str, float]] | Refusal:
+    """The texts of a ranking with their scores, from two lists or from one of objects."""
+    answers = row[name]
+    scores: Any = next((row[key] for key in _SCORES if row.get(key) is not None), None)
+    if scores is None:
+        objects = [answer if isinstance(answer, Mapping) else {} for answer in answers]
+        scores = [_of(answer, _ANSWER_SCORES, _minus_rank(answer)) for answer in objects]
+        answers = [_of(answer, _ANSWER_TEXTS) for answer in objects]
+    if not isinstance(scores, list) or len(scores) != len(answers):
+        return Refusal(Reason.BAD_SCORE, f"not one score for each of {len(answers)} {name}")
+    found = []
+    for index, (answer, score) in enumerate(zip(answers, scores, strict=True)):
+        number = _number(score)
+        if number is None:
+            return Refusal(Reason.BAD_SCORE, f"the score of {name}[{index}] is {score!r}")
+        text = content_of({name: answer}, name)
+        if isinstance(text, Refusal):
+            return text
+        if not isinstance(text, str):
+            return Refusal(Reason.WRONG_TYPE, f"{name}[{index}] is not text")
+        found.append((text, number))
+    return found
+
+
+def _minus_rank(answer: Mapping[str, Any]) -> float | None:
+    """A rank as a score: 1 is the best."""
+    rank = _number(answer.get("rank"))
+    return None if rank is None else -rank
+
+
+def _of(values: Mapping[str, Any], names: Sequence[str], otherwise: Any = None) -> Any:
+    return next((values[name] for name in names if values.get(name) is not None), otherwise)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also from the text of a table."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
+    """What a row wants of the chat template: `tools`, and TRL's `chat_template_kwargs`."""
+    arguments: dict[str, Any] = {}
+    for name, kind in (("chat_template_kwargs", dict), ("tools", list)):
+        value = row.get(name)
+        if isinstance(value, str) and value:
+            try:
+                value = json.loads(value)
+            except ValueError:
+                return Refusal(Reason.WRONG_TYPE, f"{name} is text that is no JSON")
+        if not value:
+            continue
+        if not isinstance(value, kind):
+            return Refusal(Reason.WRONG_TYPE, f"{name} is a {type(value).__name__}")
+        arguments |= value if kind is dict else {"tools": value}
+    return arguments
