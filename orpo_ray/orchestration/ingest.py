@@ -37,6 +37,7 @@ LENGTHS = "lengths.npz"
 _COUNTS = (
     *("rows_read", "rows_kept", "rows_held_out", "pairs_left_out"),
     *("truncated_pairs", "truncated_prompts", "truncated_completions", "duplicate_pairs"),
+    "tokens",
 )
 
 
@@ -109,6 +110,7 @@ def _gathered(
         shards["held_shard"], _ = _grouped(request, directory, summaries, dropped, "held_shard")
     elif any(mask.any() for mask in dropped):
         shards["shard"], longest = _without_dropped(request, directory, summaries, dropped)
+    figures = _length_figures(directory, summaries, dropped, request.limits.max_length)
     by_source = {
         path: _counts([s for s in summaries if s["source"] == source])
         for source, path in enumerate(request.files)
@@ -118,7 +120,7 @@ def _gathered(
         "pairs": sum(shard.n_pairs for shard in pairs),
         "tokens": sum(shard.n_tokens for shard in pairs),
         "longest_group_tokens": longest,
-        **_length_figures(directory, summaries, dropped, request.limits.max_length),
+        **figures,
         "sources": by_source,
         "quarantine": [s["quarantine"] for s in summaries if s["quarantine"]],
     }
@@ -258,16 +260,20 @@ def _counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _length_figures(
     directory: str,
-    summaries: Sequence[Mapping[str, Any]],
+    summaries: Sequence[dict[str, Any]],
     dropped: Sequence[Any],
     max_length: int,
 ) -> dict[str, Any]:
-    """How many pairs have which length is written down; how often the longer answer is chosen."""
+    """How many pairs have which length is written down; how often the longer answer is chosen.
+
+    Each shard's summary is told its tokens, as if no prompt were shared.
+    """
     names = ("prompt", "chosen", "rejected", "longest")
     tallies = {name: np.zeros(max_length + 1, dtype=np.int64) for name in names}
     longer = equal = 0
-    for stats, mask in zip(_stats(directory, summaries), dropped, strict=True):
+    for summary, stats, mask in zip(summaries, _stats(directory, summaries), dropped, strict=True):
         lengths = stats.lengths[~mask & ~stats.held]
+        summary["tokens"] = int(lengths.sum())
         prompt, chosen, rejected = lengths.T
         columns = (prompt, chosen, rejected, prompt + np.maximum(chosen, rejected))
         for name, column in zip(names, columns, strict=True):

@@ -4,10 +4,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from orpo_ray.orchestration.data_report import write_data_report
+from orpo_ray.config import ORPOConfig
+from orpo_ray.orchestration.data_report import (
+    count_trained,
+    data_lines,
+    refuse_bad_data,
+    write_data_report,
+)
+from orpo_ray.orchestration.ingest import LENGTHS
+from orpo_ray.orchestration.pair_stats import StatsOfPairs
+from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.shards import TokenSet
+from orpo_ray.preference.templates import PairText
+
+CONFIG = ORPOConfig(per_device_train_batch_size=2, max_bad_fraction=0.3)
+
+
+PAIRS = [(3, 2, 4), (10, 5, 1), (3, 6, 2)]
 
 
 def counts(read: int, kept: int, refused: int) -> dict[str, Any]:
@@ -15,19 +32,35 @@ def counts(read: int, kept: int, refused: int) -> dict[str, Any]:
         "rows_read": read,
         "rows_kept": kept,
         "rows_refused": refused,
+        "rows_held_out": 0,
         "refused": {"empty_chosen": refused} if refused else {},
         "truncated_pairs": 1,
     }
 
 
 def token_set(folder: Path, total: dict[str, Any], *parts: dict[str, Any]) -> TokenSet:
-    """A token set of files `0`, `1` ...; every one that refused rows has its quarantine."""
+    """A token set of files `0`, `1` ...; every one that refused rows has its quarantine.
+
+    Its pairs are those of `PAIRS`, of which the first and the last share a prompt.
+    """
     quarantine = []
     (folder / "quarantine").mkdir(parents=True)
     for index, part in enumerate(parts):
         if part["rows_refused"]:
             quarantine.append(f"quarantine/{index}.jsonl")
             (folder / quarantine[-1]).write_text(f'{{"file": "{index}\u00e9"}}\n', encoding="utf-8")
+    (folder / "stats").mkdir()
+    stats = StatsOfPairs(held_share=0.0)
+    tallies = {kind: np.zeros(40, np.int64) for kind in ("prompt", "chosen", "rejected", "longest")}
+    for n_prompt, n_chosen, n_rejected in PAIRS:
+        parts_of = [np.zeros(n, np.int32) for n in (n_prompt, n_chosen, n_rejected)]
+        group = PromptGroup(parts_of[0], (parts_of[1], parts_of[2]), ((0, 1),), (RowId(0, 0),))
+        stats.add(group, PairText("p" * n_prompt, "c" * n_chosen, "r" * n_rejected))
+        longest = n_prompt + max(n_chosen, n_rejected)
+        for kind, n in zip(tallies, (n_prompt, n_chosen, n_rejected, longest), strict=True):
+            tallies[kind][n] += 1
+    stats.arrays().save(str(folder), "all")
+    np.savez(folder / LENGTHS, **tallies)
     sources = {str(index): part for index, part in enumerate(parts)}
     report = total | {"sources": sources, "quarantine": quarantine}
     return TokenSet(str(folder), (), tuple(sources), report)
@@ -39,13 +72,14 @@ def test_counts_and_refused_rows_of_every_set(tmp_path: Path) -> None:
     parts = (counts(5, 3, 2), counts(4, 4, 0), counts(2, 1, 1))
     train = token_set(tmp_path / "train", counts(11, 8, 3), *parts)
     evaluation = token_set(tmp_path / "eval", counts(4, 4, 0), counts(4, 4, 0))
-    write_data_report(str(run), {"train": train, "eval": evaluation})
+    write_data_report(run, {"train": train, "eval_": evaluation}, CONFIG, {"0": "first"})
 
     report = json.loads((run / "data_report.json").read_text())
     assert list(report) == ["train", "eval"]
-    assert report["train"] == counts(11, 8, 3) | {
-        "sources": {str(index): part for index, part in enumerate(parts)}
-    }
+    sources = {str(index): part for index, part in enumerate(parts)}
+    sources["0"] = {"name": "first"} | sources["0"]
+    expected = counts(11, 8, 3) | {"sources": sources, "overlapping_pairs": 3}
+    assert {name: report["train"][name] for name in expected} == expected
     assert report["eval"]["rows_kept"] == 4
     assert [path.name for path in (run / "quarantine").iterdir()] == ["train.jsonl"]
     lines = (run / "quarantine" / "train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -56,15 +90,15 @@ def test_a_run_that_goes_on_does_not_count_twice(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     tokens = token_set(tmp_path / "set", counts(2, 1, 1), counts(2, 1, 1))
-    write_data_report(str(run), {"train": tokens})
+    write_data_report(run, {"train": tokens}, CONFIG, {})
     once = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    write_data_report(str(run), {"train": tokens})
+    write_data_report(run, {"train": tokens}, CONFIG, {})
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == once
 
 
 def test_without_refused_rows_there_is_no_quarantine(tmp_path: Path) -> None:
     tokens = token_set(tmp_path / "set", counts(4, 4, 0), counts(4, 4, 0))
-    write_data_report(str(tmp_path), {"train": tokens})
+    write_data_report(tmp_path, {"train": tokens}, CONFIG, {})
     assert not (tmp_path / "quarantine").exists()
 
 
@@ -78,5 +112,81 @@ def test_rows_that_are_neither_kept_nor_refused_stop_the_run(
     """One row too few in the sum of the set, or in that of one file."""
     tokens = token_set(tmp_path / "set", total, part)
     with pytest.raises(AssertionError, match=r"train: .* does not add up"):
-        write_data_report(str(tmp_path), {"train": tokens})
+        write_data_report(tmp_path, {"train": tokens}, CONFIG, {})
     assert not (tmp_path / "data_report.json").exists()
+
+
+def test_lengths_and_what_padding_would_cost(tmp_path: Path) -> None:
+    """Sides of 7, 15 and 9 tokens, in batches of two.
+
+    Two drawn independently are at most 7 with 1/9, at most 9 with 4/9, so E[max] = (7 x 1 + 9 x 3 +
+    15 x 5) / 9 = 109/9, and six rows of it are 72.67 tokens.
+    """
+    tokens = token_set(tmp_path / "set", counts(3, 3, 0), counts(3, 3, 0))
+    figures = write_data_report(tmp_path, {"train": tokens}, CONFIG, {})["train"]
+    assert figures["padded_tokens"] == 73
+    assert figures["lengths"]["longest"] == {"mean": 10.3, "p5": 7, "p50": 9, "p95": 15, "max": 15}
+    assert figures["lengths"]["prompt"]["mean"] == round(16 / 3, 1)
+
+
+def test_too_many_refused_rows_stop_the_run_and_say_which(tmp_path: Path) -> None:
+    """4 of 13 are above 0.3 and 3 of 13 are not; rows left out on request do not count."""
+    few = token_set(tmp_path / "few", counts(13, 10, 3), counts(13, 10, 3))
+    refuse_bad_data(tmp_path, {"train": few}, CONFIG)
+    many = token_set(tmp_path / "many", counts(13, 9, 4), counts(13, 9, 4))
+    line = {"file": "a.jsonl", "row": 7, "reason": "empty_chosen", "detail": "no text"}
+    (tmp_path / "many" / "quarantine" / "0.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError) as caught:
+        refuse_bad_data(tmp_path, {"train": many}, CONFIG)
+    assert caught.value.lines == (
+        "train data: 4 of 13 rows are refused (4 empty_chosen), more than max_bad_fraction=0.3; "
+        f"all in {tmp_path}/quarantine/train.jsonl",
+        "a.jsonl:7: empty_chosen: no text",
+    )
+    many.report["refused"] = {"duplicate": 4}
+    refuse_bad_data(tmp_path, {"train": many}, CONFIG)
+
+
+def test_prompts_that_are_too_long_stop_the_run_where_they_are_an_error(tmp_path: Path) -> None:
+    tokens = token_set(tmp_path / "set", counts(13, 12, 1), counts(13, 12, 1))
+    tokens.report["refused"] = {"prompt_too_long": 1}
+    line = {"file": "a.jsonl", "row": 7, "reason": "prompt_too_long", "detail": "9 tokens"}
+    (tmp_path / "set" / "quarantine" / "0.jsonl").write_text(json.dumps(line) + "\n")
+    refuse_bad_data(tmp_path, {"train": tokens}, CONFIG)
+    with pytest.raises(DataError, match=r"1 prompts are too long(.|\n)*a.jsonl:7"):
+        refuse_bad_data(tmp_path, {"train": tokens}, CONFIG.replace(truncation="error"))
+
+
+def test_the_ledger_says_what_of_every_file_was_trained(tmp_path: Path) -> None:
+    """Rows 1 and 3 of the first file, the one twice; none of the second: 8 kept, 6 not reached."""
+    parts = (counts(5, 3, 2), counts(6, 5, 1))
+    tokens = token_set(tmp_path / "set", counts(11, 8, 3), *parts)
+    report = write_data_report(tmp_path, {"train": tokens}, CONFIG, {})
+    lines = [{"step": 1, "rows": [[0, 1], [0, 3]]}, {"step": 2, "rows": [[0, 3]]}]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train = count_trained(tmp_path, report, tokens)["train"]
+    for part, trained, not_reached in (
+        (train, 2, 6),
+        (train["sources"]["0"], 2, 1),
+        (train["sources"]["1"], 0, 5),
+    ):
+        assert (part["rows_trained"], part["rows_not_reached"]) == (trained, not_reached)
+        ends = ("trained", "not_reached", "refused", "held_out")
+        assert part["rows_read"] == sum(part[f"rows_{end}"] for end in ends)
+
+
+def test_what_is_said_of_a_data_set() -> None:
+    figures = counts(10, 7, 2) | {
+        "rows_held_out": 1,
+        "shapes": {"texts": 8},
+        "truncated_prompts": 3,
+        "truncated_completions": 0,
+        "pairs_left_out": 0,
+        "duplicate_pairs": 2,
+        "ignored_columns": ["id"],
+    }
+    assert data_lines("train", figures) == [
+        "train data: 10 rows read, 7 kept, 1 held out, refused: 2 empty_chosen; texts",
+        "train data: 3 prompts cut; 2 pairs that occur again (drop_duplicates); "
+        "columns ignored: id",
+    ]

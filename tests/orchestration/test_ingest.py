@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -13,14 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
+from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.data_report import write_data_report
-from orpo_ray.orchestration.ingest import (
-    IngestRequest,
-    _TokenizeSplit,
-    ingest,
-    load_tokenizer,
-)
+from orpo_ray.orchestration.ingest import ingest
+from orpo_ray.orchestration.tokenize_task import IngestRequest, TokenizeSplit
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.readers import split_file
@@ -33,6 +32,7 @@ from orpo_ray.training.demo_model import CHAT_TEMPLATE, train_tokenizer
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 MAX_LENGTH, SHARD_ROWS = 24, 3
+LIMITS = Limits(MAX_LENGTH, max_prompt_length=MAX_LENGTH - 1, truncation="drop")
 LONG = "q" * 40  # in no merge: 40 tokens
 BEFORE = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant:"
 
@@ -57,7 +57,7 @@ LINES: list[tuple[bytes | dict[str, Any], Reason | None]] = [
     ({"prompt": "p", "chosen": "c"}, Reason.MISSING_FIELD),
     (text_row(1), None),
     (text_row(0) | {"chosen": 7}, Reason.WRONG_TYPE),
-    (text_row(0) | {"chosen": "\ud83d"}, Reason.WRONG_TYPE),
+    (text_row(0) | {"chosen": "\ud83d"}, Reason.BAD_SURROGATE),
     (text_row(0) | {"chosen": []}, Reason.MIXED_TYPES),
     (chat_row(0) | {"chosen": [{"role": "assistant"}]}, Reason.BAD_MESSAGE),
     (chat_row(0) | {"chosen": [{"role": "user", "content": "c"}]}, Reason.NOT_AN_ANSWER),
@@ -65,7 +65,7 @@ LINES: list[tuple[bytes | dict[str, Any], Reason | None]] = [
     (text_row(0) | {"rejected": ""}, Reason.EMPTY_REJECTED),
     (text_row(0) | {"rejected": "yes"}, Reason.IDENTICAL_ANSWERS),
     ({"chosen": BEFORE + "a", "rejected": "\n\nAssistant: b"}, Reason.PROMPT_NOT_SHARED),
-    (text_row(0) | {"prompt": LONG}, Reason.NOTHING_LEFT),
+    (text_row(0) | {"prompt": LONG}, Reason.PROMPT_TOO_LONG),
     (
         text_row(0) | {"chosen": LONG + "a", "rejected": LONG + "b"},
         Reason.IDENTICAL_AFTER_TRUNCATION,
@@ -121,7 +121,7 @@ def ingested(
         files=write_files(folder),
         tokenizer=tokenizer_folder,
         revision=None,
-        max_length=MAX_LENGTH,
+        limits=LIMITS,
         shard_rows=SHARD_ROWS,
         cache_directory=str(tmp_path_factory.mktemp("cache")),
     )
@@ -163,7 +163,7 @@ def test_tokens_and_cut_answers_are_counted(ingested: Ingested) -> None:
     assert report["tokens"] == sum(group.n_tokens for group in groups)
     assert report["tokens"] == sum(shard.n_tokens for shard in ingested.tokens.shards)
     assert report["longest_group_tokens"] == max(group.n_tokens for group in groups)
-    eos = load_tokenizer(ingested.request.tokenizer, None, 8).tokenizer.eos_token_id
+    eos = ingested.request.pair_tokenizer().tokenizer.eos_token_id
     cut = [group for group in groups if {int(ids[-1]) for ids in group.completions} != {eos}]
     assert RowId(0, 16) in {group.row_ids[0] for group in cut}  # the long answer
     assert report["truncated_pairs"] == len(cut) < len(groups)
@@ -193,8 +193,8 @@ def test_tokens_are_those_of_the_row(ingested: Ingested) -> None:
         {0: chat_row(0), 1: text_row(1), 3: chat_row(2), 4: text_row(3)},
         {i: chat_row(i) for i in range(7)},
     ]
-    tokenizer = load_tokenizer(ingested.request.tokenizer, None, 8).tokenizer
-    pairs = PairTokenizer(tokenizer, Limits(MAX_LENGTH))
+    tokenizer = ingested.request.pair_tokenizer().tokenizer
+    pairs = PairTokenizer(tokenizer, LIMITS)
     for group in ingested.groups():
         (row_id,) = group.row_ids
         record = normalise(rows[row_id.source][row_id.row])
@@ -208,7 +208,7 @@ def test_tokens_are_those_of_the_row(ingested: Ingested) -> None:
 
 def test_every_refused_row_is_in_quarantine(ingested: Ingested, tmp_path: Path) -> None:
     """Rows count from 1 there, as editors count lines."""
-    write_data_report(str(tmp_path), {"train": ingested.tokens})
+    write_data_report(tmp_path, {"train": ingested.tokens}, ORPOConfig(), {})
     lines = (tmp_path / "quarantine" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     first, _, third, _ = ingested.request.files
@@ -244,10 +244,9 @@ def test_an_ingest_that_died_before_its_manifest_is_done_again(
 
 
 CACHED = """
-import json, sys
-from orpo_ray.orchestration.ingest import IngestRequest, ingest
-fields = json.loads(sys.argv[1])
-tokens = ingest(IngestRequest(**fields | {"files": tuple(fields["files"])}))
+import json, pickle, sys
+from orpo_ray.orchestration.ingest import ingest
+tokens = ingest(pickle.loads(bytes.fromhex(sys.argv[1])))
 print(json.dumps([tokens.directory, tokens.report, "ray" in sys.modules]))
 """
 
@@ -255,7 +254,7 @@ print(json.dumps([tokens.directory, tokens.report, "ray" in sys.modules]))
 def test_a_second_process_finds_the_tokens_without_ray(ingested: Ingested) -> None:
     """Not even imported, so that a resume or a trial starts at once; no file is touched."""
     before = {path: path.stat().st_mtime_ns for path in Path(ingested.tokens.directory).rglob("*")}
-    command = [sys.executable, "-c", CACHED, json.dumps(vars(ingested.request))]
+    command = [sys.executable, "-c", CACHED, pickle.dumps(ingested.request).hex()]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     directory, report, imported_ray = json.loads(answer.stdout)
     assert (directory, report) == (ingested.tokens.directory, ingested.tokens.report)
@@ -272,13 +271,13 @@ def test_what_changes_the_tokens_changes_the_key(
     base = replace(
         ingested.request, files=(str(tmp_path / "rows.jsonl"),), cache_directory=str(tmp_path)
     )
-    template = load_tokenizer.__wrapped__(tokenizer_folder, None, 8).tokenizer
+    template = AutoTokenizer.from_pretrained(tokenizer_folder)
     template.chat_template = CHAT_TEMPLATE.replace("assistant:", "model:")
     template.save_pretrained(tmp_path / "template")
     train_tokenizer(["other words"]).save_pretrained(tmp_path / "other")
     requests = [
         base,
-        replace(base, max_length=MAX_LENGTH + 1),
+        replace(base, limits=Limits(MAX_LENGTH + 1)),
         replace(base, shard_rows=SHARD_ROWS + 1),
         replace(base, tokenizer=str(tmp_path / "template")),
         replace(base, tokenizer=str(tmp_path / "other")),
@@ -325,7 +324,7 @@ def test_when_every_row_is_refused_the_first_are_shown(ingested: Ingested, tmp_p
             ingest(request)
         counts, *rows = caught.value.lines
         assert counts == f"no usable row in {path}: 1 malformed_json, 4 missing_field"
-        assert rows[0] == f"{path}:1: malformed_json: the row cannot be read as one JSON object"
+        assert rows[0] == f"{path}:1: malformed_json: the line is no JSON"
         assert rows[1].startswith(f"{path}:3: missing_field: chosen is missing")
 
 
@@ -335,7 +334,7 @@ def test_files_without_rows_are_refused(ingested: Ingested, tmp_path: Path) -> N
 
 
 def test_messages_without_a_template_are_refused(ingested: Ingested, tmp_path: Path) -> None:
-    plain = load_tokenizer.__wrapped__(ingested.request.tokenizer, None, 8).tokenizer
+    plain = AutoTokenizer.from_pretrained(ingested.request.tokenizer)
     plain.chat_template = None
     plain.save_pretrained(tmp_path / "plain")
     request = request_for(ingested, tmp_path, "chat.jsonl", json.dumps(chat_row(0)).encode())
@@ -352,7 +351,7 @@ def test_a_row_that_cannot_be_rendered_or_encoded_costs_one_row(
     ingested: Ingested, tmp_path: Path, row: dict[str, Any]
 ) -> None:
     """Gemma's and Mistral's templates raise on turns that they do not know."""
-    strict = load_tokenizer.__wrapped__(ingested.request.tokenizer, None, 8).tokenizer
+    strict = AutoTokenizer.from_pretrained(ingested.request.tokenizer)
     strict.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
         + CHAT_TEMPLATE
@@ -386,7 +385,7 @@ def test_pairs_of_one_prompt_become_one_group_wherever_they_stand(
         files=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")),
         tokenizer=tokenizer_folder,
         revision=None,
-        max_length=MAX_LENGTH,
+        limits=LIMITS,
         shard_rows=2,
         cache_directory=str(tmp_path / "cache"),
     )
@@ -417,10 +416,10 @@ def test_pairs_of_one_prompt_become_one_group_wherever_they_stand(
 
 def test_a_shard_that_a_killed_ingest_finished_is_not_written_again(ingested, tmp_path):
     """The data task of a split, run by itself: once, again, and with one of its shards undone."""
-    for name in ("quarantine", "done"):
+    for name in ("quarantine", "done", "stats"):
         (tmp_path / name).mkdir()
     lines = ingested.request.files[0]
-    task = _TokenizeSplit(ingested.request, str(tmp_path))
+    task = TokenizeSplit(ingested.request, str(tmp_path))
     [split] = split_file(lines, 10**9)
     item = {"item": json.dumps({"source": 0, "split": asdict(split)})}
     first = task(item)
