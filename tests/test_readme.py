@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from orpo_ray.config import SECTIONS
+from orpo_ray.config_file import load_config
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
@@ -78,6 +79,12 @@ def test_the_two_commands_are_targets_of_make():
             ["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
     )
+
+
+def test_every_yaml_block_is_a_config(tmp_path):
+    for number, text in enumerate(blocks("yaml")):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        load_config(str(tmp_path / f"{number}.yaml"), [])
 
 
 def test_the_table_has_every_setting_with_its_default():

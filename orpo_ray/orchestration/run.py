@@ -5,7 +5,8 @@ from typing import Any
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.data_report import count_trained, save_report
+from orpo_ray.orchestration.data_page import budget_lines, write_data_page
+from orpo_ray.orchestration.data_report import REPORT_NAME, count_trained, save_report
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
@@ -112,7 +113,7 @@ def evaluate(config: ORPOConfig, inputs: RunInputs | None = None) -> dict[str, f
 
 
 def prepare(config: ORPOConfig) -> dict[str, Any]:
-    """Ingest only: token shards into the cache, a report into the run directory.
+    """Ingest only: token shards into the cache, reports into the run directory.
 
     Returns:
         What `data_report.json` holds.
@@ -122,7 +123,11 @@ def prepare(config: ORPOConfig) -> dict[str, Any]:
     """
     console = make_console()
     start = start_run(config, console)
-    console.print(f"data report: {start.run_directory}/data_report.json", markup=False)
+    for name, figures in start.data_report.items():
+        for line in budget_lines(figures):
+            console.print(f"{name} {line}", markup=False)
+    page = write_data_page(start.run_directory, start.data_report, start.token_sets)
+    console.print(f"data report: {page} and {start.run_directory}/{REPORT_NAME}", markup=False)
     return start.data_report
 
 

@@ -1,34 +1,18 @@
 """The report of a sweep: one HTML file that needs no network; on the driver."""
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-
 from orpo_ray.config import SECTION_OF
+from orpo_ray.orchestration.page import make_axes, render_page, svg_of
 from orpo_ray.orchestration.sweep_results import Goal, Trial, table_rows
 
 REPORT = "sweep_report.html"
 _CURVES = ("rewards/accuracies", "rewards/margins", "log_odds_chosen", "nll_loss")
 _LEAST_FOR_IMPORTANCE = 4
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ name }}: sweep</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .2rem .7rem; border-bottom: 1px solid #8884; text-align: right; }
-td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
-tr.best { font-weight: 600; }
-figure { margin: 1rem 0; background: #fff; padding: .5rem; border-radius: 6px; }
-figure svg { max-width: 100%; height: auto; }
-figcaption { color: #444; }
-.wide { overflow-x: auto; }
-</style></head><body>
-<h1>{{ name }}</h1>
+_PAGE = """<h1>{{ name }}</h1>
 <p>{{ headline }}</p>
 <h2>Trials</h2>
 <div class="wide"><table><thead><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr></thead>
@@ -42,7 +26,6 @@ figcaption { color: #444; }
 {% endfor %}
 <p>Every trial has its own folder in <code>trials/</code>; <code>best_config.yaml</code> is the
 config of the best one, and <code>champion/</code> its model.</p>
-</body></html>
 """
 
 
@@ -82,9 +65,10 @@ def write_sweep_report(
     if best and beta_zero:
         figures.append(_log_probs(best, beta_zero, goal))
     figures += _importance(trials, goal)
-    environment = Environment(autoescape=True, keep_trailing_newline=True)
-    environment.filters["figure"] = _figure
-    page = environment.from_string(_PAGE).render(
+    page = render_page(
+        _PAGE,
+        f"{directory.name}: sweep",
+        {"figure": _figure},
         name=directory.name,
         headline=_headline(trials, best, goal),
         rows=rows,
@@ -117,24 +101,8 @@ def _figure(value: Any) -> str:
     return str(value)
 
 
-def _svg(figure: Any) -> str:
-    """A matplotlib figure as an SVG element."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
-    whole = text.getvalue()
-    return whole[whole.index("<svg") :]
-
-
-def _axes(n_columns: int, width: float = 9.0, height: float = 3.0) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    grid = figure.subplots(1, n_columns, squeeze=False)
-    return figure, list(grid[0])
-
-
 def _curves(trials: Sequence[Trial], goal: Goal) -> tuple[str, str, str]:
-    figure, axes = _axes(len(_CURVES), width=13.0)
+    figure, axes = make_axes(len(_CURVES), width=13.0)
     for axis, name in zip(axes, _CURVES, strict=True):
         for rank, trial in enumerate(trials):
             points = trial.evaluations(goal.prefix + name)
@@ -144,7 +112,7 @@ def _curves(trials: Sequence[Trial], goal: Goal) -> tuple[str, str, str]:
         axis.set_title(goal.prefix + name, fontsize=9)
         axis.set_xlabel("step")
     axes[0].legend(fontsize=6)
-    return ("Curves", "Held-out figures at every evaluation, a line a trial.", _svg(figure))
+    return ("Curves", "Held-out figures at every evaluation, a line a trial.", svg_of(figure))
 
 
 def _heat_map(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]:
@@ -156,7 +124,7 @@ def _heat_map(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]
     ]
     if not points:
         return []
-    figure, (axis,) = _axes(1, width=6.0, height=4.2)
+    figure, (axis,) = make_axes(1, width=6.0, height=4.2)
     betas, rates, values = (list(column) for column in zip(*points, strict=True))
     if len({*zip(betas, rates, strict=True)}) >= 4:
         _shade(axis, betas, rates, values)
@@ -168,7 +136,7 @@ def _heat_map(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]
     axis.margins(0.15)
     figure.colorbar(drawn, label=goal.metric)
     text = "Last evaluation of every trial; shades are drawn between them."
-    return [("Beta and learning rate", text, _svg(figure))]
+    return [("Beta and learning rate", text, svg_of(figure))]
 
 
 def _shade(axis: Any, betas: list[float], rates: list[float], values: list[float]) -> None:
@@ -188,7 +156,7 @@ def _shade(axis: Any, betas: list[float], rates: list[float], values: list[float
 
 def _log_probs(best: Trial, beta_zero: Trial, goal: Goal) -> tuple[str, str, str]:
     """Chosen and rejected log-probabilities over steps; Hong et al. 2024, figure 3."""
-    figure, axes = _axes(2)
+    figure, axes = make_axes(2)
     for axis, trial, title in zip(axes, (beta_zero, best), ("beta = 0", "best"), strict=True):
         for side, colour in (("chosen", "tab:green"), ("rejected", "tab:red")):
             points = trial.evaluations(f"{goal.prefix}logps/{side}")
@@ -203,7 +171,7 @@ def _log_probs(best: Trial, beta_zero: Trial, goal: Goal) -> tuple[str, str, str
         "Without the odds-ratio term rejected answers become likelier together with chosen ones; "
         "with it they part."
     )
-    return ("Chosen and rejected answers", text, _svg(figure))
+    return ("Chosen and rejected answers", text, svg_of(figure))
 
 
 def _importance(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]:
@@ -215,11 +183,11 @@ def _importance(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str
     if len(told) < _LEAST_FOR_IMPORTANCE or not varied or len(outcomes) < 2:
         return []
     shares = _shares(told, varied, goal)
-    figure, (axis,) = _axes(1, width=6.0, height=0.6 + 0.4 * len(varied))
+    figure, (axis,) = make_axes(1, width=6.0, height=0.6 + 0.4 * len(varied))
     axis.barh(list(shares), list(shares.values()))
     axis.set_xlabel(f"share in {goal.metric}")
     text = f"PED-ANOVA over {len(told)} trials; with few trials a hint, no more."
-    return [("Importance", text, _svg(figure))]
+    return [("Importance", text, svg_of(figure))]
 
 
 def _shares(trials: Sequence[Trial], names: Sequence[str], goal: Goal) -> dict[str, float]:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +85,17 @@ def _render_messages(record: Record, tokenizer: Any) -> PairText | Refusal:
 
 
 def shared_length(*sequences: Sequence[Any]) -> int:
-    """How many leading items all sequences share."""
-    columns = zip(*sequences, strict=False)
-    return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, columns))
+    """How many leading items all sequences share; whole slices are compared, halving."""
+    first, *others = sequences
+    shared, most = 0, min(map(len, sequences))
+    while shared < most:
+        middle = (shared + most + 1) // 2
+        part = first[shared:middle]
+        if all(other[shared:middle] == part for other in others):
+            shared = middle
+        else:
+            most = middle - 1
+    return shared
 
 
 def _rendered(
@@ -124,7 +131,7 @@ def special_token_in(record: Record, tokenizer: Any) -> Refusal | None:
         content = getattr(record, name)
         texts = [content] if isinstance(content, str) else [m["content"] for m in content]
         for text in texts:
-            inner = text.removeprefix(bos) if name == "prompt" else text.rstrip().removesuffix(eos)
+            inner = text.removeprefix(bos) if name == "prompt" else text.removesuffix(eos)
             found = pattern.search(inner)
             if found:
                 return Refusal(

@@ -1,6 +1,8 @@
 """From text to token ids: one pass over prompt and answer, the border by offsets."""
 
+import bisect
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -164,7 +166,4 @@ class PairTokenizer:
 
 def _prompt_tokens(offsets: Sequence[tuple[int, int]], border: int) -> int:
     """How many leading tokens end inside the prompt; one that straddles the border does not."""
-    for index, (_, end) in enumerate(offsets):
-        if end > border:
-            return index
-    return len(offsets)
+    return bisect.bisect_right(offsets, border, key=operator.itemgetter(1))

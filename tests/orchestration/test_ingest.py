@@ -434,3 +434,110 @@ def test_a_shard_that_a_killed_ingest_finished_is_not_written_again(ingested, tm
     assert task(item) == first
     assert [path.read_bytes() for path in shards] == contents
     assert [path.stat().st_mtime_ns for path in shards[1:]] == times[1:]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prompts(tokens: TokenSet, held: bool = False) -> list[str]:
+    """The prompt of every pair of a set, in the order of the shards."""
+    shards = tokens.held_out if held else tokens.shards
+    groups = [group for s in shards for group in read_shard(f"{tokens.directory}/{s.name}")]
+    return [bytes(group.prompt.tobytes()).hex() for group in groups for _ in group.pairs]
+
+
+def test_a_held_out_share_is_split_by_prompt(tokenizer_folder: str, tmp_path: Path) -> None:
+    """40 prompts of 3 pairs each: no prompt is on both sides, and every pair is on one."""
+    rows = [text_row(i % 3) | {"prompt": f"p{i % 40}: "} for i in range(120)]
+    request = IngestRequest(
+        files=(write_rows(tmp_path / "a.jsonl", rows),),
+        tokenizer=tokenizer_folder,
+        revision=None,
+        limits=LIMITS,
+        shard_rows=7,
+        cache_directory=str(tmp_path / "cache"),
+        val_set_size=0.3,
+    )
+    for grouped in (False, True):
+        tokens = ingest(replace(request, group_by_prompt=grouped))
+        trained, held = prompts(tokens), prompts(tokens, held=True)
+        assert len(trained) + len(held) == 120
+        assert not set(trained) & set(held)
+        assert 3 <= len(set(held)) <= 21  # of 40 with a share of 0.3, by a hash
+        report = tokens.report
+        assert (report["rows_kept"], report["rows_held_out"]) == (len(trained), len(held))
+        assert report["rows_read"] == 120 == report["rows_kept"] + report["rows_held_out"]
+        assert report["tokens"] == sum(shard.n_tokens for shard in tokens.shards)
+    again = ingest(replace(request, shard_rows=50))
+    assert set(prompts(again, held=True)) == set(held)
+
+
+def test_repeated_pairs_are_counted_and_dropped_where_asked(
+    tokenizer_folder: str, tmp_path: Path
+) -> None:
+    """Rows 0 to 9, then 5 to 9 once more in another file: the repeats are the later ones."""
+    rows = [text_row(i) for i in range(10)]
+    files = (write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[5:]))
+    request = IngestRequest(
+        files=files,
+        tokenizer=tokenizer_folder,
+        revision=None,
+        limits=LIMITS,
+        shard_rows=4,
+        cache_directory=str(tmp_path / "cache"),
+    )
+    kept = ingest(request)
+    assert (kept.n_pairs, kept.report["duplicate_pairs"]) == (15, 5)
+    dropped = ingest(replace(request, drop_duplicates=True))
+    assert (dropped.n_pairs, dropped.report["duplicate_pairs"]) == (10, 5)
+    assert dropped.report["refused"] == {"duplicate": 5}
+    parts = dropped.report["sources"].values()
+    assert [(part["rows_kept"], part["rows_refused"]) for part in parts] == [(10, 0), (0, 5)]
+    groups = [g for s in dropped.shards for g in read_shard(f"{dropped.directory}/{s.name}")]
+    assert [group.row_ids[0] for group in groups] == [RowId(0, i) for i in range(10)]
+    assert {shard.source for shard in dropped.shards} == {0}
+    assert dropped.report["tokens"] == sum(group.n_tokens for group in groups)
+
+
+def test_prompts_of_another_set_are_dropped_where_asked(
+    tokenizer_folder: str, tmp_path: Path
+) -> None:
+    """Also where the answers differ; rows without a prompt share none."""
+    rows = [text_row(i) for i in range(6)] + [text_row(6) | {"prompt": ""}]
+    others = [text_row(2) | {"chosen": "other"}, text_row(4), text_row(7) | {"prompt": ""}]
+    request = IngestRequest(
+        files=(write_rows(tmp_path / "eval.jsonl", others),),
+        tokenizer=tokenizer_folder,
+        revision=None,
+        limits=LIMITS,
+        shard_rows=4,
+        cache_directory=str(tmp_path / "cache"),
+    )
+    evals = ingest(request)
+    train = replace(request, files=(write_rows(tmp_path / "train.jsonl", rows),))
+    tokens = ingest(replace(train, other_sets=(evals.directory,)))
+    groups = [g for s in tokens.shards for g in read_shard(f"{tokens.directory}/{s.name}")]
+    assert [group.row_ids[0].row for group in groups] == [0, 1, 3, 5, 6]
+    assert tokens.report["refused"] == {"overlap": 2}
+    assert ingest(train).n_pairs == 7
+
+
+def test_a_ranking_is_one_row_of_several_pairs(tokenizer_folder: str, tmp_path: Path) -> None:
+    """4 answers, 6 pairs; two of the answers are cut to the same tokens, which leaves 5."""
+    answers = ["yes", "no", LONG + "a", LONG + "b"]
+    row = {"prompt": "p: ", "completions": answers, "scores": [4, 3, 2, 1]}
+    request = IngestRequest(
+        files=(write_rows(tmp_path / "a.jsonl", [row, text_row(1)]),),
+        tokenizer=tokenizer_folder,
+        revision=None,
+        limits=LIMITS,
+        shard_rows=4,
+        cache_directory=str(tmp_path / "cache"),
+    )
+    for grouped, n_groups in ((False, 6), (True, 2)):
+        tokens = ingest(replace(request, group_by_prompt=grouped))
+        assert (tokens.n_pairs, tokens.n_groups) == (6, n_groups)
+        assert (tokens.report["rows_read"], tokens.report["rows_kept"]) == (2, 2)
+        assert tokens.report["pairs_left_out"] == 1

@@ -1,13 +1,20 @@
 """Rendering messages with a chat template."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.records import Message, Record
-from orpo_ray.preference.templates import PairText, render, shared_length
+from orpo_ray.preference.records import Message, Reason, Record, Refusal
+from orpo_ray.preference.templates import (
+    PairText,
+    render,
+    shared_length,
+    special_token_in,
+    template_text,
+)
 from orpo_ray.training.demo_model import train_tokenizer
 
 CHATML = (
@@ -126,3 +133,76 @@ def test_shared_length() -> None:
     assert shared_length("ab", "abc") == 2
     assert shared_length("", "a") == 0
     assert shared_length([1, 2], [3, 2]) == 0
+
+
+# Repeats the system's words in the last turn only, as a template that does not keep prefixes.
+UNSTABLE = (
+    "{% for m in messages %}{{ '[again]' if loop.last and m.role == 'user' }}{{ m.content }}|"
+    "{% endfor %}"
+)
+
+
+def test_a_prompt_that_an_answer_changes_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = UNSTABLE
+    refusal = render(CHAT, tokenizer)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason is Reason.UNSTABLE_BORDER
+    assert "from '[again]hi|' on" in refusal.detail
+
+
+def test_what_a_template_raises_is_said(tokenizer: Any) -> None:
+    tokenizer.chat_template = NO_SYSTEM + CHATML
+    record = Record(({"role": "system", "content": "s"},), CHAT.chosen, CHAT.rejected)
+    refusal = render(record, tokenizer)
+    assert refusal == Refusal(Reason.TEMPLATE_REFUSED, "the chat template says: no system turn")
+
+
+def test_a_row_may_bring_arguments_and_tools(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% if tools %}tools: {{ tools[0].function.name }}\n{% endif %}"
+        "{% if formal %}formally\n{% endif %}" + CHATML
+    )
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    record = Record(CHAT.prompt, CHAT.chosen, CHAT.rejected, {"tools": tools, "formal": True})
+    text = render(record, tokenizer)
+    assert isinstance(text, PairText)
+    assert text.prompt == "tools: look\nformally\n<|user|>hi<|eos|>\n<|assistant|>"
+
+
+def test_the_end_of_turn_is_trained_where_it_is_not_the_end_of_sequence(tokenizer: Any) -> None:
+    tokenizer.chat_template = CHATML.replace("<|eos|>", "<|im_end|>")
+    text = render(CHAT, tokenizer)
+    assert isinstance(text, PairText)
+    assert (text.chosen, text.rejected) == ("yes<|im_end|>\n", "no<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        (Record("<|bos|>p", "c<|eos|>", "r <|eos|>"), None),
+        (Record("p", "c", "r<|eos|>\n"), "rejected holds <|eos|>"),
+        (Record("p", "c", "r"), None),
+        (Record("p <|bos|>", "c", "r"), "prompt holds <|bos|>"),
+        (Record("p", "c<|eos|>d", "r"), "chosen holds <|eos|>"),
+        (Record("p", "c", "<|pad|>r"), "rejected holds <|pad|>"),
+        (Record((user("<|eos|>"),), CHAT.chosen, CHAT.rejected), "prompt holds <|eos|>"),
+        (CHAT, None),
+    ],
+)
+def test_special_tokens_in_texts_are_found(
+    tokenizer: Any, record: Record, found: str | None
+) -> None:
+    refusal = special_token_in(record, tokenizer)
+    if found is None:
+        assert refusal is None
+    else:
+        assert refusal is not None
+        assert refusal.detail.startswith(found)
+
+
+def test_a_template_is_a_text_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(CHATML)
+    assert template_text(CHATML) == CHATML
+    assert template_text(str(tmp_path / "t.jinja")) == CHATML
+    with pytest.raises(DataError, match=r"chat_template: gone\.jinja: no such file"):
+        template_text("gone.jinja")

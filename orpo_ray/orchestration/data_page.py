@@ -1,0 +1,140 @@
+"""`data_report.html` and its text: what a person should know of the data; on the driver."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orpo_ray.orchestration.data_report import QUARANTINE, Tally, length_tallies
+from orpo_ray.orchestration.page import make_axes, render_page, svg_of
+from orpo_ray.preference.shards import TokenSet
+
+PAGE = "data_report.html"
+_EXAMPLES, _BINS = 3, 30
+_BODY = """<h1>Data of {{ title }}</h1>
+{% for part in parts %}
+<h2>{{ part.name }}</h2>
+<ul>{% for line in part.lines %}<li>{{ line }}</li>{% endfor %}</ul>
+<div class="wide"><table><thead><tr><th>file</th>
+{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in part.sources %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% if part.svg %}
+<figure>{{ part.svg | safe }}<figcaption>Tokens of a prompt, of both answers, and of the longer side
+as a whole, after truncation.</figcaption></figure>
+{% endif %}
+{% if part.refused %}
+<h3>Refused rows</h3>
+<div class="wide"><table>
+<thead><tr><th>reason</th><th>rows</th><th>examples</th></tr></thead><tbody>
+{% for reason, count, examples in part.refused %}
+<tr><td>{{ reason }}</td><td>{{ count }}</td><td class="text">{% for example in examples %}
+<div><code>{{ example.file }}:{{ example.row }}</code> {{ example.detail }}</div>
+<div><small>{{ example.excerpt }}</small></div>{% endfor %}</td></tr>
+{% endfor %}</tbody></table></div>
+{% endif %}
+{% endfor %}
+"""
+_COLUMNS = ("rows_read", "rows_kept", "rows_held_out", "rows_refused", "truncated_pairs", "tokens")
+
+
+def budget_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Lengths, truncation, repeats, the length bias, and what padding would have cost."""
+    if not figures.get("pairs"):
+        return []
+    pairs, lines = figures["pairs"], []
+    for kind, spread in figures.get("lengths", {}).items():
+        name = "longer side with its prompt" if kind == "longest" else kind
+        lines.append(
+            f"{name}: {spread['mean']} tokens in the mean, {spread['p50']} the median, "
+            f"{spread['p95']} at 95 %, {spread['max']} the longest"
+        )
+    if "rows_read" not in figures:
+        return lines
+    lines += [
+        f"truncated: {_share(figures['truncated_pairs'], pairs)} of the pairs "
+        f"({figures['truncated_prompts']} prompts, {figures['truncated_completions']} with an "
+        "answer cut)",
+        f"repeated: {_share(figures['duplicate_pairs'], pairs)} of the pairs occurred before; "
+        f"{_share(figures.get('overlapping_pairs', 0), pairs)} share a prompt with an evaluation "
+        "set",
+        f"length bias: the chosen answer is the longer one in "
+        f"{_share(figures['pairs_chosen_longer'], pairs - figures['pairs_equally_long'])} of the "
+        "pairs of unequal answers",
+        f"tokens: {figures['tokens']} packed; padded batches would take {figures['padded_tokens']},"
+        f" {figures['padded_tokens'] / figures['tokens']:.1f} times as many",
+    ]
+    return lines
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def write_data_page(
+    run_directory: Path, report: Mapping[str, Any], token_sets: Mapping[str, TokenSet]
+) -> Path:
+    """Write `data_report.html`.
+
+    Args:
+        run_directory: with `quarantine/` in it.
+        report: what `data_report.json` holds.
+        token_sets: by their name in the feed.
+
+    Returns:
+        Its path.
+    """
+    by_name = {name.rstrip("_"): tokens for name, tokens in token_sets.items()}
+    parts = []
+    for name, figures in report.items():
+        whole = "rows_read" in figures
+        sources = figures.get("sources", {}).items()
+        parts.append(
+            {
+                "name": name,
+                "lines": [f"{figures['rows_kept']} rows kept", *budget_lines(figures)],
+                "sources": [[path, *(part[c] for c in _COLUMNS)] for path, part in sources],
+                "svg": _histograms(length_tallies(by_name[name])) if whole else "",
+                "refused": _examples(run_directory, name, figures.get("refused", {})),
+            }
+        )
+    page = render_page(
+        _BODY, run_directory.name, parts=parts, columns=[c.replace("_", " ") for c in _COLUMNS]
+    )
+    path = run_directory / PAGE
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _examples(
+    run_directory: Path, name: str, refused: Mapping[str, int]
+) -> list[tuple[str, int, list[dict[str, Any]]]]:
+    """The first refused rows of every reason, the most frequent reason first."""
+    found: dict[str, list[dict[str, Any]]] = {reason: [] for reason in refused}
+    path = run_directory / QUARANTINE / f"{name}.jsonl"
+    if refused and path.exists():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                if len(found[row["reason"]]) < _EXAMPLES:
+                    found[row["reason"]].append(row)
+    ranked = sorted(refused.items(), key=lambda item: -item[1])
+    return [(reason, count, found[reason]) for reason, count in ranked]
+
+
+def _histograms(tallies: Mapping[str, Tally]) -> str:
+    figure, axes = make_axes(3, width=12.0, height=2.8)
+    panels = (("prompt",), ("chosen", "rejected"), ("longest",))
+    for axis, kinds in zip(axes, panels, strict=True):
+        longest = max(int(tallies[kind].nonzero()[0].max(initial=1)) for kind in kinds)
+        edges = np.linspace(0, longest + 1, min(_BINS, longest + 1) + 1)
+        for kind in kinds:
+            lengths = np.arange(len(tallies[kind]))
+            counts, _ = np.histogram(lengths, bins=edges, weights=tallies[kind])
+            axis.stairs(counts, edges, fill=True, alpha=0.55, label=kind)
+        axis.set_xlabel("tokens")
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("pairs")
+    return svg_of(figure)

@@ -1,0 +1,115 @@
+"""From what a user names or holds in memory to files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import ray.data
+from pydantic import ValidationError
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.config_sections import DataSource
+from orpo_ray.orchestration.inputs import find_inputs, keep_dataset
+from orpo_ray.preference.errors import DataError
+
+ROWS = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(50)]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a base model's folder and three files of pairs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    return tmp_path
+
+
+def config(**settings: Any) -> ORPOConfig:
+    return ORPOConfig(model_name_or_path="./model", **settings)
+
+
+def test_a_mixture_has_weights_and_names(files: Path) -> None:
+    entries = ["a.jsonl", {"path": "[bc].jsonl", "weight": 0.5, "name": "rest"}]
+    inputs = find_inputs(config(train_files=entries), files / "runs")
+    assert inputs.train_files == (
+        DataSource(path=str(files / "a.jsonl")),
+        DataSource(path=str(files / "b.jsonl"), weight=0.5, name="rest"),
+        DataSource(path=str(files / "c.jsonl"), weight=0.5, name="rest"),
+    )
+
+
+def test_every_name_is_an_evaluation_set_of_its_own(files: Path) -> None:
+    evals = ["a.jsonl", {"path": "b.jsonl", "name": "x"}, {"path": "c.jsonl", "name": "x"}]
+    inputs = find_inputs(config(train_files="a.jsonl", eval_files=evals), files / "runs")
+    names = {
+        prefix: [Path(source.path).name for source in sources]
+        for prefix, sources in inputs.eval_files.items()
+    }
+    assert names == {"eval_": ["a.jsonl"], "eval_x_": ["b.jsonl", "c.jsonl"]}
+
+
+def test_a_file_under_two_weights_is_refused(files: Path) -> None:
+    entries = ["*.jsonl", {"path": "b.jsonl", "weight": 2}]
+    with pytest.raises(DataError) as caught:
+        find_inputs(config(train_files=entries), files / "runs")
+    assert caught.value.lines == (
+        f"train_files: {files}/b.jsonl: named twice, with another weight",
+    )
+    assert len(find_inputs(config(train_files=["*.jsonl", "b.jsonl"]), files).train_files) == 3
+
+
+def test_weights_do_not_go_with_prompt_groups() -> None:
+    with pytest.raises(ValidationError, match="takes no weights"):
+        config(train_files=[{"path": "a", "weight": 2}], group_by_prompt=True)
+    with pytest.raises(ValidationError, match="greater than 0"):
+        config(train_files=[{"path": "a", "weight": 0}])
+
+
+def test_a_chat_template_goes_with_the_model(files: Path) -> None:
+    (files / "t.jinja").write_text("{{ messages }}")
+    inputs = find_inputs(config(train_files="a.jsonl", chat_template="t.jinja"), files)
+    assert inputs.model.chat_template == "{{ messages }}"
+    with pytest.raises(DataError, match="chat_template: gone: no such file"):
+        find_inputs(config(train_files="a.jsonl", chat_template="gone"), files)
+
+
+def test_a_data_set_of_the_hub_is_kept_with_its_splits(files: Path) -> None:
+    """A folder on this machine, which `datasets` loads by the same call as an id of the hub."""
+    for split in ("train", "test"):
+        (files / "hub" / "data").mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row) for row in ROWS[: 40 if split == "train" else 10]]
+        (files / "hub" / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    named = config(
+        dataset_name="./hub", dataset_train_split="train[:50%]", dataset_test_split="test"
+    )
+    inputs = find_inputs(named, files / "runs")
+    (train,), (test,) = inputs.train_files, inputs.eval_files["eval_"]
+    assert pq.read_table(train.path).to_pylist() == ROWS[:20]
+    assert pq.read_table(test.path).to_pylist() == ROWS[:10]
+    with pytest.raises(DataError, match=r"dataset_name: \./hub: .*none"):
+        find_inputs(named.replace(dataset_train_split="none"), files / "runs")
+
+
+@pytest.mark.parametrize("kind", ["dict", "dataset", "pandas", "ray"])
+def test_data_in_memory_is_kept_in_its_order(kind: str, tmp_path: Path, ray_cluster: str) -> None:
+    columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+    made: Any = {
+        "dict": lambda: columns,
+        "dataset": lambda: datasets.Dataset.from_list(ROWS),
+        "pandas": lambda: pd.DataFrame(ROWS),
+        "ray": lambda: ray.data.from_items(ROWS, override_num_blocks=7),
+    }[kind]()
+    path = keep_dataset(made, tmp_path)
+    assert pq.read_table(path).to_pylist() == ROWS
+    assert keep_dataset(made, tmp_path) == path
+
+
+def test_anything_else_in_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="train_dataset: a set cannot be read"):
+        keep_dataset({1}, tmp_path)
