@@ -223,6 +223,9 @@ class TrainSection(Section):
         "stop", description="skip leaves out the rows whose loss is NaN or infinite."
     )
     max_skipped_rows: PositiveInt = Field(100, description="on_nonfinite=skip stops above it.")
+    full_determinism: bool = Field(
+        False, description="On GPUs: slower kernels, which give the same bytes each time."
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="Of the order, dropout and demo weights.")
 
 

@@ -5,6 +5,7 @@ goes to a function, so it runs under torchrun as well.
 """
 
 import math
+import os
 import statistics
 import time
 from collections import deque
@@ -80,6 +81,10 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
         NonFiniteError: before an update that would not be finite.
         ResumeError: when the checkpoint was made with other settings or data.
     """
+    if job.config.train.full_determinism:
+        # Read by cuBLAS when it is first used, which is not before a model is there.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     loop = _Loop(job)
     loop.settle_attention()  # by the base model: a resumed run has to decide the same
     loop.restore()

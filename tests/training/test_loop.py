@@ -256,3 +256,16 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(inputs, tmp_pa
     with pytest.raises(AssertionError, match=r"step \d+: the gradient is not finite.*Rows"):
         run_ranks(2, train_small, broken, tmp_path / "run", {"eval_steps": None})
     assert not list((tmp_path / "run").glob("checkpoints/*/MANIFEST.json"))
+
+
+def train_deterministically(folder: Path, run: Path, changes: dict[str, Any]) -> bool:
+    train_small(folder, run, changes)
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def test_full_determinism_is_asked_of_torch_and_changes_nothing_on_the_host(
+    inputs, whole_run, tmp_path
+):
+    changes = {"full_determinism": True}
+    assert run_ranks(2, train_deterministically, inputs, tmp_path / "run", changes) == [True, True]
+    assert weights_digest(tmp_path / "run") == weights_digest(whole_run)
