@@ -82,8 +82,8 @@ class RunWatcher:
                 self._show(line)
 
     def _show(self, line: Mapping[str, Any]) -> None:
-        if "eval_loss" in line:
-            self._console.print(evaluation_text(line), markup=False)
+        for prefix in eval_prefixes(line):
+            self._console.print(evaluation_text(line, prefix), markup=False)
         if "loss" not in line:
             return
         text = figures_text(line)
@@ -113,11 +113,20 @@ def figures_text(line: Mapping[str, Any]) -> str:
     )
 
 
-def evaluation_text(line: Mapping[str, Any]) -> str:
-    """The figures of an evaluation on one line."""
+def eval_prefixes(figures: Mapping[str, Any]) -> list[str]:
+    """The prefixes of the evaluation sets whose figures these are: `eval_`, `eval_<name>_`."""
+    last = "rewards/accuracies"
+    return [n.removesuffix(last) for n in figures if n.startswith("eval_") and n.endswith(last)]
+
+
+def evaluation_text(line: Mapping[str, Any], prefix: str) -> str:
+    """The figures of one evaluation set on one line."""
+    name = f" of {prefix[5:-1]}" if prefix != "eval_" else ""
     return (
-        f"evaluation at step {line['step']}: accuracy {_figure(line['eval_rewards/accuracies'])}  "
-        f"log odds {_figure(line['eval_log_odds_chosen'])}  loss {_figure(line['eval_loss'])}"
+        f"evaluation{name} at step {line['step']}: "
+        f"accuracy {_figure(line[prefix + 'rewards/accuracies'])}  "
+        f"log odds {_figure(line[prefix + 'log_odds_chosen'])}  "
+        f"loss {_figure(line[prefix + 'loss'])}"
     )
 
 

@@ -10,7 +10,7 @@ from orpo_ray.orchestration.data_report import REPORT_NAME, count_trained, save_
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
-from orpo_ray.orchestration.progress import RunWatcher
+from orpo_ray.orchestration.progress import RunWatcher, eval_prefixes
 from orpo_ray.orchestration.run_lock import claimed
 from orpo_ray.orchestration.start import (
     make_console,
@@ -142,13 +142,15 @@ def end_text(result: TrainResult, config: ORPOConfig) -> str:
     """The end of a run on a few lines: what came of it, where it is, what to try next."""
     before, after = result.metrics_before, result.metrics
     lines = [f"loss {after['loss']:.4f} at step {after['step']}"] if "loss" in after else []
-    accuracy, log_odds = "eval_rewards/accuracies", "eval_log_odds_chosen"
-    if accuracy in before:
+    for prefix in eval_prefixes(before):
+        accuracy, log_odds = prefix + "rewards/accuracies", prefix + "log_odds_chosen"
+        name = f" ({prefix[5:-1]})" if prefix != "eval_" else ""
         lines.append(
-            f"held-out reward accuracy: {before[accuracy]:.3f} before, {after[accuracy]:.3f} after"
+            f"held-out reward accuracy{name}: {before[accuracy]:.3f} before, "
+            f"{after[accuracy]:.3f} after"
         )
         lines.append(
-            f"held-out log odds: {before[log_odds]:+.3f} before, {after[log_odds]:+.3f} after"
+            f"held-out log odds{name}: {before[log_odds]:+.3f} before, {after[log_odds]:+.3f} after"
         )
     train = result.data_report[TRAIN]
     ends = ("trained", "not_reached", "held_out", "refused")

@@ -78,9 +78,11 @@ class RowReader:
         for _, column in self.column_mapping:
             if column not in row:
                 return missing(row, column)
-        taken = {column for _, column in self.column_mapping}
-        named = {name: value for name, value in row.items() if name not in taken}
-        named |= {name: row[column] for name, column in self.column_mapping}
+        named = row
+        if self.column_mapping:
+            taken = {column for _, column in self.column_mapping}
+            named = {name: value for name, value in row.items() if name not in taken}
+            named |= {name: row[column] for name, column in self.column_mapping}
         shape, used = _shape(named)
         template = _template_arguments(named)
         if isinstance(template, Refusal):
@@ -89,9 +91,11 @@ class RowReader:
         if isinstance(result, Refusal):
             return result
         used |= {"tools", "chat_template_kwargs", "score_chosen", "score_rejected"}
-        records = tuple(with_fields(record, template=template) for record in result.records)
+        records = result.records
+        if template:
+            records = tuple(with_fields(record, template=template) for record in records)
         ignored = frozenset(map(str, named.keys() - used))
-        return with_fields(result, shape=shape, records=records, ignored=ignored)
+        return Found(shape, records, ignored, result.left_out)
 
     def _pair(self, shape: Shape, row: Mapping[str, Any]) -> Found | Refusal:
         scores = [row.get("score_chosen"), row.get("score_rejected")]

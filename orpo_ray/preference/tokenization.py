@@ -109,7 +109,7 @@ class PairTokenizer:
         """Cut both sides at the border, end them, and truncate them."""
         sides = [encoding.ids for encoding in encodings]
         prompts = [
-            ids[: _prompt_tokens(encoding.offsets, border)]
+            ids[: _prompt_tokens(encoding, border)]
             for ids, encoding in zip(sides, encodings, strict=True)
         ]
         # Where a token merges across the border on one side only, the prompt ends before it.
@@ -164,6 +164,10 @@ class PairTokenizer:
         return TokenizedPair(group, prompt_cut, max(map(len, completions)) > room)
 
 
-def _prompt_tokens(offsets: Sequence[tuple[int, int]], border: int) -> int:
+def _prompt_tokens(encoding: Any, border: int) -> int:
     """How many leading tokens end inside the prompt; one that straddles the border does not."""
-    return bisect.bisect_right(offsets, border, key=operator.itemgetter(1))
+    after = encoding.char_to_token(border)
+    if after is not None:
+        return int(after)
+    # No token has the first character of the answer: there is none, or the tokenizer drops it.
+    return bisect.bisect_right(encoding.offsets, border, key=operator.itemgetter(1))
