@@ -181,6 +181,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cpus", type=int, default=WORKERS, help="of Ray; datasets keeps its own")
     parser.add_argument("--memory-rows", type=int, default=0, help="instead: peak memory")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="orpo-ingest-") as name:
@@ -189,7 +190,12 @@ def main() -> int:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
         import ray
 
-        ray.init(address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
+        ray.init(
+            address="local",
+            num_cpus=arguments.cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
         if arguments.memory_rows:
             for n_rows in (arguments.memory_rows // 10, arguments.memory_rows):
                 print(json.dumps(memory(folder, n_rows)), flush=True)

@@ -17,10 +17,12 @@ _BODY = """<h1>Data of {{ title }}</h1>
 {% for part in parts %}
 <h2>{{ part.name }}</h2>
 <ul>{% for line in part.lines %}<li>{{ line }}</li>{% endfor %}</ul>
+{% if part.sources %}
 <div class="wide"><table><thead><tr><th>file</th>
 {% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in part.sources %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
+{% endif %}
 {% if part.svg %}
 <figure>{{ part.svg | safe }}<figcaption>Tokens of a prompt, of both answers, and of the longer side
 as a whole, after truncation.</figcaption></figure>
@@ -90,12 +92,15 @@ def write_data_page(
     parts = []
     for name, figures in report.items():
         whole = "rows_read" in figures
-        sources = figures.get("sources", {}).items()
+        sources = [
+            [f"{part['name']}: {path}" if "name" in part else path, *(part[c] for c in _COLUMNS)]
+            for path, part in figures.get("sources", {}).items()
+        ]
         parts.append(
             {
                 "name": name,
                 "lines": [f"{figures['rows_kept']} rows kept", *budget_lines(figures)],
-                "sources": [[path, *(part[c] for c in _COLUMNS)] for path, part in sources],
+                "sources": sources,
                 "svg": _histograms(length_tallies(by_name[name])) if whole else "",
                 "refused": _examples(run_directory, name, figures.get("refused", {})),
             }

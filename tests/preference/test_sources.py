@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import lzma
 import tempfile
 import threading
@@ -11,17 +12,19 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import boto3
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
 
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.readers import RawRow, Split, count_rows, read_split, split_file
 from orpo_ray.preference.records import Reason
-from orpo_ray.preference.sources import find_files
+from orpo_ray.preference.sources import find_files, identity
 
 BOM = b"\xef\xbb\xbf"
 # A line separator, an escaped line end and letters of several bytes: none of them ends a line.
@@ -180,6 +183,53 @@ def test_a_url_is_read_as_a_file_is(tmp_path: Path, served: str) -> None:
         assert [raw.record for raw in rows] == ROWS
     with pytest.raises(DataError, match=r"gone\.jsonl: no such file or folder"):
         find_files([f"{served}/gone.jsonl"])
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A bucket of a server on this machine that speaks S3, and its client."""
+    keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key"}
+    for name, value in (keys | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
+        monkeypatch.setenv(name, value)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+    client.create_bucket(Bucket="pairs")
+    yield client
+    client.close()
+    server.stop()
+
+
+def test_a_bucket_is_read_as_a_folder_is(tmp_path: Path, bucket: Any) -> None:
+    """Plain lines are cut into parts there too; a file that changes has another identity."""
+    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.parquet"):
+        WRITERS[name](tmp_path / name)
+        bucket.put_object(Bucket="pairs", Key=f"deep/{name}", Body=(tmp_path / name).read_bytes())
+    bucket.put_object(Bucket="pairs", Key="deep/notes.txt", Body=b"text")
+    found = find_files(["s3://pairs/deep"])
+    assert found == [
+        "s3://pairs/deep/rows.jsonl",
+        "s3://pairs/deep/rows.jsonl.gz",
+        "s3://pairs/deep/rows.parquet",
+    ]
+    assert find_files(["s3://pairs/*/*.jsonl*"]) == found[:2]
+    for url, n_splits in zip(found, (3, 1, 3), strict=True):
+        splits = split_file(url, 3)
+        assert len(splits) == n_splits
+        assert [raw.record for split in splits for raw in read_split(split)] == ROWS
+    before = identity(found[0])
+    assert identity(found[0]) == before
+    bucket.put_object(Bucket="pairs", Key="deep/rows.jsonl", Body=b'{"a": 1}\n')
+    assert identity(found[0]) != before
+    with pytest.raises(DataError) as caught:
+        find_files(["s3://pairs/gone.jsonl", "s3://none/a.jsonl", "s3://pairs/deep/notes.txt"])
+    gone, none, notes = caught.value.lines
+    assert gone == "s3://pairs/gone.jsonl: no such file or folder"
+    assert none.startswith("s3://none/a.jsonl: ")
+    assert notes.startswith("s3://pairs/deep/notes.txt: not a kind of file")
 
 
 @pytest.mark.parametrize("name", ["odd.jsonl", "odd.jsonl.gz"])
