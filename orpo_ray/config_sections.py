@@ -38,6 +38,9 @@ class ModelSection(Section):
         None, description="Folder or hub id of the base model; unset: the demo's, from scratch."
     )
     model_revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    baseline: str | None = Field(
+        None, description="A second model, which jobs/evaluate.py compares with the first."
+    )
     attention: Literal["auto", "packed", "padded"] = Field(
         "auto", description="auto packs where that is exact for the model, and says what it chose."
     )
@@ -87,6 +90,9 @@ class DataSection(Section):
     )
     eval_files: tuple[str | DataSource, ...] | None = Field(
         None, description="The same, for evaluation; each name is a set of its own."
+    )
+    eval_subset_column: str | None = Field(
+        None, description="Column by whose values jobs/evaluate.py breaks its figures down."
     )
     val_set_size: float = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the training prompts held out for evaluation."

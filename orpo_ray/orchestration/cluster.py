@@ -28,7 +28,7 @@ _RAY_SETTINGS = {
 # A step on the host frees and asks again for the same large tensors: glibc, which by default gives
 # them back to the system each time, made 2.3 million page faults in 40 steps of a 5 M model, and
 # the step a tenth slower (benchmarks/RESULTS.md).
-_HOST_MEMORY = {
+HOST_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(10**9),
     "MALLOC_TOP_PAD_": str(10**8),
@@ -117,7 +117,7 @@ def run_settings(
         ),
         logging_config=LoggingConfig(log_level="ERROR"),
         callbacks=callbacks,
-        worker_runtime_env=None if config.ray.use_gpu else {"env_vars": _HOST_MEMORY},
+        worker_runtime_env=None if config.ray.use_gpu else {"env_vars": HOST_MEMORY},
     )
 
 

@@ -36,8 +36,15 @@ class RunInputs:
     model: ModelSource
 
 
-def find_inputs(config: ORPOConfig, output_directory: Path) -> RunInputs:
+def find_inputs(
+    config: ORPOConfig, output_directory: Path, only_evals: bool = False
+) -> RunInputs:
     """Find every input that the config names; what it leaves out is the demo's.
+
+    Args:
+        config: the run.
+        output_directory: where the demo's inputs are made.
+        only_evals: nothing is trained, so that no training data is needed.
 
     Raises:
         DataError: naming every path or pattern with no usable file, and a missing model folder.
@@ -52,10 +59,11 @@ def find_inputs(config: ORPOConfig, output_directory: Path) -> RunInputs:
     model = _base_model(config, problems)
     if problems:
         raise DataError(problems)
-    if model is None or data.train_files is None:
+    needs_demo_data = data.train_files is None and not (only_evals and model is not None)
+    if model is None or needs_demo_data:
         demo = _make_demo(output_directory, config.train.seed)
         model = model or demo.model
-        if data.train_files is None:
+        if needs_demo_data:
             train_files = demo.train_files
             eval_files = eval_files or dict(demo.eval_files)
     if template is not None:
@@ -114,7 +122,7 @@ def _base_model(config: ORPOConfig, problems: list[str]) -> ModelSource | None:
         return None
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / kind).is_file() for kind in ("config.json", "adapter_config.json")):
             problems.append(f"model_name_or_path: {name} holds no config.json")
         return ModelSource(str(path.resolve()), str(path.resolve()))
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

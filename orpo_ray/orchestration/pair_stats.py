@@ -30,6 +30,7 @@ class PairStats:
         group_keys: of the prompt's tokens, cut as they are.
         lengths: tokens of prompt, chosen and rejected, [pairs, 3].
         held: whether the pair is held out.
+        subsets: what the row says it belongs to; empty where it says nothing.
     """
 
     rows: npt.NDArray[np.int64]
@@ -38,6 +39,7 @@ class PairStats:
     group_keys: Keys
     lengths: npt.NDArray[np.int32]
     held: npt.NDArray[np.bool_]
+    subsets: npt.NDArray[np.str_]
 
     def save(self, directory: str, name: str) -> None:
         """Write atomically, as the stats of one shard of a token set."""
@@ -65,8 +67,9 @@ class StatsOfPairs:
     held_share: float
     groups: list[PromptGroup] = field(default_factory=list)
     texts: list[tuple[int, int]] = field(default_factory=list)
+    subsets: list[str] = field(default_factory=list)
 
-    def add(self, group: PromptGroup, text: PairText) -> None:
+    def add(self, group: PromptGroup, text: PairText, subset: str = "") -> None:
         """One plain pair."""
         parts = (text.prompt, text.chosen, text.rejected)
         lengths = ",".join(str(len(part)) for part in parts)  # keeps the parts apart
@@ -75,6 +78,7 @@ class StatsOfPairs:
         asked = _hash(text.prompt) if text.prompt.strip() else pair_key
         self.groups.append(group)
         self.texts.append((asked, pair_key))
+        self.subsets.append(subset)
 
     def part(self, held: bool) -> list[PromptGroup]:
         """The pairs that are held out, or the others."""
@@ -92,6 +96,7 @@ class StatsOfPairs:
             group_keys=group_keys(self.groups),
             lengths=np.array(lengths, dtype=np.int32).reshape(-1, 3),
             held=np.array([key / _SCALE < self.held_share for key, _ in self.texts], dtype=bool),
+            subsets=np.array(self.subsets, dtype=np.str_),
         )
 
 

@@ -30,11 +30,15 @@ from orpo_ray.training.errors import ResumeError
 from orpo_ray.training.resume import decisive_settings, newest_manifest, refuse_changes
 
 CONFIG = "config.yaml"
+_FILE_WIDTH = 160
 
 
 def make_console() -> Console:
-    """Where a command prints: plain, unwrapped lines."""
-    return Console(highlight=False, soft_wrap=True)
+    """Where a command prints: plain, unwrapped lines; tables as wide as they want in a file."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    return console
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def start_run(
     run_directory = run_directory_of(config)
     output_directory = run_directory.parent
     config = _with_batch_size(config, run_directory, console)
-    inputs = inputs or find_inputs(config, output_directory)
+    inputs = inputs or find_inputs(config, output_directory, only_evals)
     cluster.connect()
     config = cluster.with_cluster(config)
     token_sets = _ingest_all(config, inputs, output_directory, only_evals)
@@ -149,6 +153,7 @@ def _ingest_all(
     request = dataclasses.replace(
         _request(config, inputs, inputs.train_files, output_directory),
         val_set_size=data.val_set_size,
+        subset_column=None,
         drop_duplicates=data.drop_duplicates,
         other_sets=tuple(t.directory for t in evals.values()) if data.drop_overlap else (),
     )
@@ -209,4 +214,5 @@ def _request(
         chat_template=inputs.model.chat_template,
         special_tokens=data.special_tokens_in_text,
         group_by_prompt=data.group_by_prompt,
+        subset_column=data.eval_subset_column,
     )

@@ -42,6 +42,7 @@ class IngestRequest:
         val_set_size: share of the prompts whose pairs are held out.
         drop_duplicates: whether a pair that occurred before is left out.
         other_sets: directories of token sets whose prompts are left out.
+        subset_column: column that says which part of an evaluation set a row belongs to.
     """
 
     files: tuple[str, ...]
@@ -57,6 +58,7 @@ class IngestRequest:
     val_set_size: float = 0.0
     drop_duplicates: bool = False
     other_sets: tuple[str, ...] = ()
+    subset_column: str | None = None
 
     def pair_tokenizer(self) -> PairTokenizer:
         """The tokenizer with its limits, loaded once a process."""
@@ -233,12 +235,16 @@ class _Rows:
             self.refused.append(refused[0])
             return
         self.counts["pairs_left_out"] += len(refused)
-        for _, text, pair in results:
+        for raw, text, pair in results:
             if isinstance(pair, TokenizedPair):
-                self.kept.add(pair.group, text)
+                self.kept.add(pair.group, text, self._subset(raw))
                 self.counts["truncated_prompts"] += pair.prompt_cut
                 self.counts["truncated_completions"] += pair.completion_cut
                 self.counts["truncated_pairs"] += pair.prompt_cut or pair.completion_cut
+
+    def _subset(self, raw: RawRow) -> str:
+        column = self._request.subset_column
+        return "" if column is None else str((raw.record or {}).get(column, ""))
 
     def _texts(self, raw: RawRow) -> list[PairText] | Refusal:
         """One row as text, or why it is not trained on."""
@@ -250,7 +256,7 @@ class _Rows:
         if isinstance(found, Refusal):
             return found
         self.shapes[found.shape.value] += 1
-        self.ignored |= found.ignored
+        self.ignored |= found.ignored - {self._request.subset_column}
         texts, refused = [], []
         for record in found.records:
             token = None

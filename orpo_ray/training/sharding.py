@@ -41,7 +41,7 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
     """
     revision = config.model.model_revision
     model_config = AutoConfig.from_pretrained(model_path, revision=revision)
-    _refuse_unknown_heads(model_config)
+    refuse_unknown_heads(model_config)
     if config.model.disable_dropout:
         _without_dropout(model_config)
     # Buffers stay real: rotary frequencies are computed, not loaded.
@@ -99,7 +99,12 @@ def _without_dropout(model_config: PreTrainedConfig) -> None:
             setattr(model_config, name, 0.0)
 
 
-def _refuse_unknown_heads(model_config: PreTrainedConfig) -> None:
+def refuse_unknown_heads(model_config: PreTrainedConfig) -> None:
+    """Stop before a head whose logits this version would get wrong.
+
+    Raises:
+        UnsupportedModelError: naming the setting.
+    """
     settings = model_config.get_text_config().to_dict()
     for name, neutral in _UNKNOWN_HEADS.items():
         if settings.get(name, neutral) not in (None, neutral):

@@ -60,7 +60,7 @@ def settle_attention(
     if model.attention == "padded" or family in COMPARED:
         return
     sample = stream.sample(_N_GROUPS)
-    problem = _disagreement(model, sample, device, _TOLERANCE_NATS[bf16])
+    problem = disagreement(model, sample, device, bf16)
     # One rank that falls back must not do so alone.
     worst = torch.tensor([problem is not None], dtype=torch.int32, device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
@@ -72,8 +72,8 @@ def settle_attention(
 
 
 @torch.no_grad()
-def _disagreement(
-    model: OrpoModel, sample: PackedRow, device: torch.device, tolerance: float
+def disagreement(
+    model: OrpoModel, sample: PackedRow, device: torch.device, bf16: bool
 ) -> str | None:
     """What differs between the two computations of one row, or None."""
     scale = LossScale(nll=1 / sample.n_nll_tokens, pair=1 / sample.n_pairs, beta=1.0)
@@ -94,6 +94,6 @@ def _disagreement(
         (getattr(packed, name) - getattr(padded, name)).abs().max().item()
         for name in ("chosen_log_probs", "rejected_log_probs")
     )
-    if difference <= tolerance:
+    if difference <= _TOLERANCE_NATS[bf16]:
         return None
     return f"log-probabilities differ by {difference:.2g} nats"

@@ -1,0 +1,101 @@
+"""`jobs/evaluate.py`, as a user runs it, and what it writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.orchestration.inputs import find_inputs
+
+N_ROWS = 60
+
+
+def pair(i: int) -> dict[str, Any]:
+    subset = "hard" if i % 3 == 0 else "easy"
+    row = {
+        "prompt": f"What is {i} + 1?",
+        "chosen": f"It is {i + 1}.",
+        "rejected": "No idea at all.",
+    }
+    return row | {"subset": subset}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, run_command, ray_cluster) -> Path:
+    """A run of the command on the demo's base model, beside itself as its own baseline."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    lines = [json.dumps(pair(i)) for i in range(N_ROWS)]
+    lines[7] = "{"
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    find_inputs(ORPOConfig(train_files=str(folder / "pairs.jsonl")), folder / "runs")
+    model = next((folder / "runs").glob("demo-*")) / "base-model"
+    done = run_command(
+        folder,
+        "jobs/evaluate.py",
+        f"model_name_or_path={model}",
+        f"baseline={model}",
+        "eval_files={path: pairs.jsonl, name: sums}",
+        "eval_subset_column=subset",
+        "max_bad_fraction=0.05",
+        "run_name=run",
+        ray_address=ray_cluster,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder / "out").write_text(done.stdout)
+    return folder
+
+
+def test_figures_add_up_to_the_scores(evaluated: Path) -> None:
+    found = json.loads((evaluated / "runs" / "run" / "evaluation.json").read_text())["sets"]["sums"]
+    table = pq.read_table(found["scores"])
+    assert Path(found["scores"]).name == "scores-sums.parquet"
+    assert found["pairs"] == table.num_rows == N_ROWS - 1
+    rows = [i + 1 for i in range(N_ROWS) if i != 7]
+    assert table["row"].to_pylist() == rows
+    assert set(table["file"].to_pylist()) == {str(evaluated / "pairs.jsonl")}
+    margin = table["margin"].to_numpy()
+    accuracy = found["figures"]["accuracy"]
+    assert accuracy["value"] == pytest.approx((margin > 0).mean())
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+    assert found["figures"]["margin"]["value"] == pytest.approx(margin.mean())
+    report = json.loads((evaluated / "runs" / "run" / "data_report.json").read_text())
+    assert report["eval_sums"]["refused"] == {"malformed_json": 1}
+
+
+def test_subsets_and_lengths_share_the_pairs_out(evaluated: Path) -> None:
+    found = json.loads((evaluated / "runs" / "run" / "evaluation.json").read_text())["sets"]["sums"]
+    table = pq.read_table(found["scores"]).to_pylist()
+    assert [row["subset"] for row in table] == [pair(row["row"] - 1)["subset"] for row in table]
+    for subset in ("hard", "easy"):
+        margins = [row["margin"] for row in table if row["subset"] == subset]
+        assert found["subsets"][subset]["pairs"] == len(margins)
+        accuracy = found["subsets"][subset]["figures"]["accuracy"]["value"]
+        assert accuracy == pytest.approx(sum(m > 0 for m in margins) / len(margins))
+    assert sum(group["pairs"] for group in found["lengths"].values()) == N_ROWS - 1
+
+
+def test_a_model_does_not_differ_from_itself(evaluated: Path) -> None:
+    found = json.loads((evaluated / "runs" / "run" / "evaluation.json").read_text())["sets"]["sums"]
+    for difference in found["differences"].values():
+        assert difference == {"value": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+
+
+def test_what_is_printed(evaluated: Path) -> None:
+    out = (evaluated / "out").read_text()
+    assert "sums data" in out
+    assert "all 59 pairs" in out
+    assert "hard (20)" in out
+    assert "model less baseline" in out
+    assert f"evaluation: {evaluated}/runs/run/evaluation.json" in out
+
+
+def test_without_data_or_with_a_bad_baseline_nothing_is_done(evaluated, run_command, ray_cluster):
+    model = next((evaluated / "runs").glob("demo-*")) / "base-model"
+    done = run_command(
+        evaluated, "jobs/evaluate.py", f"model_name_or_path={model}", ray_address=ray_cluster
+    )
+    assert done.returncode == 2
+    assert "eval_files: nothing to evaluate on" in done.stderr
