@@ -117,10 +117,11 @@ def _fill_folder(
 ) -> list[PromptGroup]:
     tokenizer = _make_tokenizer(folder / "model", texts, VOCABULARIES[vocabulary])
     _make_model(folder / "model", model, VOCABULARIES[vocabulary], tokenizer)
+    limits = Limits(MAX_LENGTH, truncation="drop")
     kept, groups = [], []
     for row, text in enumerate(texts):
-        (result,) = PairTokenizer(tokenizer, Limits(MAX_LENGTH)).tokenize([text], [RowId(0, row)])
-        # TRL cuts prompts where this project refuses the pair: those are left to neither side.
+        (result,) = PairTokenizer(tokenizer, limits).tokenize([text], [RowId(0, row)])
+        # Where a prompt does not fit the two cut otherwise: such pairs are given to neither side.
         if not isinstance(result, Refusal) and len(kept) < n_pairs:
             kept.append(text)
             groups.append(result.group)

@@ -46,7 +46,7 @@ def budget_lines(figures: Mapping[str, Any]) -> list[str]:
     """Lengths, truncation, repeats, the length bias, and what padding would have cost."""
     if not figures.get("pairs"):
         return []
-    pairs, lines = figures["pairs"], []
+    lines = []
     for kind, spread in figures.get("lengths", {}).items():
         name = "longer side with its prompt" if kind == "longest" else kind
         lines.append(
@@ -55,12 +55,13 @@ def budget_lines(figures: Mapping[str, Any]) -> list[str]:
         )
     if "rows_read" not in figures:
         return lines
+    pairs, read = figures["pairs"], figures["pairs_read"]
     lines += [
-        f"truncated: {_share(figures['truncated_pairs'], pairs)} of the pairs "
+        f"truncated: {_share(figures['truncated_pairs'], read)} of the pairs "
         f"({figures['truncated_prompts']} prompts, {figures['truncated_completions']} with an "
         "answer cut)",
-        f"repeated: {_share(figures['duplicate_pairs'], pairs)} of the pairs occurred before; "
-        f"{_share(figures.get('overlapping_pairs', 0), pairs)} share a prompt with an evaluation "
+        f"repeated: {_share(figures['duplicate_pairs'], read)} of the pairs occurred before; "
+        f"{_share(figures.get('overlapping_pairs', 0), read)} share a prompt with an evaluation "
         "set",
         f"length bias: the chosen answer is the longer one in "
         f"{_share(figures['pairs_chosen_longer'], pairs - figures['pairs_equally_long'])} of the "

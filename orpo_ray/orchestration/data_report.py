@@ -1,7 +1,8 @@
 """What a run directory says of its data: counts, lengths, and every refused row; on the driver."""
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy.typing as npt
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.feed import TRAIN
-from orpo_ray.orchestration.ingest import LENGTHS, first_refused, load_keys
+from orpo_ray.orchestration.ingest import LENGTHS, first_refused, load_keys, nothing_usable
+from orpo_ray.orchestration.pair_stats import STATS, PairStats
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import ON_REQUEST, Reason
 from orpo_ray.preference.shards import TokenSet, read_shard
@@ -187,7 +189,7 @@ def first_pair_lines(tokens: TokenSet, tokenizer: Any, nll_scope: str) -> list[s
 def refuse_bad_data(
     run_directory: Path, token_sets: Mapping[str, TokenSet], config: ORPOConfig
 ) -> None:
-    """Stop before training when too many rows are refused, or any where none may be.
+    """Stop before training when nothing is left, too many rows are refused, or any that may not be.
 
     Raises:
         DataError: with the counts, the first rows, and where all of them are listed.
@@ -199,6 +201,9 @@ def refuse_bad_data(
             continue
         seen.add(tokens.directory)
         report, shown = tokens.report, name.rstrip("_")
+        problems += nothing_usable(tokens)
+        if not report["rows_read"] or not tokens.n_pairs:
+            continue
         listed = f"all in {run_directory}/{QUARANTINE}/{shown}.jsonl"
         bad = {reason: n for reason, n in report["refused"].items() if reason not in ON_REQUEST}
         share = sum(bad.values()) / report["rows_read"]
@@ -208,11 +213,11 @@ def refuse_bad_data(
                 f"{shown} data: {sum(bad.values())} of {report['rows_read']} rows are refused "
                 f"({counts}), more than max_bad_fraction={config.data.max_bad_fraction}; {listed}"
             )
-            problems += first_refused(tokens, _SHOWN_ROWS)
+            problems += first_refused(tokens, _SHOWN_ROWS, bad)
         too_long = report["refused"].get(Reason.PROMPT_TOO_LONG, 0)
         if too_long and config.data.truncation == "error":
             problems.append(f"{shown} data: {too_long} prompts are too long; {listed}")
-            problems += first_refused(tokens, _SHOWN_ROWS, Reason.PROMPT_TOO_LONG)
+            problems += first_refused(tokens, _SHOWN_ROWS, {Reason.PROMPT_TOO_LONG})
     if problems:
         raise DataError(problems)
 
@@ -220,23 +225,56 @@ def refuse_bad_data(
 def count_trained(
     run_directory: Path, report: Mapping[str, Any], train: TokenSet
 ) -> dict[str, Any]:
-    """Add to the report how many rows of every training file the ledger says were trained."""
-    trained = [bytearray() for _ in train.sources]  # a byte a row: 1 where it was trained
+    """Add to the report what of every training file the ledger says was trained, and skipped.
+
+    A ledger of earlier, other data may name rows that are not in the set: those are not counted.
+    """
+    ends = {"rows": _RowMarks(train), "skipped": _RowMarks(train)}
     with (run_directory / LEDGER).open() as file:
-        for line in file:
-            for source, row in json.loads(line)["rows"]:
-                seen = trained[source]
-                seen.extend(bytes(max(0, row + 1 - len(seen))))
-                seen[row] = 1
-    counts = [sum(seen) for seen in trained]
+        for text in file:
+            line = json.loads(text)
+            for key, marks in ends.items():
+                marks.add(line.get(key, ()))
     counted = dict(report[TRAIN])
     sources = {}
-    for path, n_rows in zip(train.sources, counts, strict=True):
-        part = counted["sources"][path]
-        sources[path] = part | _trained(part, n_rows)
-    counted |= {"sources": sources} | _trained(counted, sum(counts))
-    return dict(report) | {TRAIN: counted}
+    total: Counter[str] = Counter(rows_trained=0, rows_skipped=0, rows_not_reached=0)
+    for source, path in enumerate(train.sources):
+        kept = _kept_rows(train, source)
+        trained = ends["rows"].of(source, kept)
+        skipped = ends["skipped"].of(source, kept) & ~trained
+        counts = {"rows_trained": int(trained.sum()), "rows_skipped": int(skipped.sum())}
+        left = counted["sources"][path]["rows_kept"] - sum(counts.values())
+        sources[path] = counted["sources"][path] | counts | {"rows_not_reached": left}
+        total.update(counts | {"rows_not_reached": left})
+    return dict(report) | {TRAIN: counted | {"sources": sources} | dict(total)}
 
 
-def _trained(part: Mapping[str, Any], n_rows: int) -> dict[str, int]:
-    return {"rows_trained": n_rows, "rows_not_reached": part["rows_kept"] - n_rows}
+class _RowMarks:
+    """Which rows of every source file the ledger names: a byte a row."""
+
+    def __init__(self, tokens: TokenSet) -> None:
+        self._marks = [bytearray() for _ in tokens.sources]
+
+    def add(self, rows: Iterable[Sequence[int]]) -> None:
+        """Mark rows, each as source and row from 1."""
+        for source, row in rows:
+            if source < len(self._marks):
+                marks = self._marks[source]
+                marks.extend(bytes(max(0, row - len(marks))))
+                marks[row - 1] = 1
+
+    def of(self, source: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """For some rows of a file, from 0, whether they are marked."""
+        marks = np.frombuffer(bytes(self._marks[source]), dtype=bool)
+        known = rows < len(marks)
+        found = np.zeros(len(rows), dtype=bool)
+        found[known] = marks[rows[known]]
+        return found
+
+
+def _kept_rows(tokens: TokenSet, source: int) -> npt.NDArray[np.int64]:
+    """The rows of a file that are trained on, from 0, and those that were left out on request."""
+    names = [path.stem for path in Path(tokens.directory, STATS).glob(f"{source:05d}-*.npz")]
+    parts = [PairStats.load(tokens.directory, name) for name in names]
+    rows = [part.rows[~part.held] for part in parts]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *rows]))

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def ingest(request: IngestRequest) -> TokenSet:
     """Tokenize the files, or find them tokenized already.
 
     Raises:
-        DataError: for files that cannot be read, and when every row is refused.
+        DataError: for files that cannot be read.
     """
     directory = Path(request.cache_directory) / _cache_key(request)
     found = TokenSet.load(str(directory))
@@ -59,8 +59,6 @@ def ingest(request: IngestRequest) -> TokenSet:
         for path in directory.glob("*.parquet"):  # shards that were written anew
             if path.name not in kept:
                 path.unlink()
-    if not found.n_pairs:
-        raise DataError(_nothing_usable(found))
     return found
 
 
@@ -109,8 +107,12 @@ def _gathered(
         shards["shard"], longest = _grouped(request, directory, summaries, dropped, "shard")
         shards["held_shard"], _ = _grouped(request, directory, summaries, dropped, "held_shard")
     elif any(mask.any() for mask in dropped):
-        shards["shard"], longest = _without_dropped(request, directory, summaries, dropped)
-    figures = _length_figures(directory, summaries, dropped, request.limits.max_length)
+        shards["shard"], longest = _without_dropped(request, directory, summaries, dropped, "shard")
+        shards["held_shard"], _ = _without_dropped(
+            request, directory, summaries, dropped, "held_shard"
+        )
+    figures: dict[str, Any] = {"pairs_read": sum(len(mask) for mask in dropped)}
+    figures |= _length_figures(directory, summaries, dropped, request.limits.max_length)
     by_source = {
         path: _counts([s for s in summaries if s["source"] == source])
         for source, path in enumerate(request.files)
@@ -138,7 +140,8 @@ def _stats(directory: str, summaries: Sequence[Mapping[str, Any]]) -> Iterator[P
 
 def load_keys(directory: str, name: str) -> Any:
     """One kind of keys of all pairs of a token set, in no order."""
-    parts = [PairStats.load(directory, path.stem) for path in Path(directory, STATS).iterdir()]
+    paths = Path(directory, STATS).glob("*.npz")  # and not what a killed task left half written
+    parts = [PairStats.load(directory, path.stem) for path in paths]
     return np.concatenate([getattr(part, name) for part in parts])
 
 
@@ -190,7 +193,7 @@ def _leave_out(
         rows = sorted(set(stats.rows[mask].tolist()) & lost)
         lost -= set(rows)
         summary["refused"][str(reason)] = summary["refused"].get(str(reason), 0) + len(rows)
-        summary["pairs_left_out"] += int(mask.sum()) - len(rows)
+        summary["pairs_left_out"] += int((mask & ~np.isin(stats.rows, rows)).sum())
         path = request.files[summary["source"]]
         place = {"file": path, "reason": reason, "detail": details[reason], "excerpt": ""}
         lines += [json.dumps(place | {"row": row + 1}, ensure_ascii=False) for row in rows]
@@ -231,12 +234,14 @@ def _without_dropped(
     directory: str,
     summaries: Sequence[Mapping[str, Any]],
     dropped: Sequence[Any],
+    part: str,
 ) -> tuple[tuple[Shard, ...], int]:
     """Shards without the pairs that are left out, by source."""
     kept: dict[int, list[list[Place]]] = {}
-    for source, _, place in _places(directory, summaries, dropped, "shard"):
+    for source, _, place in _places(directory, summaries, dropped, part):
         kept.setdefault(source, []).append([place])
-    parts = [NewShards("kept", source, members) for source, members in sorted(kept.items())]
+    name = "kept" if part == "shard" else "held-kept"
+    parts = [NewShards(name, source, members) for source, members in sorted(kept.items())]
     return rewrite(directory, parts, request.shard_rows)
 
 
@@ -285,8 +290,10 @@ def _length_figures(
     return {"pairs_chosen_longer": longer, "pairs_equally_long": equal}
 
 
-def _nothing_usable(tokens: TokenSet) -> list[str]:
-    """Why nothing is left: counts by reason, and the first few rows."""
+def nothing_usable(tokens: TokenSet) -> list[str]:
+    """Why no pair is left: counts by reason, and the first few rows; empty where some are."""
+    if tokens.n_pairs:
+        return []
     report = tokens.report
     counts = ", ".join(f"{count} {reason}" for reason, count in report["refused"].items())
     if report["rows_held_out"]:
@@ -295,14 +302,16 @@ def _nothing_usable(tokens: TokenSet) -> list[str]:
     return lines + first_refused(tokens, 3)
 
 
-def first_refused(tokens: TokenSet, n_rows: int, reason: str | None = None) -> list[str]:
-    """Some refused rows, a line each."""
+def first_refused(
+    tokens: TokenSet, n_rows: int, reasons: Container[str] | None = None
+) -> list[str]:
+    """The first refused rows, of some reasons or of any, a line each."""
     lines: list[str] = []
     for part in tokens.report["quarantine"]:
         with Path(tokens.directory, part).open(encoding="utf-8") as file:
             for text in file:
                 row = json.loads(text)
-                if reason in (None, row["reason"]):
+                if reasons is None or row["reason"] in reasons:
                     lines.append(f"{row['file']}:{row['row']}: {row['reason']}: {row['detail']}")
                 if len(lines) == n_rows:
                     return lines

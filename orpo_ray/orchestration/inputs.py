@@ -36,9 +36,7 @@ class RunInputs:
     model: ModelSource
 
 
-def find_inputs(
-    config: ORPOConfig, output_directory: Path, only_evals: bool = False
-) -> RunInputs:
+def find_inputs(config: ORPOConfig, output_directory: Path, only_evals: bool = False) -> RunInputs:
     """Find every input that the config names; what it leaves out is the demo's.
 
     Args:
@@ -111,7 +109,9 @@ def _found(
             continue
         for source in sources:
             if found.setdefault(source.path, source) != source:
-                problems.append(f"{setting}: {source.path}: named twice, with another weight")
+                problems.append(
+                    f"{setting}: {source.path}: named twice, with another weight or name"
+                )
     return tuple(found.values())
 
 
@@ -209,24 +209,32 @@ def keep_dataset(dataset: Any, directory: Path) -> str:
         )
     path = directory / f"{dataset._fingerprint}.parquet"
     if not path.exists():
-        dataset.to_parquet(str(path))
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        dataset.to_parquet(str(temporary))
+        temporary.replace(path)
     return str(path)
 
 
 def _keep_ray_dataset(dataset: Any, directory: Path) -> str:
     """Block by block in their order, so that no more than a few are in memory here."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     dataset.context.execution_options.preserve_order = True
-    temporary = directory / f"ray-{os.getpid()}.tmp"
-    writer = None
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        if writer is None:
-            writer = pq.ParquetWriter(temporary, batch.schema)
-        writer.write_table(batch.cast(writer.schema))
-    if writer is None:
+    whole = dataset.materialize()
+
+    def blocks() -> Any:
+        return whole.iter_batches(batch_size=None, batch_format="pyarrow")
+
+    # A block in which a column is null throughout does not know the column's type.
+    schemas = [block.schema for block in blocks()]
+    if not schemas:
         raise DataError(["train_dataset: the Ray Dataset has no row"])
-    writer.close()
+    schema = pa.unify_schemas(schemas, promote_options="permissive")
+    temporary = directory / f"ray-{os.getpid()}.tmp"
+    with pq.ParquetWriter(temporary, schema) as writer:
+        for block in blocks():
+            writer.write_table(block.cast(schema))
     digest = xxhash.xxh3_128()
     with temporary.open("rb") as file:
         while block := file.read(1 << 20):

@@ -25,7 +25,7 @@ class PairStats:
 
     Args:
         rows: source row, from 0.
-        prompt_keys: of the prompt's text; of all three where there is no prompt.
+        prompt_keys: of the prompt as its source has it; of the row where it has none.
         pair_keys: of all three texts.
         group_keys: of the prompt's tokens, cut as they are.
         lengths: tokens of prompt, chosen and rejected, [pairs, 3].
@@ -69,15 +69,13 @@ class StatsOfPairs:
     texts: list[tuple[int, int]] = field(default_factory=list)
     subsets: list[str] = field(default_factory=list)
 
-    def add(self, group: PromptGroup, text: PairText, subset: str = "") -> None:
-        """One plain pair."""
+    def add(self, group: PromptGroup, text: PairText, prompt: str, subset: str = "") -> None:
+        """One plain pair; `prompt` is equal where prompts are, whatever templates make of them."""
         parts = (text.prompt, text.chosen, text.rejected)
         lengths = ",".join(str(len(part)) for part in parts)  # keeps the parts apart
         pair_key = _hash("".join((lengths, *parts)))
-        # Pairs without a prompt have nothing in common.
-        asked = _hash(text.prompt) if text.prompt.strip() else pair_key
         self.groups.append(group)
-        self.texts.append((asked, pair_key))
+        self.texts.append((_hash(prompt), pair_key))
         self.subsets.append(subset)
 
     def part(self, held: bool) -> list[PromptGroup]:

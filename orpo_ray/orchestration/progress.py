@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,13 +13,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from orpo_ray.training.run_files import LOG, METRICS, read_metrics
 
 _POLL_S = 0.3
+# A run's page is written anew after so long at the earliest, and in so much of the time.
+_REFRESH_S, _REFRESH_SHARE = 30.0, 0.02
 
 
 class RunWatcher:
-    """Prints a run's log lines and its progress: one live line on a terminal, else plain lines."""
+    """Prints a run's log lines and its progress: one live line on a terminal, else plain lines.
 
-    def __init__(self, directory: Path, n_steps: int, console: Console | None = None) -> None:
+    Args:
+        directory: of the run.
+        n_steps: optimizer steps of the whole run.
+        console: where to print.
+        write_report: called now and then while there are new figures, and when the run fails.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        n_steps: int,
+        console: Console | None = None,
+        write_report: Callable[[], object] | None = None,
+    ) -> None:
         self._directory = directory
+        self._write_report = write_report
+        self._report_is_old, self._refresh_at = False, 0.0
         self._n_steps = n_steps
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._ended = threading.Event()
@@ -53,13 +70,27 @@ class RunWatcher:
     ) -> None:
         self._ended.set()
         self._thread.join()
+        if error is not None and self._shown_step >= 0:
+            self._refresh()
         if self._console.is_terminal:
             self._progress.stop()
 
     def _watch(self) -> None:
         while not self._ended.wait(_POLL_S):
             self._show_new()
+            if self._report_is_old and time.monotonic() >= self._refresh_at:
+                self._refresh()
         self._show_new()
+
+    def _refresh(self) -> None:
+        """Write the run's page; the next time is so far off that it takes little of a run."""
+        if self._write_report is None:
+            return
+        started = time.monotonic()
+        write_or_say(self._write_report, self._console)
+        now = time.monotonic()
+        self._report_is_old = False
+        self._refresh_at = now + max(_REFRESH_S, (now - started) / _REFRESH_SHARE)
 
     def _size(self, name: str) -> int:
         path = self._directory / name
@@ -76,6 +107,7 @@ class RunWatcher:
         if self._size(METRICS) == self._metrics_seen:
             return
         self._metrics_seen = self._size(METRICS)
+        self._report_is_old = True
         for line in read_metrics(self._directory):
             if line["step"] > self._shown_step:
                 self._shown_step = line["step"]
@@ -102,6 +134,15 @@ class RunWatcher:
         first_step, first_time = self._started_at
         left_s = (now - first_time) / (step - first_step) * (self._n_steps - step)
         return f"  eta {int(left_s) // 60}:{int(left_s) % 60:02d}"
+
+
+def write_or_say(write_report: Callable[[], object], console: Console) -> None:
+    """Write a run's page, or say on one line why not: no picture may cost a run its end."""
+    try:
+        write_report()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        console.print(f"report.html was not written: {reason}", markup=False)
 
 
 def figures_text(line: Mapping[str, Any]) -> str:

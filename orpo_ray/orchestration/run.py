@@ -1,6 +1,7 @@
 """The commands' one function each: from a config to a trained model; on the driver."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from orpo_ray.config import ORPOConfig
@@ -10,8 +11,9 @@ from orpo_ray.orchestration.data_report import REPORT_NAME, count_trained, save_
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
-from orpo_ray.orchestration.progress import RunWatcher, eval_prefixes
+from orpo_ray.orchestration.progress import RunWatcher, eval_prefixes, write_or_say
 from orpo_ray.orchestration.run_lock import claimed
+from orpo_ray.orchestration.run_report import REPORT, write_run_report
 from orpo_ray.orchestration.start import (
     make_console,
     run_directory_of,
@@ -80,10 +82,13 @@ def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
         markup=False,
     )
     steps_per_epoch = plans[TRAIN].order.n_batches(plans[TRAIN].plan.batch_groups)
-    with RunWatcher(run_directory, config.total_steps(steps_per_epoch), console):
+    n_steps = config.total_steps(steps_per_epoch)
+    refresh = partial(write_run_report, run_directory, config, start.data_report)
+    with RunWatcher(run_directory, n_steps, console, refresh):
         Fit(config, start.inputs.model, run_directory, plans, start.data_report).run(train_worker)
     report = count_trained(run_directory, start.data_report, start.token_sets[TRAIN])
     save_report(run_directory, report)
+    write_or_say(partial(write_run_report, run_directory, config, report), console)
     figures = summary(run_directory)
     result = TrainResult(
         run_directory=str(run_directory),
@@ -153,13 +158,17 @@ def end_text(result: TrainResult, config: ORPOConfig) -> str:
             f"held-out log odds{name}: {before[log_odds]:+.3f} before, {after[log_odds]:+.3f} after"
         )
     train = result.data_report[TRAIN]
-    ends = ("trained", "not_reached", "held_out", "refused")
+    ends = ["trained", "not_reached", "held_out", "refused"]
+    ends += ["skipped"] if train["rows_skipped"] else []
     counts = [f"{train[f'rows_{end}']} {end.replace('_', ' ')}" for end in ends]
     lines.append(f"rows: {train['rows_read']} read = {' + '.join(counts)}")
     if result.events:
         met = ", ".join(f"{kind} {count}" for kind, count in sorted(result.events.items()))
         lines.append(f"on the way: {met} (events.jsonl)")
-    lines += [f"run directory: {result.run_directory}", f"model: {result.model_directory}"]
+    lines += [
+        f"run directory: {result.run_directory} ({REPORT} in it)",
+        f"model: {result.model_directory}",
+    ]
     if config.data.train_files is None:
         lines.append(
             "next: python jobs/train.py beta=0 run_name=without-odds-ratio   "

@@ -159,7 +159,8 @@ def _ingest_all(
     )
     train = ingest(request)
     if data.val_set_size:
-        evals["eval_" if "eval_" not in evals else "eval_held_out_"] = _held_out(train)
+        free = [name for name in ("eval_", "eval_held_out_", "eval_val_set_") if name not in evals]
+        evals[free[0]] = _held_out(train)
     return {TRAIN: train} | evals
 
 

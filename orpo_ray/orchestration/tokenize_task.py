@@ -14,10 +14,10 @@ from orpo_ray.orchestration.pair_stats import StatsOfPairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.readers import RawRow, Split, read_split, split_file
-from orpo_ray.preference.records import Reason, Refusal, excerpt
+from orpo_ray.preference.records import Reason, Record, Refusal, excerpt
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.shards import write_shard
-from orpo_ray.preference.templates import PairText, render, special_token_in
+from orpo_ray.preference.templates import PairText, empty_answer, render, special_token_in
 from orpo_ray.preference.tokenization import Limits, PairTokenizer, TokenizedPair
 
 QUARANTINE, DONE = "quarantine", "done"
@@ -61,13 +61,22 @@ class IngestRequest:
     subset_column: str | None = None
 
     def pair_tokenizer(self) -> PairTokenizer:
-        """The tokenizer with its limits, loaded once a process."""
-        return load_tokenizer(self.tokenizer, self.revision, self.chat_template, self.limits)
+        """The tokenizer with its limits, loaded once a process as long as its files stay."""
+        folder = Path(self.tokenizer)
+        stats = [path.stat() for path in sorted(folder.iterdir())] if folder.is_dir() else []
+        files = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+        return _load_tokenizer(
+            self.tokenizer, self.revision, self.chat_template, self.limits, files
+        )
 
 
-@functools.cache
-def load_tokenizer(
-    name: str, revision: str | None, chat_template: str | None, limits: Limits
+@functools.lru_cache(maxsize=8)
+def _load_tokenizer(
+    name: str,
+    revision: str | None,
+    chat_template: str | None,
+    limits: Limits,
+    files: tuple[tuple[int, int], ...],
 ) -> PairTokenizer:
     """The tokenizer of a folder or hub id.
 
@@ -205,6 +214,7 @@ class _Rows:
         self._source = source
         self._pairs = request.pair_tokenizer()
         self.kept = StatsOfPairs(request.val_set_size)
+        self._identities: dict[int, str] = {}
         self.refused: list[tuple[RawRow, Refusal]] = []
         self.shapes: Counter[str] = Counter()
         self.ignored: set[str] = set()
@@ -217,7 +227,12 @@ class _Rows:
         texts: list[PairText] = []
         owners: list[RawRow] = []
         for raw in batch:
-            found = self._texts(raw)
+            try:
+                found = self._texts(raw)
+            except DataError:
+                raise
+            except Exception as error:  # whatever a row holds, it costs no more than itself
+                found = Refusal(Reason.UNEXPECTED, f"{type(error).__name__}: {error}")
             if isinstance(found, Refusal):
                 self.refused.append((raw, found))
             else:
@@ -227,6 +242,7 @@ class _Rows:
         pairs = zip(owners, texts, self._pairs.tokenize(texts, row_ids), strict=True)
         for _, part in itertools.groupby(pairs, key=lambda entry: entry[0].number):
             self._take(list(part))
+        self._identities.clear()
 
     def _take(self, results: list[tuple[RawRow, PairText, TokenizedPair | Refusal]]) -> None:
         """One row's pairs: it is refused when none of them can be trained on."""
@@ -237,7 +253,7 @@ class _Rows:
         self.counts["pairs_left_out"] += len(refused)
         for raw, text, pair in results:
             if isinstance(pair, TokenizedPair):
-                self.kept.add(pair.group, text, self._subset(raw))
+                self.kept.add(pair.group, text, self._identities[raw.number], self._subset(raw))
                 self.counts["truncated_prompts"] += pair.prompt_cut
                 self.counts["truncated_completions"] += pair.completion_cut
                 self.counts["truncated_pairs"] += pair.prompt_cut or pair.completion_cut
@@ -257,12 +273,14 @@ class _Rows:
             return found
         self.shapes[found.shape.value] += 1
         self.ignored |= found.ignored - {self._request.subset_column}
+        # All pairs of a ranking have one prompt, or stand in one row without any.
+        self._identities[raw.number] = found.records[0].identity
         texts, refused = [], []
         for record in found.records:
             token = None
             if self._request.special_tokens == "refuse":
                 token = special_token_in(record, self._pairs.tokenizer)
-            text = token or render(record, self._pairs.tokenizer)
+            text = token or self._rendered(record)
             if isinstance(text, Refusal):
                 refused.append(text)
             else:
@@ -271,6 +289,16 @@ class _Rows:
             return refused[0]
         self.counts["pairs_left_out"] += found.left_out + len(refused)
         return texts
+
+    def _rendered(self, record: Record) -> PairText | Refusal:
+        text = render(record, self._pairs.tokenizer)
+        if isinstance(text, Refusal):
+            return text
+        try:
+            (text.prompt + text.chosen + text.rejected).encode()
+        except UnicodeEncodeError:
+            return Refusal(Reason.BAD_SURROGATE, "its text holds half of a surrogate pair")
+        return empty_answer(text, self._pairs.tokenizer.eos_token) or text
 
 
 _WHY_NO_RECORD = {

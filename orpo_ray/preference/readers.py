@@ -210,15 +210,32 @@ def _read_array(path: str) -> Iterator[RawRow]:
     with opened(path) as file:
         content = file.read().removeprefix(_MARK)
     try:
-        array = _parsed(content)
+        array = json.loads(content.decode(), object_pairs_hook=_marking_repeats)
     except (ValueError, RecursionError) as error:
         if content.lstrip()[:1] == b"{":
             yield from _read_lines(io.BytesIO(content), Split(path))
             return
-        what = "an object in it has a key twice" if isinstance(error, _RepeatedKeyError) else error
-        raise DataError([f"{path}: not a JSON array: {what}"]) from error
+        raise DataError([f"{path}: not a JSON array: {error}"]) from error
     for number, record in enumerate(array if isinstance(array, list) else [array]):
-        yield _row(number, record)
+        if _has_repeats(record):
+            yield RawRow(number, None, Reason.DUPLICATE_KEY, str(record)[:200])
+        else:
+            yield _row(number, record)
+
+
+class _Repeats(dict[str, Any]):
+    """An object of JSON that had a key twice."""
+
+
+def _marking_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    return values if len(values) == len(pairs) else _Repeats(values)
+
+
+def _has_repeats(value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(value, _Repeats) or any(map(_has_repeats, value.values()))
+    return isinstance(value, list) and any(map(_has_repeats, value))
 
 
 def _read_table(path: str, delimiter: str) -> Iterator[RawRow]:
@@ -231,10 +248,13 @@ def _read_table(path: str, delimiter: str) -> Iterator[RawRow]:
         if len(set(header)) < len(header):
             raise DataError([f"{path}: its header names a column twice: {', '.join(header)}"])
         number = reader.line_num
-        for cells in reader:
-            if cells:
-                yield _table_row(number, header, cells)
-            number = reader.line_num
+        try:
+            for cells in reader:
+                if cells:
+                    yield _table_row(number, header, cells)
+                number = reader.line_num
+        except csv.Error as error:
+            raise DataError([f"{path}:{reader.line_num}: cannot be read on: {error}"]) from error
 
 
 def _table_row(number: int, header: Sequence[str], cells: Sequence[str]) -> RawRow:
@@ -269,8 +289,8 @@ def _read_arrow(path: str) -> Iterator[RawRow]:
         is_file_format = file.read(6) == b"ARROW1"
     if is_file_format:
         with opened(path, seekable=True) as file:
-            table = pa.ipc.open_file(file).read_all()
-        yield from _records(table.to_batches(max_chunksize=_BATCH_ROWS))
+            reader = pa.ipc.open_file(file)
+            yield from _records(map(reader.get_batch, range(reader.num_record_batches)))
     else:
         with opened(path) as file:
             yield from _records(pa.ipc.open_stream(file))
@@ -283,8 +303,29 @@ def _records(
     for batch in batches:
         if number >= stop:
             return
-        skipped = min(len(batch), max(0, first - number))
-        wanted = batch.slice(skipped, max(0, stop - number - skipped))
-        for index, record in enumerate(wanted.to_pylist()):
-            yield RawRow(number + skipped + index, record)
+        begin, end = min(len(batch), max(0, first - number)), min(len(batch), stop - number)
+        for start in range(begin, end, _BATCH_ROWS):
+            part = batch.slice(start, min(_BATCH_ROWS, end - start))
+            yield from _batch_rows(part, number + start)
         number += len(batch)
+
+
+def _batch_rows(batch: Any, number: int) -> Iterator[RawRow]:
+    """The rows of one batch; where it cannot be converted whole, each row by itself."""
+    try:
+        records = batch.to_pylist()
+    except (ValueError, OverflowError):
+        for index in range(len(batch)):
+            yield _one_row(batch.slice(index, 1), number + index)
+        return
+    for index, record in enumerate(records):
+        yield RawRow(number + index, record)
+
+
+def _one_row(batch: Any, number: int) -> RawRow:
+    try:
+        return RawRow(number, batch.to_pylist()[0])
+    except UnicodeDecodeError:
+        return RawRow(number, None, Reason.NOT_UTF8)
+    except (ValueError, OverflowError):
+        return RawRow(number, None, Reason.WRONG_TYPE)

@@ -51,6 +51,7 @@ class Reason(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     IDENTICAL_AFTER_TRUNCATION = "identical_after_truncation"
     NO_PREDICTED_TOKEN = "no_predicted_token"
+    UNEXPECTED = "unexpected"
     DUPLICATE = "duplicate"
     OVERLAP = "overlap"
 
@@ -82,6 +83,15 @@ class Record:
     chosen: Content
     rejected: Content
     template: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Equal where prompts are; of a pair without a prompt, that of the pair itself."""
+        blank = not self.prompt if isinstance(self.prompt, tuple) else not self.prompt.strip()
+        if isinstance(self.prompt, str) and not blank:
+            return self.prompt
+        parts = (self.prompt, self.template) if not blank else (self.chosen, self.rejected)
+        return json.dumps(parts, sort_keys=True, default=str)
 
 
 def normalise(row: Mapping[str, Any]) -> Record | Refusal:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from enum import StrEnum
@@ -103,7 +103,10 @@ class RowReader:
             problem = self._bad_scores(scores)
             if problem:
                 return problem
-        record = normalise(_RESHAPE[shape](row) if shape in _RESHAPE else row)
+        reshaped = _RESHAPE[shape](row) if shape in _RESHAPE else row
+        if isinstance(reshaped, Refusal):
+            return reshaped
+        record = normalise(reshaped)
         return record if isinstance(record, Refusal) else Found(shape, (record,))
 
     def _bad_scores(self, scores: Sequence[Any]) -> Refusal | None:
@@ -117,7 +120,7 @@ class RowReader:
 
     def _ranking(self, row: Mapping[str, Any]) -> Found | Refusal:
         """Every two answers whose scores differ enough, the better one chosen."""
-        name = next(name for name in _ANSWERS if name in row)
+        name = next(name for name in _ANSWERS if isinstance(row.get(name), list))
         scored = _scored_answers(name, row)
         if isinstance(scored, Refusal):
             return scored
@@ -125,21 +128,26 @@ class RowReader:
         asked = content_of(row, prompt)
         if isinstance(asked, Refusal):
             return asked
-        records, left_out = [], 0
+        records, left_out, too_near = [], 0, False
+        problem: Refusal | None = None
         for (one, first), (other, second) in combinations(scored, 2):
             better, worse = (one, other) if first > second else (other, one)
             if first == second or abs(first - second) < (self.min_score_gap or 0.0):
                 left_out += 1
+                too_near |= first != second
                 continue
             chosen: Content = better if isinstance(asked, str) else tuple(_answer(better))
             rejected: Content = worse if isinstance(asked, str) else tuple(_answer(worse))
             record = checked(Record(asked, chosen, rejected))
             if isinstance(record, Refusal):
                 left_out += 1
+                problem = problem or record
             else:
                 records.append(record)
         if not records:
-            return Refusal(Reason.SCORE_GAP, f"no two of {len(scored)} {name} make a pair")
+            reason = Reason.SCORE_GAP if too_near else Reason.BAD_SCORE
+            none = Refusal(reason, f"no two of {len(scored)} {name} differ enough in their scores")
+            return problem or none
         return Found(Shape.RANKING, tuple(records), left_out=left_out)
 
 
@@ -169,13 +177,18 @@ def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
     return dict(row) | {"prompt": [*system, *row["conversations"]]}
 
 
-def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
+def _alpaca(row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
     """An instruction is a user's message, with its input below it, after any earlier turns."""
     messages: list[Message] = []
     if row.get("system"):
         messages.append({"role": "system", "content": row["system"]})
-    for question, answer in row.get("history") or []:
+    turns = row.get("history") or []
+    if not isinstance(turns, list) or any(not isinstance(t, list) or len(t) != 2 for t in turns):
+        return Refusal(Reason.WRONG_TYPE, "history is not a list of [question, answer]")
+    for question, answer in turns:
         messages += [{"role": USER, "content": question}, {"role": ASSISTANT, "content": answer}]
+    if not isinstance(row.get("input") or "", str):
+        return Refusal(Reason.WRONG_TYPE, "input is not text")
     asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
     messages.append({"role": USER, "content": asked})
     sides = {
@@ -197,7 +210,11 @@ def _prompted(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in _ALPACA_TARGETS}
 
 
-_RESHAPE = {Shape.SHAREGPT: _sharegpt, Shape.ALPACA: _alpaca, Shape.PROMPTED: _prompted}
+_RESHAPE: dict[Shape, Callable[[Mapping[str, Any]], dict[str, Any] | Refusal]] = {
+    Shape.SHAREGPT: _sharegpt,
+    Shape.ALPACA: _alpaca,
+    Shape.PROMPTED: _prompted,
+}
 
 
 def _answer(text: str) -> list[Message]:
@@ -244,7 +261,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,7 +40,7 @@ def find_files(patterns: Sequence[str]) -> list[str]:
     Raises:
         DataError: naming every pattern that matches nothing and every file of another kind.
     """
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}
     problems = []
     for pattern in patterns:
         try:
@@ -48,63 +49,77 @@ def find_files(patterns: Sequence[str]) -> list[str]:
         except DataError as error:
             problems += error.lines
             continue
-        except (OSError, ValueError, ImportError) as error:
-            problems.append(f"{pattern}: cannot be looked at: {error}")
+        except Exception as error:
+            # Every file system has errors of its own, and aiohttp's are no OSError.
+            problems.append(f"{pattern}: cannot be looked at: {type(error).__name__}: {error}")
             continue
         if not matches:
             folder = Path(pattern).expanduser().is_dir()
             what = f"no file in it ends in {_KINDS_TEXT}" if folder else "no such file or folder"
             problems.append(f"{pattern}: {what}")
-        found |= dict.fromkeys(matches)
+        for path in matches:
+            found.setdefault(path if "://" in path else str(Path(path).resolve()), path)
     if problems:
         raise DataError(problems)
-    return list(found)
+    return list(found.values())
 
 
 def _unusable(path: str) -> str | None:
     """What speaks against a file before it is opened."""
     if not path.endswith(SUFFIXES):
         return f"not a kind of file that is read ({_KINDS_TEXT})"
-    return None if identity(path)[0] else "is empty"
+    return "is empty" if identity(path)[0] == 0 else None
 
 
 def _local_matches(pattern: str) -> list[str]:
     """Absolute paths for one pattern; of a folder, the files below it that can be read."""
     expanded = Path(pattern).expanduser()
     if expanded.is_dir():
-        saved = _saved_to_disk(expanded)
+        saved = _saved_to_disk(str(expanded), lambda name: (expanded / name).open("rb"))
         if saved is not None:
-            return saved
+            return [str((expanded / name).resolve()) for name in saved]
         below = [path for path in expanded.rglob("*") if path.name.endswith(SUFFIXES)]
     else:
         below = [Path(path) for path in glob.glob(str(expanded), recursive=True)]
     if expanded.is_file():  # also where its name holds a character of globs
         below = [expanded]
-    return sorted(str(path.resolve()) for path in below if path.is_file())
+    # Links keep their names: those of the hub's cache lead to files without a suffix.
+    return sorted(os.path.abspath(path) for path in below if path.is_file())
 
 
-def _saved_to_disk(folder: Path) -> list[str] | None:
+def _saved_to_disk(folder: str, open_in: Callable[[str], Any]) -> list[str] | None:
     """The files of a folder of `datasets.save_to_disk`, or None where it is no such folder."""
-    splits, state = folder / "dataset_dict.json", folder / "state.json"
-    if splits.is_file():
-        names = json.loads(splits.read_text())["splits"]
-        raise DataError([f"{folder}: holds the splits {', '.join(names)}; name one of the folders"])
-    if not state.is_file():
-        return None
-    files = json.loads(state.read_text())["_data_files"]
-    return [str((folder / file["filename"]).resolve()) for file in files]
+
+    def content(name: str) -> Any:
+        try:
+            with open_in(name) as file:
+                return json.load(file)
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    splits = content("dataset_dict.json").get("splits")
+    if splits:
+        raise DataError(
+            [f"{folder}: holds the splits {', '.join(splits)}; name one of the folders"]
+        )
+    files = content("state.json").get("_data_files")
+    return None if files is None else [file["filename"] for file in files]
 
 
 def _remote_matches(pattern: str) -> list[str]:
     """The same for a URL."""
     system, path = _filesystem(pattern)
     protocol = pattern.partition("://")[0]
+    if pattern.startswith(STREAMED):  # to list or to look for a folder would fetch the page
+        return [pattern] if system.exists(path) else []
     if system.isdir(path):
+        saved = _saved_to_disk(pattern, lambda name: system.open(f"{path}/{name}", "rb"))
+        if saved is not None:
+            return [f"{pattern.rstrip('/')}/{name}" for name in saved]
         paths = [name for name in system.find(path) if name.endswith(SUFFIXES)]
     else:
         paths = [path] if system.exists(path) else system.glob(path)
-    prefix = "" if pattern.startswith(STREAMED) else f"{protocol}://"
-    return sorted(prefix + name for name in paths)
+    return sorted(f"{protocol}://{name}" for name in paths)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -121,13 +136,14 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def identity(path: str) -> tuple[int, Any]:
-    """Size of a file in bytes, and what else tells it from one with other content."""
+def identity(path: str) -> tuple[int | None, Any]:
+    """Size of a file in bytes if it is known, and what else tells it from another content."""
     if "://" not in path:
         stat = Path(path).stat()
         return stat.st_size, stat.st_mtime_ns
     system, inner = _filesystem(path)
-    return int(system.info(inner)["size"] or 0), system.ukey(inner)
+    info = system.info(inner)
+    return info.get("size"), json.dumps(info, sort_keys=True, default=str)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,11 @@
 """Rendering messages with a chat template, so that a pair is three texts."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-from jinja2 import TemplateError
 
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import ASSISTANT, Content, Reason, Record, Refusal, role_of
@@ -58,8 +56,8 @@ def render(record: Record, tokenizer: Any) -> PairText | Refusal:
         )
     try:
         return _render_messages(record, tokenizer)
-    except (TemplateError, TypeError, KeyError) as error:
-        # As templates do for turns that their model does not take.
+    except Exception as error:
+        # A template is a program: it raises on turns that its model does not take, and on others.
         return Refusal(Reason.TEMPLATE_REFUSED, f"the chat template says: {error}")
 
 
@@ -119,6 +117,15 @@ def _ended(answer: str, eos: str) -> str:
     return stripped if stripped.endswith(eos) else answer
 
 
+def empty_answer(text: PairText, eos: str) -> Refusal | None:
+    """Why a pair has an answer without text: nothing is left of it but its end."""
+    for name, reason in (("chosen", Reason.EMPTY_CHOSEN), ("rejected", Reason.EMPTY_REJECTED)):
+        answer: str = getattr(text, name)
+        if not answer.strip().removesuffix(eos).strip():
+            return Refusal(reason, f"{name} has no text before its end")
+    return None
+
+
 def special_token_in(record: Record, tokenizer: Any) -> Refusal | None:
     """The first special token of the tokenizer that a pair's own text holds, if one does.
 
@@ -129,16 +136,30 @@ def special_token_in(record: Record, tokenizer: Any) -> Refusal | None:
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
     for name in ("prompt", "chosen", "rejected"):
         content = getattr(record, name)
-        texts = [content] if isinstance(content, str) else [m["content"] for m in content]
-        for text in texts:
-            inner = text.removeprefix(bos) if name == "prompt" else text.removesuffix(eos)
-            found = pattern.search(inner)
+        turns = [{"content": content}] if isinstance(content, str) else content
+        for turn in turns:
+            text = turn["content"]
+            own = text.removeprefix(bos) if name == "prompt" else text.removesuffix(eos)
+            rest = [value for key, value in turn.items() if key != "content"]
+            found = next(filter(None, map(pattern.search, [own, *_strings(rest)])), None)
             if found:
                 return Refusal(
                     Reason.SPECIAL_TOKEN,
                     f"{name} holds {found.group()}; special_tokens_in_text=allow reads it as such",
                 )
     return None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All text in messages, wherever in them it stands."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _strings(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _strings(part)
 
 
 @lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ from orpo_ray.orchestration.ingest import LENGTHS
 from orpo_ray.orchestration.pair_stats import StatsOfPairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
-from orpo_ray.preference.shards import TokenSet
+from orpo_ray.preference.shards import Shard, TokenSet
 from orpo_ray.preference.templates import PairText
 
 CONFIG = ORPOConfig(per_device_train_batch_size=2, max_bad_fraction=0.3)
@@ -54,16 +54,19 @@ def token_set(folder: Path, total: dict[str, Any], *parts: dict[str, Any]) -> To
     tallies = {kind: np.zeros(40, np.int64) for kind in ("prompt", "chosen", "rejected", "longest")}
     for n_prompt, n_chosen, n_rejected in PAIRS:
         parts_of = [np.zeros(n, np.int32) for n in (n_prompt, n_chosen, n_rejected)]
-        group = PromptGroup(parts_of[0], (parts_of[1], parts_of[2]), ((0, 1),), (RowId(0, 0),))
-        stats.add(group, PairText("p" * n_prompt, "c" * n_chosen, "r" * n_rejected))
+        row_id = RowId(0, len(stats.groups))
+        group = PromptGroup(parts_of[0], (parts_of[1], parts_of[2]), ((0, 1),), (row_id,))
+        text = PairText("p" * n_prompt, "c" * n_chosen, "r" * n_rejected)
+        stats.add(group, text, text.prompt)
         longest = n_prompt + max(n_chosen, n_rejected)
         for kind, n in zip(tallies, (n_prompt, n_chosen, n_rejected, longest), strict=True):
             tallies[kind][n] += 1
-    stats.arrays().save(str(folder), "all")
+    stats.arrays().save(str(folder), "00000-all")
     np.savez(folder / LENGTHS, **tallies)
     sources = {str(index): part for index, part in enumerate(parts)}
     report = total | {"sources": sources, "quarantine": quarantine}
-    return TokenSet(str(folder), (), tuple(sources), report)
+    shard = Shard("0.parquet", total["rows_kept"], total["rows_kept"], 99, "digest", 0)
+    return TokenSet(str(folder), (shard,), tuple(sources), report)
 
 
 def test_counts_and_refused_rows_of_every_set(tmp_path: Path) -> None:
@@ -158,20 +161,27 @@ def test_prompts_that_are_too_long_stop_the_run_where_they_are_an_error(tmp_path
 
 
 def test_the_ledger_says_what_of_every_file_was_trained(tmp_path: Path) -> None:
-    """Rows 1 and 3 of the first file, the one twice; none of the second: 8 kept, 6 not reached."""
+    """Rows 1 and 3 of the first file, the one twice; row 2 was skipped; none of the second.
+
+    Row 9 and source 7 are those of earlier, other data.
+    """
     parts = (counts(5, 3, 2), counts(6, 5, 1))
     tokens = token_set(tmp_path / "set", counts(11, 8, 3), *parts)
     report = write_data_report(tmp_path, {"train": tokens}, CONFIG, {})
-    lines = [{"step": 1, "rows": [[0, 1], [0, 3]]}, {"step": 2, "rows": [[0, 3]]}]
+    lines = [
+        {"step": 1, "rows": [[0, 1], [0, 3], [0, 9], [7, 1]]},
+        {"step": 2, "rows": [[0, 3]], "skipped": [[0, 2]]},
+    ]
     (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     train = count_trained(tmp_path, report, tokens)["train"]
-    for part, trained, not_reached in (
-        (train, 2, 6),
-        (train["sources"]["0"], 2, 1),
-        (train["sources"]["1"], 0, 5),
+    for part, trained, skipped, not_reached in (
+        (train, 2, 1, 5),
+        (train["sources"]["0"], 2, 1, 0),
+        (train["sources"]["1"], 0, 0, 5),
     ):
-        assert (part["rows_trained"], part["rows_not_reached"]) == (trained, not_reached)
-        ends = ("trained", "not_reached", "refused", "held_out")
+        ends = ("trained", "skipped", "not_reached")
+        assert [part[f"rows_{end}"] for end in ends] == [trained, skipped, not_reached]
+        ends = (*ends, "refused", "held_out")
         assert part["rows_read"] == sum(part[f"rows_{end}"] for end in ends)
 
 

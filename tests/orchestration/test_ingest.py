@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.data_report import write_data_report
-from orpo_ray.orchestration.ingest import ingest
+from orpo_ray.orchestration.ingest import ingest, load_keys, nothing_usable
 from orpo_ray.orchestration.tokenize_task import IngestRequest, TokenizeSplit
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
@@ -245,7 +245,7 @@ def test_an_ingest_that_died_before_its_manifest_is_done_again(
 
 CACHED = """
 import json, pickle, sys
-from orpo_ray.orchestration.ingest import ingest
+from orpo_ray.orchestration.ingest import ingest, load_keys, nothing_usable
 tokens = ingest(pickle.loads(bytes.fromhex(sys.argv[1])))
 print(json.dumps([tokens.directory, tokens.report, "ray" in sys.modules]))
 """
@@ -320,17 +320,15 @@ def test_when_every_row_is_refused_the_first_are_shown(ingested: Ingested, tmp_p
     request = request_for(ingested, tmp_path, "bad.jsonl", b"{\n\n" + b'{"prompt": "p"}\n' * 4)
     path = tmp_path / "bad.jsonl"
     for _ in range(2):
-        with pytest.raises(DataError) as caught:
-            ingest(request)
-        counts, *rows = caught.value.lines
+        counts, *rows = nothing_usable(ingest(request))
         assert counts == f"no usable row in {path}: 1 malformed_json, 4 missing_field"
         assert rows[0] == f"{path}:1: malformed_json: the line is no JSON"
         assert rows[1].startswith(f"{path}:3: missing_field: chosen is missing")
 
 
 def test_files_without_rows_are_refused(ingested: Ingested, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the files hold no row"):
-        ingest(request_for(ingested, tmp_path, "blank.jsonl", b"\n  \n"))
+    (line,) = nothing_usable(ingest(request_for(ingested, tmp_path, "blank.jsonl", b"\n  \n")))
+    assert line.endswith("the files hold no row")
 
 
 def test_messages_without_a_template_are_refused(ingested: Ingested, tmp_path: Path) -> None:
@@ -541,3 +539,50 @@ def test_a_ranking_is_one_row_of_several_pairs(tokenizer_folder: str, tmp_path: 
         assert (tokens.n_pairs, tokens.n_groups) == (6, n_groups)
         assert (tokens.report["rows_read"], tokens.report["rows_kept"]) == (2, 2)
         assert tokens.report["pairs_left_out"] == 1
+
+
+def test_a_ranking_without_a_prompt_is_on_one_side_only(
+    tokenizer_folder: str, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "", "completions": [f"a{i}", f"b{i}", f"c{i}"], "scores": [1, 2, 3]}
+        for i in range(30)
+    ]
+    tokens = ingest(
+        IngestRequest(
+            files=(write_rows(tmp_path / "a.jsonl", rows),),
+            tokenizer=tokenizer_folder,
+            revision=None,
+            limits=LIMITS,
+            shard_rows=8,
+            cache_directory=str(tmp_path / "cache"),
+            val_set_size=0.3,
+        )
+    )
+    report = tokens.report
+    assert report["rows_read"] == report["rows_kept"] + report["rows_held_out"] == 30
+    assert report["rows_held_out"] > 0
+
+
+def test_held_out_repeats_are_dropped_too_and_half_written_stats_do_not_matter(
+    tokenizer_folder: str, tmp_path: Path
+) -> None:
+    rows = [text_row(i % 3) | {"prompt": f"p{i % 40}: "} for i in range(40)] * 3
+    tokens = ingest(
+        IngestRequest(
+            files=(write_rows(tmp_path / "a.jsonl", rows),),
+            tokenizer=tokenizer_folder,
+            revision=None,
+            limits=LIMITS,
+            shard_rows=7,
+            cache_directory=str(tmp_path / "cache"),
+            val_set_size=0.3,
+            drop_duplicates=True,
+        )
+    )
+    held = sum(shard.n_pairs for shard in tokens.held_out)
+    assert (tokens.n_pairs, held) == (tokens.report["rows_kept"], tokens.report["rows_held_out"])
+    assert tokens.n_pairs + held == 40
+    assert tokens.report["refused"] == {"duplicate": 80}
+    (Path(tokens.directory) / "stats" / "00000-0000000000.77.tmp").touch()
+    assert len(load_keys(tokens.directory, "pair_keys")) == 120

@@ -59,7 +59,7 @@ def test_a_file_under_two_weights_is_refused(files: Path) -> None:
     with pytest.raises(DataError) as caught:
         find_inputs(config(train_files=entries), files / "runs")
     assert caught.value.lines == (
-        f"train_files: {files}/b.jsonl: named twice, with another weight",
+        f"train_files: {files}/b.jsonl: named twice, with another weight or name",
     )
     assert len(find_inputs(config(train_files=["*.jsonl", "b.jsonl"]), files).train_files) == 3
 
@@ -108,6 +108,14 @@ def test_data_in_memory_is_kept_in_its_order(kind: str, tmp_path: Path, ray_clus
     path = keep_dataset(made, tmp_path)
     assert pq.read_table(path).to_pylist() == ROWS
     assert keep_dataset(made, tmp_path) == path
+
+
+def test_a_block_of_nothing_but_null_does_not_set_the_type(
+    tmp_path: Path, ray_cluster: str
+) -> None:
+    rows = [ROWS[i] | {"note": None if i < 25 else "x"} for i in range(50)]
+    path = keep_dataset(ray.data.from_items(rows, override_num_blocks=2), tmp_path)
+    assert pq.read_table(path).to_pylist() == rows
 
 
 def test_anything_else_in_memory_is_refused(tmp_path: Path) -> None:

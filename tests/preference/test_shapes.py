@@ -224,3 +224,31 @@ def test_real_sharegpt_rows_are_read(shared_data: Path, name: str) -> None:
             turn["value"] for turn in row["conversations"]
         ]
         assert record.chosen[0]["content"] == row["chosen"]["value"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input": 5},
+        {"input": float("nan")},
+        {"history": ["hello"]},
+        {"history": [["a", "b", "c"]]},
+        {"history": 5},
+    ],
+)
+def test_an_instruction_with_odd_parts_is_refused(changes: dict[str, Any]) -> None:
+    row = {"instruction": "q", "chosen": "c", "rejected": "r"}
+    assert refused(row | changes).reason is Reason.WRONG_TYPE
+
+
+def test_a_ranking_that_is_bad_says_why() -> None:
+    """And not that scores are too near each other, which is no sign of bad data."""
+    twice = [ASKED, ASKED]
+    row = {"prompt": twice, "completions": ["a", "b"], "scores": [1, 2]}
+    assert refused(row).reason is Reason.BAD_ROLE
+    row = {"prompt": "q", "completions": ["a", " "], "scores": [1, 2]}
+    assert refused(row).reason is Reason.EMPTY_CHOSEN
+    assert refused(row | {"scores": [2, 2]}).reason is Reason.BAD_SCORE
+    assert refused(row | {"scores": [10**400, 2]}).reason is Reason.BAD_SCORE
+    row = {"prompt": "q", "completions": None, "responses": ["a", "b"], "scores": [1, 2]}
+    assert len(read(row).records) == 1

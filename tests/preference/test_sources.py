@@ -161,6 +161,13 @@ def test_a_folder_that_datasets_saved_has_its_files_in_their_order(tmp_path: Pat
     with pytest.raises(DataError, match="holds the splits train, test; name one"):
         find_files([str(tmp_path / "splits")])
     assert len(find_files([str(tmp_path / "splits" / "test")])) == 1
+    remote = [f"file://{path}" for path in files]
+    assert find_files([f"file://{tmp_path}/saved"]) == remote
+    with pytest.raises(DataError, match="holds the splits train, test; name one"):
+        find_files([f"file://{tmp_path}/splits"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "state.json").write_text('{"a": 1}')
+    assert find_files([str(tmp_path / "other")]) == [str(tmp_path / "other" / "state.json")]
 
 
 @pytest.fixture
@@ -352,13 +359,31 @@ def test_a_parquet_file_without_rows_has_no_split(tmp_path: Path) -> None:
     assert split_file(str(tmp_path / "none.parquet"), 10) == []
 
 
-def test_text_in_parquet_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
-    """Arrow writes and reads such bytes unseen; making a Python string of them raises."""
-    text = [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
-    column = pa.Array.from_buffers(pa.string(), 1, text)
-    pq.write_table(pa.table({"prompt": column}), tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match=r"rows\.parquet"):
-        read_all(tmp_path / "rows.parquet", 10)
+def test_a_value_in_parquet_that_python_does_not_take_costs_one_row(tmp_path: Path) -> None:
+    """Arrow keeps bytes that are no UTF-8, and years beyond 9999, unseen."""
+    text = [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"\xffa")]
+    days = pa.array([0, 2**30], pa.int32()).cast(pa.date32())
+    strings = pa.Array.from_buffers(pa.string(), 2, text)
+    pq.write_table(pa.table({"prompt": strings}), tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"prompt": ["a", "b"], "when": days}), tmp_path / "days.parquet")
+    rows = read_all(tmp_path / "rows.parquet", 10)
+    assert [(raw.record, raw.problem) for raw in rows] == [
+        (None, Reason.NOT_UTF8),
+        ({"prompt": "a"}, None),
+    ]
+    rows = read_all(tmp_path / "days.parquet", 10)
+    assert [raw.problem for raw in rows] == [None, Reason.WRONG_TYPE]
+
+
+def test_a_repeated_key_in_an_array_costs_one_row(tmp_path: Path) -> None:
+    content = b'[{"a": 0}, {"a": 1, "a": 2}, {"a": [{"b": 1, "b": 2}]}, {"a": 3}]'
+    rows = read_bytes(tmp_path / "array.json", content)
+    assert [raw.problem for raw in rows] == [None, Reason.DUPLICATE_KEY, Reason.DUPLICATE_KEY, None]
+
+
+def test_a_table_that_cannot_be_read_on_names_the_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"bad\.csv:3: cannot be read on"):
+        read_bytes(tmp_path / "bad.csv", b'prompt,chosen\na,b\n"x"y,c\n')
 
 
 def make_files(folder: Path, *names: str) -> None:
@@ -394,6 +419,17 @@ def test_relative_paths_and_the_home_folder(
     assert find_files(["a.jsonl", "./a.jsonl", "~/a.jsonl", "*.jsonl"]) == [
         str(tmp_path / "a.jsonl")
     ]
+
+
+def test_a_link_has_its_own_name_and_is_no_second_file(tmp_path: Path) -> None:
+    """As in the cache of the hub, whose files are links to names without a suffix."""
+    (tmp_path / "blob").write_text("{}")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "train.jsonl").symlink_to(tmp_path / "blob")
+    (tmp_path / "again.jsonl").symlink_to(tmp_path / "blob")
+    link = str(tmp_path / "snapshot" / "train.jsonl")
+    assert find_files([str(tmp_path / "snapshot")]) == [link]
+    assert find_files([link, str(tmp_path / "again.jsonl")]) == [link]
 
 
 def test_two_names_of_one_file_are_one_file(tmp_path: Path) -> None:

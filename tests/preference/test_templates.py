@@ -10,6 +10,7 @@ from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import Message, Reason, Record, Refusal
 from orpo_ray.preference.templates import (
     PairText,
+    empty_answer,
     render,
     shared_length,
     special_token_in,
@@ -206,3 +207,27 @@ def test_a_template_is_a_text_or_a_file(tmp_path: Path) -> None:
     assert template_text(str(tmp_path / "t.jinja")) == CHATML
     with pytest.raises(DataError, match=r"chat_template: gone\.jinja: no such file"):
         template_text("gone.jinja")
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages.index('x') }}", "{{ 'a' + 1 }}"])
+def test_whatever_a_template_raises_costs_one_row(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    refusal = render(CHAT, tokenizer)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason is Reason.TEMPLATE_REFUSED
+
+
+def test_special_tokens_are_found_in_calls_of_tools_too(tokenizer: Any) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": ["<|eos|>"]}}}
+    answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    refusal = special_token_in(Record(CHAT.prompt, (answer,), CHAT.rejected), tokenizer)
+    assert refusal is not None
+    assert refusal.detail.startswith("chosen holds <|eos|>")
+
+
+def test_an_answer_of_nothing_but_its_end_is_empty() -> None:
+    for answer in ("<|eos|>", " <|eos|>\n", "  "):
+        refusal = empty_answer(PairText("p", "c", answer), "<|eos|>")
+        assert refusal is not None
+        assert refusal.reason is Reason.EMPTY_REJECTED
+    assert empty_answer(PairText("p", "c<|eos|>", "r"), "<|eos|>") is None

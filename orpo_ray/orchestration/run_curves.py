@@ -1,0 +1,132 @@
+"""The curves of a run, drawn from the lines of its metrics; on the driver."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orpo_ray.orchestration.page import make_axes, svg_of
+from orpo_ray.orchestration.progress import eval_prefixes
+
+CURVES = "curves.png"
+_COLUMNS, _WIDTH, _HEIGHT = 3, 3.7, 2.5
+_MOST_MARKED = 60
+_SHAPES = "osD^vP*X"
+_LINE_COLOURS = ("tab:blue", "tab:orange", "tab:purple", "tab:cyan", "tab:pink", "tab:olive")
+_SIDES = {"logps/chosen": "tab:green", "logps/rejected": "tab:red"}
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Metrics over the steps, on the same axes.
+
+    Args:
+        title: with the unit.
+        metrics: their names in training; in evaluation they come after the set's prefix.
+        level: what the metric is when nothing was learned, drawn as a line.
+    """
+
+    title: str
+    metrics: tuple[str, ...]
+    level: float | None = None
+
+
+LEARNING = (
+    Chart("loss, nats", ("loss",)),
+    Chart("NLL, nats a token", ("nll_loss",)),
+    Chart("log odds of chosen over rejected", ("log_odds_chosen",), 0.0),
+    Chart("reward accuracy", ("rewards/accuracies",), 0.5),
+    Chart("reward margin", ("rewards/margins",), 0.0),
+    Chart("log-probability of a token, nats", tuple(_SIDES)),
+    Chart("router loss", ("aux_loss",)),
+    Chart("learning rate", ("learning_rate",)),
+    Chart("gradient norm before clipping", ("grad_norm",)),
+)
+THROUGHPUT = (Chart("pairs/s", ("pairs_per_s",)), Chart("tokens/s", ("tokens_per_s",)))
+
+
+def all_prefixes(lines: Lines) -> list[str]:
+    """The prefixes of the evaluation sets of a run, in their order."""
+    return list(dict.fromkeys(prefix for line in lines for prefix in eval_prefixes(line)))
+
+
+def set_label(prefix: str) -> str:
+    """What a person calls an evaluation set: its name, if it has one."""
+    return prefix[len("eval_") : -1] or "evaluation"
+
+
+def chart_svgs(charts: Iterable[Chart], lines: Lines) -> list[str]:
+    """Every chart that has a point, as an SVG element; its lines have their metric as `id`."""
+    svgs, prefixes = [], all_prefixes(lines)
+    for chart in _with_points(charts, lines, prefixes):
+        figure, (axis,) = make_axes(1, _WIDTH, _HEIGHT)
+        _draw(axis, chart, lines, prefixes)
+        svgs.append(svg_of(figure))
+    return svgs
+
+
+def write_picture(path: Path, lines: Lines) -> None:
+    """All charts as one PNG; nothing before the first figures."""
+    from matplotlib.figure import Figure
+
+    prefixes = all_prefixes(lines)
+    charts = _with_points((*LEARNING, *THROUGHPUT), lines, prefixes)
+    if not charts:
+        return
+    n_rows = math.ceil(len(charts) / _COLUMNS)
+    size = (_COLUMNS * _WIDTH, n_rows * _HEIGHT)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(n_rows, _COLUMNS, squeeze=False).flat)
+    for axis in axes[len(charts) :]:
+        axis.set_axis_off()
+    for axis, chart in zip(axes, charts, strict=False):
+        _draw(axis, chart, lines, prefixes)
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def _with_points(charts: Iterable[Chart], lines: Lines, prefixes: Sequence[str]) -> list[Chart]:
+    drawn = {name for line in lines for name, value in line.items() if value is not None}
+    return [c for c in charts if any(p + m in drawn for p in ("", *prefixes) for m in c.metrics)]
+
+
+def _points(lines: Lines, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric; NaN, which breaks a line, where it was not finite."""
+    logged = [(line["step"], line[name]) for line in lines if name in line]
+    values = [math.nan if value is None else float(value) for _, value in logged]
+    return [step for step, _ in logged], values
+
+
+def _draw(axis: Any, chart: Chart, lines: Lines, prefixes: Sequence[str]) -> None:
+    if chart.level is not None:
+        axis.axhline(chart.level, color="0.5", linewidth=0.8, linestyle=":")
+    for metric in chart.metrics:
+        for rank, prefix in enumerate(("", *prefixes)):
+            steps, values = _points(lines, prefix + metric)
+            if all(math.isnan(value) for value in values):
+                continue
+            colour = _SIDES.get(metric, _LINE_COLOURS[rank % len(_LINE_COLOURS)])
+            side = f"{metric.removeprefix('logps/')}, " if metric in _SIDES else ""
+            label = side + (set_label(prefix) if prefix else "training")
+            style = _style(rank, len(values) <= _MOST_MARKED)
+            axis.plot(steps, values, label=label, color=colour, gid=prefix + metric, **style)
+    axis.set_title(chart.title, fontsize=9)
+    axis.set_xlabel("step", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.locator_params(axis="x", integer=True)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(axis.get_legend_handles_labels()[0]) > 1:
+        axis.legend(fontsize=6.5, framealpha=0.6, labelspacing=0.25)
+
+
+def _style(rank: int, is_marked: bool) -> dict[str, Any]:
+    """Training is a thin line; evaluations, further apart, lie over it."""
+    if rank == 0:
+        return {"linewidth": 1.2, "alpha": 0.75, "marker": "." if is_marked else None}
+    marker = _SHAPES[(rank - 1) % len(_SHAPES)] if is_marked else None
+    return {"linewidth": 1.4, "linestyle": "--", "marker": marker, "markersize": 4.5, "zorder": 3}

@@ -1,0 +1,318 @@
+"""The page of a run: every chart with its points, before and after, data, faults, config."""
+
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.config_file import to_yaml
+from orpo_ray.orchestration.progress import RunWatcher
+from orpo_ray.orchestration.run_report import write_run_report
+from orpo_ray.training.run_files import RunFiles
+
+CONFIG = ORPOConfig(max_steps=60, model_name_or_path="<b>base</b>", beta=0.25)
+LEARNED = (
+    "loss",
+    "nll_loss",
+    "log_odds_chosen",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+TRAINED_ONLY = ("learning_rate", "grad_norm", "pairs_per_s", "tokens_per_s")
+N_CHARTS = 10  # both log-probabilities share one
+LOGGED, EVALUATED = (10, 20, 30, 40, 50, 60), (0, 30, 60)
+
+
+def learned(step: int, prefix: str = "") -> dict[str, float]:
+    """What a model that learns would log; accuracies are 0.5 at the start and 0.8 at step 60."""
+    figures = {
+        "loss": 7.0 - step / 20,
+        "rewards/chosen": -1.5,
+        "rewards/rejected": -1.75,
+        "rewards/accuracies": 0.5 + step / 200,
+        "rewards/margins": step / 240,
+        "log_odds_chosen": step / 60,
+        "log_odds_ratio": -0.6,
+        "nll_loss": 6.5 - step / 20,
+        "logps/chosen": -7.0 + step / 20,
+        "logps/rejected": -7.0 + step / 30,
+    }
+    return {prefix + name: value for name, value in figures.items()}
+
+
+def write_lines(run: Path, prefixes: tuple[str, ...] = (), **broken: int) -> None:
+    """Metrics of 60 steps, by the writer of the runs; NaN in place of `broken` at those steps."""
+    files = RunFiles(run, is_writer=True)
+    for step in sorted({*LOGGED, *(EVALUATED if prefixes else ())}):
+        line: dict[str, Any] = {"step": step, "epoch": step / 120}
+        if step in LOGGED:
+            line |= learned(step) | {"learning_rate": 8e-6 * (1 - step / 60), "grad_norm": 1.5}
+            line |= {"pairs_per_s": 100.0 + step % 7, "tokens_per_s": 9000.0 + step}
+        for prefix in prefixes if step in EVALUATED else ():
+            line |= learned(step, prefix)
+        line |= {name: math.nan for name, at in broken.items() if at == step}
+        files.metrics(line)
+
+
+def data_set(**changed: Any) -> dict[str, Any]:
+    counts = {
+        "rows_read": 100,
+        "rows_kept": 97,
+        "rows_held_out": 0,
+        "rows_refused": 3,
+        "truncated_pairs": 5,
+    }
+    spread = {"mean": 20.5, "p5": 3, "p50": 19, "p95": 44, "max": 61}
+    return (
+        counts
+        | {
+            "sources": {"/data/<a>.jsonl": counts},
+            "refused": {"empty_chosen": 1, "same_answers": 2},
+            "shapes": {"texts": 97},
+            "ignored_columns": [],
+            "pairs": 97,
+            "pairs_left_out": 0,
+            "pairs_chosen_longer": 40,
+            "pairs_equally_long": 1,
+            "truncated_prompts": 5,
+            "truncated_completions": 2,
+            "duplicate_pairs": 0,
+            "tokens": 4000,
+            "padded_tokens": 12000,
+            "lengths": dict.fromkeys(("prompt", "chosen", "rejected", "longest"), spread),
+        }
+        | changed
+    )
+
+
+def write_page(run: Path, *eval_names: str) -> str:
+    report = {name: data_set() for name in ("train", *eval_names)}
+    return write_run_report(run, CONFIG, report).read_text(encoding="utf-8")
+
+
+def n_points(page: str, metric: str) -> int:
+    """Points of the line that has this metric as its id, in all of the page's charts."""
+    paths = re.findall(rf'<g id="{re.escape(metric)}">\s*<path d="([^"]+)"', page)
+    return sum(len(re.findall("[ML]", path)) for path in paths)
+
+
+def cells(page: str, first: str) -> list[str]:
+    """The table row that starts with a cell."""
+    row = re.search(rf"<tr><td>{re.escape(first)}</td>(.*?)</tr>", page, flags=re.DOTALL)
+    assert row is not None
+    return re.findall(r"<td[^>]*>(.*?)</td>", row[1])
+
+
+def test_without_evaluation_every_chart_has_the_points_of_training(tmp_path: Path) -> None:
+    write_lines(tmp_path)
+    page = write_page(tmp_path)
+    for metric in (*LEARNED, *TRAINED_ONLY):
+        assert n_points(page, metric) == len(LOGGED), metric
+    assert page.count("<figure>") == N_CHARTS
+    assert "Before and after" not in page
+    assert cells(page, "steps") == ["60 of 60, 0.5 epochs"]
+
+
+def test_one_evaluation_set_before_and_after(tmp_path: Path) -> None:
+    write_lines(tmp_path, ("eval_",))
+    page = write_page(tmp_path, "eval")
+    for metric in LEARNED:
+        assert n_points(page, f"eval_{metric}") == len(EVALUATED), metric
+    assert cells(page, "evaluation")[:3] == ["97", "0.500", "0.800"]
+    assert cells(page, "evaluation data") == ["97 pairs: /data/&lt;a&gt;.jsonl"]
+
+
+def test_every_named_evaluation_set_has_its_row_and_its_points(tmp_path: Path) -> None:
+    write_lines(tmp_path, ("eval_easy_", "eval_hard_"))
+    page = write_page(tmp_path, "eval_easy", "eval_hard")
+    for name in ("easy", "hard"):
+        for metric in LEARNED:
+            assert n_points(page, f"eval_{name}_{metric}") == len(EVALUATED), metric
+        assert cells(page, name)[:3] == ["97", "0.500", "0.800"]
+    assert page.count("<figure>") == N_CHARTS
+
+
+def test_the_picture_has_a_coloured_line_in_each_of_its_charts(tmp_path: Path) -> None:
+    """Three charts in a row; axes, text and grid are grey, lines are not."""
+    write_lines(tmp_path, ("eval_",))
+    write_page(tmp_path, "eval")
+    picture = imread(tmp_path / "curves.png")[..., :3]
+    is_coloured = (picture.max(axis=2) - picture.min(axis=2)) > 0.2
+    n_rows = math.ceil(N_CHARTS / 3)
+    height, width = is_coloured.shape[0] / n_rows, is_coloured.shape[1] / 3
+    for chart in range(3 * n_rows):
+        top, left = int(chart // 3 * height), int(chart % 3 * width)
+        cell = is_coloured[top : int(top + height), left : int(left + width)]
+        assert bool(cell.any()) == (chart < N_CHARTS), chart
+
+
+def test_figures_that_are_not_finite_are_gaps_and_named(tmp_path: Path) -> None:
+    write_lines(tmp_path, ("eval_",), loss=30, **{"eval_rewards/accuracies": 60})
+    page = write_page(tmp_path, "eval")
+    assert n_points(page, "loss") == len(LOGGED) - 1
+    assert "loss at step 30; eval_rewards/accuracies at step 60." in page
+    assert cells(page, "evaluation")[1:3] == ["0.500", "not finite"]
+
+
+def test_a_metric_that_was_never_finite_has_no_chart(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path, is_writer=True)
+    files.metrics({"step": 10, "epoch": 0.1, "loss": 2.0, "grad_norm": None})
+    page = write_page(tmp_path)
+    assert page.count("<figure>") == 1
+    assert n_points(page, "loss") == 1
+
+
+def test_before_the_first_figures_there_is_a_page_without_curves(tmp_path: Path) -> None:
+    page = write_page(tmp_path)
+    assert "No figures yet." in page
+    assert cells(page, "steps") == ["none yet"]
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_under_way_nothing_is_called_after(tmp_path: Path) -> None:
+    RunFiles(tmp_path, is_writer=True).metrics({"step": 0, "epoch": 0.0} | learned(0, "eval_"))
+    page = write_page(tmp_path, "eval")
+    assert cells(page, "evaluation")[:3] == ["97", "0.500", "-"]
+
+
+def test_data_events_config_and_command_are_told_and_escaped(tmp_path: Path) -> None:
+    run = tmp_path / "<i>a run"
+    run.mkdir()
+    write_lines(run)
+    files = RunFiles(run, is_writer=True)
+    files.event("step 3: <script>alert(1)</script> left out", rows_skipped=2)
+    files.event("resumed at step 20 of 60", resumed=1)
+    page = write_page(run)
+    assert "<script" not in page
+    assert "step 3: &lt;script&gt;alert(1)&lt;/script&gt; left out" in page
+    assert "resumed: 1, rows skipped: 2" in page
+    assert "<i>" not in page
+    assert "/data/<a>" not in page
+    assert cells(page, "/data/&lt;a&gt;.jsonl") == ["100", "97", "0", "3", "5"]
+    assert cells(page, "same_answers") == ["2"]
+    assert page.index("same_answers</td>") < page.index("empty_chosen</td>")
+    assert "truncated: 5.2 % of the pairs (5 prompts, 2 with an answer cut)" in page
+    assert "  beta: 0.25" in page
+    assert "model_name_or_path: &lt;b&gt;base&lt;/b&gt;" in page
+    assert "<b>" not in page
+    command = re.search(r"<pre>python jobs/train.py (.*)</pre>", page)
+    assert command is not None
+    assert command[1].startswith("&#39;")  # quoted for a shell
+    assert command[1].endswith("a run-again&#39;")
+
+
+def test_a_torn_event_is_shown_as_it_is(tmp_path: Path) -> None:
+    """A writer that was killed leaves half a line, to which the next one adds its own."""
+    (tmp_path / "events.jsonl").write_text('{"time": 1, "te{"time": 2}\n{"time": 3, "text": "b')
+    page = write_page(tmp_path)
+    assert cells(page, "torn") == ["{&#34;time&#34;: 1, &#34;te{&#34;time&#34;: 2}"]
+
+
+def test_the_page_needs_no_network(tmp_path: Path) -> None:
+    write_lines(tmp_path, ("eval_",))
+    page = write_page(tmp_path, "eval")
+    assert not re.findall(r'(?:src|href)="(?!#)[^"]*"|url\((?!#)|@import', page)
+
+
+def test_a_page_that_cannot_be_written_is_said_and_the_watch_goes_on(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError("no space\nleft")
+
+    text = io.StringIO()
+    files = RunFiles(tmp_path, is_writer=True)
+    with RunWatcher(tmp_path, 60, Console(file=text, soft_wrap=True), fail):
+        files.metrics({"step": 0, "epoch": 0.0} | learned(0, "eval_"))
+        wait_for(text, "report.html was not written: OSError: no space left\n")
+        files.notice("still there")
+        wait_for(text, "still there")
+
+
+def test_the_page_is_written_under_way_and_once_more_when_the_run_fails(tmp_path: Path) -> None:
+    """The second time is long before the next one by the clock."""
+    steps = []
+    files = RunFiles(tmp_path, is_writer=True)
+
+    def note() -> None:
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        steps.append(json.loads(lines[-1])["step"])
+
+    def run() -> None:
+        text = io.StringIO()
+        with RunWatcher(tmp_path, 60, Console(file=text, soft_wrap=True), note):
+            files.metrics({"step": 0, "epoch": 0.0} | learned(0, "eval_"))
+            wait_for(text, "evaluation at step 0")
+            files.metrics({"step": 30, "epoch": 0.25} | learned(30, "eval_"))
+            wait_for(text, "evaluation at step 30")
+            raise RuntimeError("a worker died")
+
+    with pytest.raises(RuntimeError, match="a worker died"):
+        run()
+    assert steps == [0, 30]
+
+
+def wait_for(text: io.StringIO, part: str) -> None:
+    deadline = time.monotonic() + 20
+    while part not in text.getvalue():
+        assert time.monotonic() < deadline, text.getvalue()
+        time.sleep(0.02)
+
+
+def browse(folder: Path, page: Path, picture: Path, *options: str) -> tuple[str, str]:
+    """Open a page in headless Chromium; returns its DOM and what the browser logged."""
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1200,2400",
+        *options,
+    ]
+    outputs = []
+    for task in ("--dump-dom", f"--screenshot={picture}"):
+        done = subprocess.run(
+            [*command, task, page.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        outputs.append(done)
+    return outputs[0].stdout, outputs[0].stderr + outputs[1].stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium on PATH")
+def test_a_browser_shows_it_in_light_and_dark_without_an_error(tmp_path: Path) -> None:
+    """That an error would be seen is shown by a page that has one."""
+    bad = tmp_path / "bad.html"
+    bad.write_text("<script>console.error('seen')</script>")
+    assert "CONSOLE" in browse(tmp_path, bad, tmp_path / "bad.png")[1]
+    write_lines(tmp_path, ("eval_easy_", "eval_hard_"))
+    (tmp_path / "config.yaml").write_text(to_yaml(CONFIG))
+    write_page(tmp_path, "eval_easy", "eval_hard")
+    brightness = {}
+    for name, scheme in (("light", 1), ("dark", 0)):
+        picture = tmp_path / f"{name}.png"
+        option = f"--blink-settings=preferredColorScheme={scheme}"
+        dom, logged = browse(tmp_path, tmp_path / "report.html", picture, option)
+        assert "CONSOLE" not in logged
+        assert "ERR_" not in logged
+        for metric in (*LEARNED, *TRAINED_ONLY):
+            assert n_points(dom, metric) == len(LOGGED), metric
+        brightness[name] = float(imread(picture)[..., :3].mean())
+    assert brightness["light"] > 0.9
+    assert brightness["dark"] < 0.2
