@@ -220,6 +220,18 @@ class TrainSection(Section):
     eval_steps: PositiveInt | None = Field(
         None, description="Steps between evaluations; unset: only at the start and the end."
     )
+    metric_for_best_model: str = Field(
+        "eval_loss", min_length=1, description="What the best evaluation is best at."
+    )
+    greater_is_better: bool | None = Field(
+        None, description="Of that metric; unset: false for losses, else true."
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="final/ is the model of the best evaluation, whose checkpoint is kept."
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Evaluations in a row that are no better, after which training stops."
+    )
     save_steps: PositiveInt = Field(500, description="Steps between checkpoints.")
     save_total_limit: PositiveInt | None = Field(2, description="Checkpoints kept; null: all.")
     resume_changed: bool = Field(
@@ -233,6 +245,16 @@ class TrainSection(Section):
         False, description="On GPUs: slower kernels, which give the same bytes each time."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Of the order, dropout and demo weights.")
+
+    @model_validator(mode="after")
+    def _best_of_some(self) -> Self:
+        chosen = (self.load_best_model_at_end, self.early_stopping_patience is not None)
+        if any(chosen) and self.eval_steps is None:
+            name = "load_best_model_at_end" if chosen[0] else "early_stopping_patience"
+            raise ValueError(
+                f"{name}: nothing is evaluated between the start and the end; set eval_steps"
+            )
+        return self
 
 
 class RaySection(Section):

@@ -146,3 +146,12 @@ def test_pairs_of_a_step_and_tokens_of_a_microbatch():
     assert config.replace(global_batch_size=8).pairs_per_step == 8
     assert config.microbatch_tokens == 400
     assert config.replace(max_tokens_per_microbatch=9).microbatch_tokens == 9
+
+
+def test_the_best_of_no_evaluations_is_refused():
+    for setting in ("load_best_model_at_end=true", "early_stopping_patience=2"):
+        assert refusals(setting) == [
+            f"train: {setting.split('=')[0]}: nothing is evaluated between the start and the end; "
+            "set eval_steps"
+        ]
+        load_config(None, [setting, "eval_steps=5"])

@@ -93,7 +93,7 @@ def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
     result = TrainResult(
         run_directory=str(run_directory),
         model_directory=str(run_directory / FINAL),
-        metrics=figures["train"] | figures["after"],
+        metrics=figures["after"] | figures["train"],
         metrics_before=figures["before"],
         data_report=report,
         events=count_events(run_directory),

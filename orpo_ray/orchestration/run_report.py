@@ -27,7 +27,7 @@ from orpo_ray.orchestration.run_facts import (
     headline,
 )
 from orpo_ray.orchestration.start import CONFIG
-from orpo_ray.training.run_files import count_events, read_metrics
+from orpo_ray.training.run_files import FINAL, count_events, exported_step, read_metrics
 
 REPORT = "report.html"
 _SHOWN_EVENTS = 200
@@ -124,6 +124,8 @@ def write_run_report(
     """
     lines = read_metrics(run_directory)
     evaluations = [line for line in lines if all_prefixes([line])]
+    ended = exported_step(run_directory / FINAL)  # an earlier one where the best model is loaded
+    shown = [line for line in evaluations if ended is None or line["step"] <= ended]
     events = events_of(run_directory)
     met = sorted(count_events(run_directory).items())
     again = (str(run_directory / CONFIG), f"run_name={run_directory.name}-again")
@@ -132,8 +134,8 @@ def write_run_report(
         run_directory.name,
         facts=facts(config, data_report, lines),
         names=HEADLINE.values(),
-        headline=headline(evaluations, data_report),
-        steps=evaluations[-1]["step"] if evaluations else 0,
+        headline=headline(shown, data_report),
+        steps=shown[-1]["step"] if shown else 0,
         learning=chart_svgs(LEARNING, lines),
         throughput=chart_svgs(THROUGHPUT, lines),
         gaps=gaps(lines),

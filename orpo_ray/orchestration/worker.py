@@ -17,6 +17,7 @@ from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.preference.stream import TokenStream
 from orpo_ray.training.errors import (
+    EvaluationError,
     MicrobatchTooLargeError,
     NonFiniteError,
     ResumeError,
@@ -67,7 +68,8 @@ class WorkerAnswer:
 
 def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
     """Run the training loop on this rank."""
-    from orpo_ray.training.loop import TrainingJob, run_training
+    from orpo_ray.training.job import TrainingJob
+    from orpo_ray.training.loop import run_training
 
     task = loop_config["task"]
     job = TrainingJob(
@@ -85,7 +87,7 @@ def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
     # These would come back at every attempt: they are answers, not failures to start again from.
     try:
         return WorkerAnswer(run_training(job))
-    except (ResumeError, UnsupportedModelError) as error:
+    except (EvaluationError, ResumeError, UnsupportedModelError) as error:
         return WorkerAnswer({}, refusal=str(error))
     except NonFiniteError as error:
         return WorkerAnswer({}, failure=str(error))

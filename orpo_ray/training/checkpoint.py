@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 
@@ -90,6 +93,7 @@ class CheckpointSaver:
         state: TrainState,
         about: Mapping[str, Any],
         problem: str | None = None,
+        ranking: Sequence[int] = (),
     ) -> None:
         """Copy the tensors to the host, and write them while training goes on.
 
@@ -99,11 +103,13 @@ class CheckpointSaver:
             state: the rest.
             about: what the manifest says besides its files.
             problem: of this rank, for which there is to be no checkpoint.
+            ranking: steps of which the first one with a checkpoint keeps it.
         """
         if self._pending is not None:
             raise AssertionError("a save is under way")
         staged = self._stager.stage(_tensors(model, optimizer))
-        self._pending = self._thread.submit(self._write, staged, state, dict(about), problem)
+        keep = partial(keep_newest, self._run_directory, self._keep, tuple(ranking))
+        self._pending = self._thread.submit(self._write, staged, state, dict(about), problem, keep)
 
     def finish(self) -> str | None:
         """Wait for the save under way.
@@ -117,9 +123,14 @@ class CheckpointSaver:
         return pending.result()
 
     def _write(
-        self, staged: Any, state: TrainState, about: dict[str, Any], problem: str | None
+        self,
+        staged: Any,
+        state: TrainState,
+        about: dict[str, Any],
+        problem: str | None,
+        keep: Callable[[], None],
     ) -> str | None:
-        """Write, check and commit; in the thread."""
+        """Write, check and commit, then delete what is not to `keep`; in the thread."""
         rank = dist.get_rank()
         directory = checkpoint_directory(self._run_directory, state.step)
         files: dict[str, Any] = {}
@@ -143,7 +154,7 @@ class CheckpointSaver:
         parts: list[dict[str, Any]] = [{}] * dist.get_world_size()
         dist.all_gather_object(parts, files, group=self._group)
         if rank == 0:
-            problem = self._commit(directory, problem, about, parts)
+            problem = self._commit(directory, problem, about, parts, keep)
         return self._first_problem(problem)
 
     def _commit(
@@ -152,13 +163,14 @@ class CheckpointSaver:
         problem: str | None,
         about: dict[str, Any],
         parts: list[dict[str, Any]],
+        keep: Callable[[], None],
     ) -> str | None:
         """Write the manifest, or take away what was written without one; on rank 0."""
         if problem is None:
             try:
                 files = {name: entry for part in parts for name, entry in part.items()}
                 write_manifest(directory, about, files)
-                keep_newest(self._run_directory, self._keep)
+                keep()
             except OSError as error:
                 problem = str(error)
         if problem is not None:
@@ -193,14 +205,29 @@ def load_checkpoint(
     return TrainState(**fields | {"sums": tuple(map(tuple, fields["sums"]))})
 
 
+def load_weights(run_directory: str, step: int, model: nn.Module) -> None:
+    """Read the weights alone of a verified checkpoint into a sharded model."""
+    weights = _trained(model, get_model_state_dict(model, options=_OPTIONS))
+    directory = checkpoint_directory(run_directory, step)
+    state_dict_loader.load({"model": weights}, checkpoint_id=str(directory))
+    set_model_state_dict(model, weights, options=_OPTIONS)
+
+
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Sharded state dicts; parameters carry names, so any number of ranks can read them."""
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
-    # The options leave out a frozen weight under one of its names only, where two are tied.
+    return {"model": _trained(model, model_state), "optimizer": optimizer_state}
+
+
+def _trained(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """A state dict without what is frozen.
+
+    The options leave out a frozen weight under one of its names only, where two are tied.
+    """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
-            model_state.pop(name, None)
-    return {"model": model_state, "optimizer": optimizer_state}
+            weights.pop(name, None)
+    return weights
 
 
 def _own_files(directory: Path) -> dict[str, Any]:

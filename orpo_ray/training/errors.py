@@ -13,6 +13,10 @@ class ResumeError(ValueError):
     """The run directory's checkpoint does not fit the config it is to go on with."""
 
 
+class EvaluationError(ValueError):
+    """The config asks of the run's evaluations what they do not have."""
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or gradient is not a number; raised on all ranks before the optimizer moves.
 

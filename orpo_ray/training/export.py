@@ -16,8 +16,8 @@ from orpo_ray.config_sections import ModelSection
 from orpo_ray.training.adapters import save_adapters
 from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.model_source import ModelSource
+from orpo_ray.training.run_files import RECORD
 
-_RECORD = "orpo_ray.json"
 _CARD = """---
 {{ card_data }}
 ---
@@ -103,7 +103,7 @@ def export_model(
         if source.chat_template is not None:
             tokenizer.chat_template = source.chat_template
         tokenizer.save_pretrained(beside)
-        (beside / _RECORD).write_text(json.dumps({"step": step}) + "\n")
+        (beside / RECORD).write_text(json.dumps({"step": step}) + "\n")
         shutil.rmtree(directory, ignore_errors=True)
         beside.rename(directory)
     dist.barrier()
@@ -129,12 +129,6 @@ def _write_adapted(
     )
     dtype = AutoConfig.from_pretrained(source.model, revision=source.revision).dtype
     save_adapters(folder, base, config, weights, dtype or torch.float32)
-
-
-def exported_step(directory: str) -> int | None:
-    """The step of the model that lies in an export folder, or None when there is none."""
-    record = Path(directory, _RECORD)
-    return int(json.loads(record.read_text())["step"]) if record.exists() else None
 
 
 def _restore_config(path: Path, base: PreTrainedConfig) -> None:

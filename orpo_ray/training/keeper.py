@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.config import ORPOConfig
+from orpo_ray.training.best import Evaluations
 from orpo_ray.training.checkpoint import CheckpointSaver, TrainState, load_checkpoint
 from orpo_ray.training.errors import ResumeError
 from orpo_ray.training.manifest import checkpoint_directory, newest_checkpoint, read_manifest
@@ -28,6 +29,7 @@ class CheckpointKeeper:
         settings: `decisive_settings` of it.
         files: of the run directory.
         trainee: what is saved and restored.
+        evaluations: so far; where the best is wanted, its step is saved and kept.
         leaving: asked now and then; a text once this worker's node is about to be taken away.
     """
 
@@ -37,12 +39,14 @@ class CheckpointKeeper:
         settings: dict[str, Any],
         files: RunFiles,
         trainee: Trainee,
+        evaluations: Evaluations,
         leaving: Callable[[], str | None],
     ) -> None:
         self._config = config
         self._settings = settings
         self._files = files
         self._trainee = trainee
+        self._evaluations = evaluations
         self._leaving = leaving
         self._saver = CheckpointSaver(str(files.directory), config.train.save_total_limit)
         self._saving_step = self._committed_step = -1
@@ -85,9 +89,10 @@ class CheckpointKeeper:
                 collective.
         """
         leaving = self._look(step)
-        if step == self._committed_step or not (
-            last or leaving or step == self._retry_at or step % self._config.train.save_steps == 0
-        ):
+        ranking = self._evaluations.ranking if self._evaluations.keep_best else ()
+        due = step == self._retry_at or step % self._config.train.save_steps == 0
+        due = due or step in ranking[:1]
+        if step == self._committed_step or not (last or leaving or due):
             return
         self._finish(step)
         self._retry_at = None
@@ -100,7 +105,7 @@ class CheckpointKeeper:
             "settings": self._settings,
         }
         trainee = self._trainee
-        self._saver.start(trainee.model, trainee.optimizer, train_state, about, problem)
+        self._saver.start(trainee.model, trainee.optimizer, train_state, about, problem, ranking)
         self._saving_step = step
         if last or leaving:
             self._finish(step)

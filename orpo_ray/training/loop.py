@@ -9,7 +9,6 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,57 +17,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orpo_ray.config import ORPOConfig
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.preference.groups import RowId
-from orpo_ray.preference.stream import StepBatch, TokenStream
+from orpo_ray.preference.stream import StepBatch
+from orpo_ray.training.best import Evaluations
 from orpo_ray.training.checkpoint import TrainState
 from orpo_ray.training.errors import NonFiniteError
 from orpo_ray.training.evaluation import evaluate_streams
-from orpo_ray.training.export import export_model, exported_step, write_model_card
+from orpo_ray.training.finish import write_final
+from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.keeper import CheckpointKeeper, position, run_files
-from orpo_ray.training.model_source import ModelSource
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.resume import decisive_settings
-from orpo_ray.training.run_files import FINAL, read_metrics, summary
+from orpo_ray.training.run_files import read_metrics, summary
 from orpo_ray.training.sharding import build_model, use_bf16
 from orpo_ray.training.step import Trainee, train_step
 from orpo_ray.training.verify import settle_attention
 
 # A logged loss so many times the median of so many lines before it is a spike.
 _SPIKE, _RECENT = 10.0, 50
-
-Report = Callable[[Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """All that one worker is given.
-
-    Args:
-        config: the run.
-        model: where base model and tokenizer are.
-        run_directory: absolute path.
-        train: this rank's training stream.
-        evals: this rank's evaluation streams by metric prefix (`eval_`, `eval_<name>_`).
-        data_report: what `data_report.json` holds, for the model card.
-        version: of this project.
-        device: of this rank.
-        report: told the latest metrics at every evaluation, by all ranks together.
-        leaving: asked about once a second by all ranks together; a text when a node of theirs
-            is about to be taken away, which is then answered with a checkpoint.
-    """
-
-    config: ORPOConfig
-    model: ModelSource
-    run_directory: str
-    train: TokenStream
-    evals: Mapping[str, TokenStream]
-    data_report: Mapping[str, Any]
-    version: str
-    device: torch.device
-    report: Report
-    leaving: Callable[[], str | None] = lambda: None
 
 
 def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
@@ -78,6 +45,7 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
         `summary` of the run directory.
 
     Raises:
+        EvaluationError: when the best evaluation is asked for, and cannot be known.
         NonFiniteError: before an update that would not be finite.
         ResumeError: when the checkpoint was made with other settings or data.
     """
@@ -115,6 +83,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         job, config = self.job, self.job.config
+        self.evaluations = Evaluations.of(config.train, list(job.evals))
         self.files = run_files(job.run_directory)
         self.n_steps = config.total_steps(job.train.steps_per_epoch)
         model = build_model(config, job.model.model, job.device)
@@ -131,7 +100,9 @@ class _Loop:
         self.weights = OrpoWeights(config.orpo.beta, model.router_coef)
         self.window = _Window(self._no_sums())
         settings = decisive_settings(config, job.train.data_digest)
-        self.keeper = CheckpointKeeper(config, settings, self.files, self.trainee, job.leaving)
+        self.keeper = CheckpointKeeper(
+            config, settings, self.files, self.trainee, self.evaluations, job.leaving
+        )
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(N_SUMS, dtype=torch.float64, device=self.job.device)
@@ -149,10 +120,13 @@ class _Loop:
                 self.window.sums += sums.sum(0)
             self.window.steps = state.logged_steps
         redone = self.files.rewind(self.step if state is not None else -1)
-        for line in read_metrics(Path(self.job.run_directory)):
+        lines = read_metrics(Path(self.job.run_directory))
+        for line in lines:
             self.latest |= line
             if line.get("loss") is not None:
                 self.losses.append(line["loss"])
+        self.evaluations.restore(lines)
+        self._mind_patience()
         if state is None and not redone:
             return
         text = f"resumed at step {self.step} of {self.n_steps}"
@@ -185,6 +159,8 @@ class _Loop:
             self.files.ledger(self.step, batch.epoch, trained.row_ids, left_out)
             self._count(trained, time.perf_counter() - started)
             self._after_step(rate)
+            if self.step == self.n_steps:
+                break  # perhaps earlier than the feed was told
             started = time.perf_counter()
 
     def _step(self, batch: StepBatch) -> tuple[StepBatch, tuple[RowId, ...]]:
@@ -211,18 +187,9 @@ class _Loop:
         return batch, left_out
 
     def finish(self) -> None:
-        """See to the last checkpoint and write `final/`, unless an earlier attempt did."""
-        job = self.job
+        """See to the last checkpoint and write `final/`."""
         self.keeper.after_step(self.step, True, self._state)
-        final = Path(job.run_directory, FINAL)
-        done = [exported_step(str(final)) == self.step]
-        dist.broadcast_object_list(done)
-        if done[0]:
-            return
-        export_model(str(final), self.trainee.model, job.model, job.config.model, self.step)
-        if self.files.is_writer:
-            figures = summary(Path(job.run_directory))["after"]
-            write_model_card(str(final), job.config, figures, dict(job.data_report), job.version)
+        write_final(self.job, self.trainee.model, self.evaluations, self.files, self.step)
 
     def _count(self, batch: StepBatch, seconds: float) -> None:
         window = self.window
@@ -234,17 +201,20 @@ class _Loop:
     def _after_step(self, rate: float) -> None:
         """Log, evaluate and save, whichever is due."""
         config = self.job.config.train
+        evaluated: dict[str, Any] = {}
+        if self.step == self.n_steps or (config.eval_steps and self.step % config.eval_steps == 0):
+            evaluated = self._evaluate()
+            self._mind_patience()
         last = self.step == self.n_steps
         line: dict[str, Any] = {}
         if last or self.step % config.logging_steps == 0:
             line |= self._window_metrics(rate)
             self._mind_spike(line["loss"])
-        if last or (config.eval_steps and self.step % config.eval_steps == 0):
-            line |= self._evaluate()
+        line |= evaluated
         if line:
             epoch = self.step / self.job.train.steps_per_epoch
             self._log({"step": self.step, "epoch": epoch} | line)
-        if any(name.startswith("eval_") for name in line):
+        if evaluated:
             self.job.report(self.latest | {"step": self.step})
         self.keeper.after_step(self.step, last, self._state)
 
@@ -268,8 +238,16 @@ class _Loop:
         self.losses.append(loss)
 
     def _evaluate(self) -> dict[str, Any]:
-        job = self.job
-        return evaluate_streams(self.trainee.model, job.evals, job.config.orpo.beta, job.device)
+        job, model = self.job, self.trainee.model
+        figures = evaluate_streams(model, job.evals, job.config.orpo.beta, job.device)
+        self.evaluations.add(self.step, figures)
+        return figures
+
+    def _mind_patience(self) -> None:
+        """Make this step the last one when there was no better evaluation for too long."""
+        if self.step < self.n_steps and self.evaluations.patience_is_out:
+            self.n_steps = self.step
+            self.files.notice(self.evaluations.stop_text(self.step))
 
     def _log(self, line: dict[str, Any]) -> None:
         self.latest |= line

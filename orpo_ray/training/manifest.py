@@ -6,7 +6,7 @@ Runs in training workers and on the driver; needs no torch.
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,26 @@ def newest_checkpoint(run_directory: str, set_aside: Callable[[str, str], None])
     return None
 
 
-def keep_newest(run_directory: str, limit: int | None) -> None:
-    """Delete all checkpoints but the newest `limit`; called when the newest was just committed."""
+def keep_newest(run_directory: str, limit: int | None, ranking: Sequence[int] = ()) -> None:
+    """Delete all checkpoints but the newest `limit`; called when the newest was just committed.
+
+    Args:
+        run_directory: of the run.
+        limit: None deletes none.
+        ranking: steps, the best first: the first of them that has a checkpoint is one of those
+            that stay, and as in transformers a second one where `limit` is 1.
+    """
     if limit is None:
         return
-    for directory in checkpoint_directories(run_directory)[limit:]:
+    directories = checkpoint_directories(run_directory)
+    ranked = (checkpoint_directory(run_directory, step) for step in ranking)
+    best = next((directory for directory in ranked if (directory / MANIFEST).exists()), None)
+    kept = directories[:limit]
+    if best is not None and best not in kept:
+        kept = [*directories[: max(1, limit - 1)], best]
+    for directory in directories:
+        if directory in kept:
+            continue
         (directory / MANIFEST).unlink(missing_ok=True)  # from here on it is none
         shutil.rmtree(directory, ignore_errors=True)
 

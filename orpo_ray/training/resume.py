@@ -14,22 +14,26 @@ from orpo_ray.config import ORPOConfig
 from orpo_ray.training.errors import ResumeError
 from orpo_ray.training.manifest import checkpoint_directories, read_manifest
 
-# What may differ from the checkpoint without a word: how long and how often, and how the work is
-# cut. The schedule of a longer run is the longer run's.
+# What may differ from the checkpoint without a word: how long and how often, how the work is cut,
+# and which of the models is exported. The schedule of a longer run is the longer run's.
 _FREE = {
     "attention",
     "cpu_offload",
+    "early_stopping_patience",
     "eval_steps",
     "global_batch_size",  # the loop compares the pairs of a step by themselves
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "gradient_checkpointing_every",
+    "greater_is_better",
     "head_chunk_tokens",
+    "load_best_model_at_end",
     "logging_steps",
     "max_skipped_rows",
     "max_steps",
     "max_tokens_per_microbatch",
     "merge_adapter",
+    "metric_for_best_model",
     "num_train_epochs",
     "on_nonfinite",
     "per_device_eval_batch_size",

@@ -17,6 +17,7 @@ LEDGER = "ledger.jsonl"
 EVENTS = "events.jsonl"
 LOG = "run.log"
 FINAL = "final"
+RECORD = "orpo_ray.json"
 # What differs between two runs that are otherwise the same to the byte.
 TIMING = ("time", "pairs_per_s", "tokens_per_s")
 
@@ -124,12 +125,18 @@ def count_events(directory: Path) -> dict[str, int]:
     return counts
 
 
+def exported_step(folder: Path) -> int | None:
+    """The step of the model that lies in an export folder, or None when there is none."""
+    record = folder / RECORD
+    return int(json.loads(record.read_text())["step"]) if record.exists() else None
+
+
 def summary(directory: Path) -> dict[str, dict[str, float]]:
     """The figures at the start and at the end of a run.
 
     Returns:
-        `train` (last logged step), `before` and `after` (first and last evaluation); empty
-        where there is none.
+        `train` (last logged step), `before` (the evaluation before the first step) and `after`
+        (that of the model in `final/`, else the last one); empty where there is none.
     """
     lines = read_metrics(directory)
     train = [line for line in lines if "loss" in line]
@@ -138,10 +145,12 @@ def summary(directory: Path) -> dict[str, dict[str, float]]:
         for line in lines
         if any(key.startswith("eval_") for key in line)
     ]
+    exported = exported_step(directory / FINAL)
+    after = [line for line in evals if line["step"] == exported] or evals
     return {
         "train": train[-1] if train else {},
         "before": evals[0] if evals and evals[0]["step"] == 0 else {},
-        "after": evals[-1] if evals else {},
+        "after": after[-1] if after else {},
     }
 
 

@@ -86,3 +86,25 @@ def test_the_newest_stay_and_half_deleted_ones_go(tmp_path):
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000021", "step-00000028"]
     assert read_manifest(checkpoint_directory(tmp_path, 28))["step"] == 28
+
+
+@pytest.mark.parametrize(
+    ("limit", "ranking", "kept"),
+    [
+        (2, (7, 14), (7, 28)),
+        (2, (21, 7), (21, 28)),
+        (3, (14,), (14, 21, 28)),
+        (3, (7,), (7, 21, 28)),
+        (1, (7,), (7, 28)),
+        (1, (28, 7), (28,)),
+        (2, (8, 10, 14, 7), (14, 28)),
+        (2, (8,), (21, 28)),
+    ],
+)
+def test_the_best_that_has_a_checkpoint_stays_among_the_newest(tmp_path, limit, ranking, kept):
+    for step in (7, 14, 21, 28):
+        commit(tmp_path, step)
+    checkpoint_directory(tmp_path, 8).mkdir()  # its save never ended
+    keep_newest(str(tmp_path), limit, ranking)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}" for step in kept]

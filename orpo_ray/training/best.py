@@ -1,0 +1,152 @@
+"""Which evaluation of a run is the best, and when to stop for want of a better one.
+
+Runs in training workers.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from orpo_ray.config_sections import TrainSection
+from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.training.errors import EvaluationError
+
+_PREFIX = "eval_"
+
+
+@dataclass
+class Evaluations:
+    """The deciding metric of every evaluation so far; the same on every rank.
+
+    Nothing of it is in a checkpoint: `metrics.jsonl`, which is on disk before a checkpoint is and
+    is cut back to its step, has it all, so a run may also go on with another metric or patience.
+
+    As in transformers, the evaluation before the first step is no candidate, for an untrained
+    model is no result; equal is not better, and neither is a figure that is not finite.
+
+    Args:
+        metric: its name in `metrics.jsonl`; None where nothing depends on it.
+        greater_is_better: whether the best is the highest.
+        patience: evaluations in a row without a better one after which to stop; None: never.
+        keep_best: whether the checkpoint of the best one is saved, kept and exported.
+        values: (step, figure) in the order of steps.
+    """
+
+    metric: str | None
+    greater_is_better: bool = False
+    patience: int | None = None
+    keep_best: bool = False
+    values: list[tuple[int, float]] = field(default_factory=list)
+
+    @staticmethod
+    def of(config: TrainSection, prefixes: Sequence[str]) -> "Evaluations":
+        """No evaluation yet, of a run with these settings.
+
+        Args:
+            config: says what is the best and what comes of it.
+            prefixes: of the evaluation sets in metrics.
+
+        Raises:
+            EvaluationError: when there are no evaluations, or none has the metric.
+        """
+        patience, keep_best = config.early_stopping_patience, config.load_best_model_at_end
+        if patience is None and not keep_best:
+            return Evaluations(None)
+        if not prefixes:
+            name = "load_best_model_at_end" if keep_best else "early_stopping_patience"
+            raise EvaluationError(
+                f"{name}: this run has no evaluation data; set eval_files or val_set_size"
+            )
+        metric = _PREFIX + config.metric_for_best_model.removeprefix(_PREFIX)
+        # What is not zero has a router loss too; whether the model has one, its evaluations say.
+        names = metrics_from_sums([1.0] * N_SUMS, OrpoWeights(1.0, 1.0))
+        _refuse_unknown(metric, [prefix + name for prefix in prefixes for name in names])
+        greater = config.greater_is_better
+        if greater is None:
+            greater = not metric.endswith("loss")
+        return Evaluations(metric, greater, patience, keep_best)
+
+    def add(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Take up an evaluation; a collective, so that no rank ever stops alone.
+
+        Raises:
+            EvaluationError: when it does not have the metric.
+        """
+        if self.metric is None:
+            return
+        _refuse_unknown(self.metric, list(figures))
+        value = [figures[self.metric]]
+        dist.broadcast_object_list(value)
+        self.values.append((step, value[0]))
+
+    def restore(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Take up the evaluations that a run has behind it, as rank 0 has read them."""
+        if self.metric is None:
+            return
+        found = [[(line["step"], line[self.metric]) for line in lines if self.metric in line]]
+        dist.broadcast_object_list(found)
+        # JSON has no figures that are not finite: they were written as null.
+        self.values = [(step, math.nan if value is None else value) for step, value in found[0]]
+
+    @property
+    def ranking(self) -> tuple[int, ...]:
+        """Steps from the best evaluation to the worst; the earlier one first of equals."""
+        sign = -1.0 if self.greater_is_better else 1.0
+        ranked = [(sign * value, step) for step, value in self.values if math.isfinite(value)]
+        return tuple(step for _, step in sorted(ranked) if step)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best evaluation, if there is one."""
+        return next(iter(self.ranking), None)
+
+    @property
+    def n_without_better(self) -> int:
+        """Evaluations since the best one."""
+        best = self.best_step or 0
+        return sum(step > best for step, _ in self.values)
+
+    @property
+    def patience_is_out(self) -> bool:
+        """Whether to stop now."""
+        return self.patience is not None and self.n_without_better >= self.patience
+
+    def stop_text(self, step: int) -> str:
+        """Why training ends at a step, for the log."""
+        rule = f"early_stopping_patience={self.patience}"
+        if self.best_step is None:
+            return f"stopped early at step {step}: {self.metric} was never finite ({rule})"
+        return (
+            f"stopped early at step {step}: {self.n_without_better} evaluations in a row were no "
+            f"better than {self._figure(self.best_step)} ({rule})"
+        )
+
+    def export_text(self, step: int) -> str:
+        """What `final/` holds when the best is wanted, for the log."""
+        text = f"final/ is the model of step {step}"
+        if step != self.best_step:
+            return text
+        n_candidates = sum(other > 0 for other, _ in self.values)
+        text += f", the best of {n_candidates} evaluations: {self._figure(step)}"
+        start, best = dict(self.values).get(0, math.nan), dict(self.values)[step]
+        if start > best if self.greater_is_better else start < best:
+            text += f"; before training it was better: {start:.6g}"
+        return text
+
+    def _figure(self, step: int) -> str:
+        return f"{self.metric} {dict(self.values)[step]:.6g} at step {step}"
+
+
+def _refuse_unknown(metric: str, known: Sequence[str]) -> None:
+    """Stop where no evaluation has the metric.
+
+    Raises:
+        EvaluationError: naming those there are.
+    """
+    if metric not in known:
+        raise EvaluationError(
+            f"metric_for_best_model: the evaluations have no {metric}; known are {', '.join(known)}"
+        )

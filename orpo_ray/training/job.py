@@ -1,0 +1,43 @@
+"""What one training worker is given for a run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orpo_ray.config import ORPOConfig
+from orpo_ray.preference.stream import TokenStream
+from orpo_ray.training.model_source import ModelSource
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """All that one worker is given.
+
+    Args:
+        config: the run.
+        model: where base model and tokenizer are.
+        run_directory: absolute path.
+        train: this rank's training stream.
+        evals: this rank's evaluation streams by metric prefix (`eval_`, `eval_<name>_`).
+        data_report: what `data_report.json` holds, for the model card.
+        version: of this project.
+        device: of this rank.
+        report: told the latest metrics at every evaluation, by all ranks together.
+        leaving: asked about once a second by all ranks together; a text when a node of theirs
+            is about to be taken away, which is then answered with a checkpoint.
+    """
+
+    config: ORPOConfig
+    model: ModelSource
+    run_directory: str
+    train: TokenStream
+    evals: Mapping[str, TokenStream]
+    data_report: Mapping[str, Any]
+    version: str
+    device: torch.device
+    report: Report
+    leaving: Callable[[], str | None] = lambda: None
