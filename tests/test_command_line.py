@@ -72,7 +72,7 @@ def test_no_usable_row_is_exit_2_with_the_reasons(run_command, tmp_path):
     assert lines == [
         f"error: no usable row in {path}: 1 identical_answers, 1 malformed_json",
         f"error: {path}:1: identical_answers: chosen and rejected are the same",
-        f"error: {path}:2: malformed_json: the row cannot be read as one JSON object",
+        f"error: {path}:2: malformed_json: the line is no JSON",
     ]
 
 
@@ -84,8 +84,9 @@ def test_help_names_every_setting(run_command, tmp_path):
 
 def test_the_schema_is_json_with_every_setting(run_command, tmp_path):
     schema = json.loads(run_command(tmp_path, TRAIN, "--print-schema").stdout)
-    leaves = {leaf for part in schema["$defs"].values() for leaf in part["properties"]}
-    assert leaves == set(SECTION_OF)
+    parts = {name: part["properties"] for name, part in schema["$defs"].items()}
+    assert parts.pop("DataSource").keys() == {"path", "weight", "name"}
+    assert {leaf for part in parts.values() for leaf in part} == set(SECTION_OF)
 
 
 def test_a_dry_run_says_batch_steps_and_memory(run_command, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
 TEXT = {"prompt": "p: ", "chosen": "yes", "rejected": "no"}
 DIALOGUE = "\n\nHuman: hi\n\nAssistant:"
@@ -387,7 +388,8 @@ def test_more_bad_rows_than_allowed_stop_before_any_worker(
 
 
 def test_real_data_in_a_mixture_adds_up(shared_data, tmp_path, run_command, ray_cluster) -> None:
-    """hh-rlhf and both ShareGPT files, 20 steps; one of them with half its weight."""
+    """hh-rlhf and both ShareGPT files, 20 steps on two workers; one with half its weight."""
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
     sources = {"hh": "hh_rlhf_harmless.jsonl", "en": "dpo_en_sharegpt.json"}
     sources["zh"] = "dpo_zh_sharegpt.json"
     entries = [f"{{path: {shared_data / file}, name: {name}}}" for name, file in sources.items()]
@@ -398,6 +400,8 @@ def test_real_data_in_a_mixture_adds_up(shared_data, tmp_path, run_command, ray_
         f"train_files=[{', '.join(entries)}]",
         "val_set_size=0.1",
         "max_length=64",
+        "chat_template=template.jinja",
+        "num_workers=2",
         "max_steps=20",
         "run_name=run",
         ray_address=ray_cluster,
@@ -414,6 +418,8 @@ def test_real_data_in_a_mixture_adds_up(shared_data, tmp_path, run_command, ray_
     for part in (train, *parts.values()):
         ends = ("trained", "not_reached", "held_out", "refused")
         assert part["rows_read"] == sum(part[f"rows_{end}"] for end in ends)
-    assert train["rows_trained"] == 20 * 16
+    assert train["rows_trained"] == 20 * 32
     assert report["eval"]["rows_kept"] == train["rows_held_out"] > 60
     assert "held-out reward accuracy" in done.stdout
+    kept = AutoTokenizer.from_pretrained(tmp_path / "runs" / "run" / "final")
+    assert kept.chat_template == TEMPLATE

@@ -116,6 +116,7 @@ def test_a_torn_snapshot_of_ray_is_set_aside(tmp_path, content):
     assert set_aside_broken_snapshot(tmp_path) is None
 
 
+@pytest.mark.slow  # test_refusals trains a mixture of the same files on two workers
 @pytest.mark.timeout(600)
 def test_real_dialogues_train_on_two_workers(shared_data, run_command, ray_cluster, tmp_path):
     """The issue's command; 1,000 rows are read, and each is trained on or refused by name."""

@@ -84,6 +84,7 @@ def data_set(**changed: Any) -> dict[str, Any]:
             "ignored_columns": [],
             "pairs": 97,
             "pairs_left_out": 0,
+            "pairs_read": 97,
             "pairs_chosen_longer": 40,
             "pairs_equally_long": 1,
             "truncated_prompts": 5,
