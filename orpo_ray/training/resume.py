@@ -18,6 +18,7 @@ from orpo_ray.training.manifest import checkpoint_directories, read_manifest
 # and which of the models is exported. The schedule of a longer run is the longer run's.
 _FREE = {
     "attention",
+    "baseline",
     "cpu_offload",
     "early_stopping_patience",
     "eval_steps",
@@ -66,10 +67,13 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each decisive setting that differs from a checkpoint's."""
+    """One line for each decisive setting that differs from a checkpoint's.
+
+    A setting that only one of them has came or went with a version of this project.
+    """
     lines = []
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
+    for name in sorted(before.keys() & now.keys()):
+        old, new = before[name], now[name]
         if old == new:
             continue
         if name == "train_data":
