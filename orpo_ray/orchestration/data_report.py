@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_ray.config import ORPOConfig
+from orpo_ray.orchestration.dropping import load_keys
 from orpo_ray.orchestration.feed import TRAIN
-from orpo_ray.orchestration.ingest import LENGTHS, first_refused, load_keys, nothing_usable
+from orpo_ray.orchestration.ingest import LENGTHS, first_refused, nothing_usable
 from orpo_ray.orchestration.pair_stats import STATS, PairStats
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import ON_REQUEST, Reason

@@ -146,16 +146,19 @@ def _workers_text(config: ORPOConfig) -> str:
 def end_text(result: TrainResult, config: ORPOConfig) -> str:
     """The end of a run on a few lines: what came of it, where it is, what to try next."""
     before, after = result.metrics_before, result.metrics
-    lines = [f"loss {after['loss']:.4f} at step {after['step']}"] if "loss" in after else []
+    lines = (
+        [f"loss {_shown(after['loss'], '.4f')} at step {after['step']}"] if "loss" in after else []
+    )
     for prefix in eval_prefixes(before):
         accuracy, log_odds = prefix + "rewards/accuracies", prefix + "log_odds_chosen"
         name = f" ({prefix[5:-1]})" if prefix != "eval_" else ""
         lines.append(
-            f"held-out reward accuracy{name}: {before[accuracy]:.3f} before, "
-            f"{after[accuracy]:.3f} after"
+            f"held-out reward accuracy{name}: {_shown(before[accuracy], '.3f')} before, "
+            f"{_shown(after[accuracy], '.3f')} after"
         )
         lines.append(
-            f"held-out log odds{name}: {before[log_odds]:+.3f} before, {after[log_odds]:+.3f} after"
+            f"held-out log odds{name}: {_shown(before[log_odds], '+.3f')} before, "
+            f"{_shown(after[log_odds], '+.3f')} after"
         )
     train = result.data_report[TRAIN]
     ends = ["trained", "not_reached", "held_out", "refused"]
@@ -180,3 +183,7 @@ def end_text(result: TrainResult, config: ORPOConfig) -> str:
             "max_steps or num_train_epochs goes on from here"
         )
     return "\n".join(lines)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

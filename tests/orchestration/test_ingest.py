@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.data_report import write_data_report
-from orpo_ray.orchestration.ingest import ingest, load_keys, nothing_usable
+from orpo_ray.orchestration.dropping import load_keys
+from orpo_ray.orchestration.ingest import ingest, nothing_usable
 from orpo_ray.orchestration.tokenize_task import IngestRequest, TokenizeSplit
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
@@ -245,7 +246,8 @@ def test_an_ingest_that_died_before_its_manifest_is_done_again(
 
 CACHED = """
 import json, pickle, sys
-from orpo_ray.orchestration.ingest import ingest, load_keys, nothing_usable
+from orpo_ray.orchestration.dropping import load_keys
+from orpo_ray.orchestration.ingest import ingest, nothing_usable
 tokens = ingest(pickle.loads(bytes.fromhex(sys.argv[1])))
 print(json.dumps([tokens.directory, tokens.report, "ray" in sys.modules]))
 """

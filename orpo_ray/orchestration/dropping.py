@@ -1,0 +1,128 @@
+"""Pairs that are left out, and pairs that are put together: token shards written anew; driver."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orpo_ray.orchestration.grouping import NewShards, Place, by_prompt, rewrite
+from orpo_ray.orchestration.pair_stats import STATS, PairStats
+from orpo_ray.orchestration.tokenize_task import QUARANTINE, IngestRequest
+from orpo_ray.preference.records import Reason
+from orpo_ray.preference.shards import Shard
+
+
+def stats_of(directory: str, summaries: Sequence[Mapping[str, Any]]) -> Iterator[PairStats]:
+    """The stats of every shard in order, one at a time."""
+    return (PairStats.load(directory, summary["name"]) for summary in summaries)
+
+
+def load_keys(directory: str, name: str) -> Any:
+    """One kind of keys of all pairs of a token set, in no order."""
+    paths = Path(directory, STATS).glob("*.npz")  # and not what a killed task left half written
+    parts = [PairStats.load(directory, path.stem) for path in paths]
+    return np.concatenate([np.empty(0, np.uint64), *(getattr(part, name) for part in parts)])
+
+
+def dropped_pairs(
+    request: IngestRequest, directory: str, summaries: Sequence[dict[str, Any]]
+) -> list[Any]:
+    """Of every shard which pairs are left out, after counting duplicates; counts are mended."""
+    keys = [stats.pair_keys for stats in stats_of(directory, summaries)]
+    everything = np.concatenate([np.empty(0, np.uint64), *keys])
+    repeated = np.ones(len(everything), dtype=bool)
+    repeated[np.unique(everything, return_index=True)[1]] = False
+    others = [load_keys(other, "prompt_keys") for other in request.other_sets]
+    elsewhere = np.unique(np.concatenate([np.empty(0, np.uint64), *others]))
+    masks, first, lines = [], 0, []
+    for summary, stats in zip(summaries, stats_of(directory, summaries), strict=True):
+        here = repeated[first : first + len(stats.rows)]
+        first += len(stats.rows)
+        summary["duplicate_pairs"] = int(here.sum())
+        overlaps = np.isin(stats.prompt_keys, elsewhere) & ~stats.held
+        doubles = here & ~overlaps if request.drop_duplicates else np.zeros_like(here)
+        mask = doubles | overlaps
+        masks.append(mask)
+        if mask.any():
+            reasons = {Reason.DUPLICATE: doubles, Reason.OVERLAP: overlaps}
+            lines += _leave_out(request, summary, stats, reasons)
+    if lines:
+        path = Path(directory, QUARANTINE, "dropped.jsonl")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return masks
+
+
+def _leave_out(
+    request: IngestRequest,
+    summary: dict[str, Any],
+    stats: PairStats,
+    reasons: Mapping[Reason, Any],
+) -> list[str]:
+    """Count the rows of a shard that lose their last pair, and say so of each."""
+    kept = ~np.logical_or.reduce(list(reasons.values()))
+    for name, side in (("rows_kept", ~stats.held), ("rows_held_out", stats.held)):
+        summary[name] = len(np.unique(stats.rows[kept & side]))
+    lost = set(stats.rows.tolist()) - set(stats.rows[kept].tolist())
+    details = {
+        Reason.DUPLICATE: "the same pair stands before it",
+        Reason.OVERLAP: "an evaluation set has its prompt",
+    }
+    lines = []
+    for reason, mask in reasons.items():
+        rows = sorted(set(stats.rows[mask].tolist()) & lost)
+        lost -= set(rows)
+        summary["refused"][str(reason)] = summary["refused"].get(str(reason), 0) + len(rows)
+        summary["pairs_left_out"] += int((mask & ~np.isin(stats.rows, rows)).sum())
+        path = request.files[summary["source"]]
+        place = {"file": path, "reason": reason, "detail": details[reason], "excerpt": ""}
+        lines += [json.dumps(place | {"row": row + 1}, ensure_ascii=False) for row in rows]
+    return lines
+
+
+def _places(
+    directory: str,
+    summaries: Sequence[Mapping[str, Any]],
+    dropped: Sequence[Any],
+    part: str,
+) -> Iterator[tuple[int, int, Place]]:
+    """Source, key of the prompt, and place of every pair that stays in one part of the set."""
+    for summary, stats, mask in zip(
+        summaries, stats_of(directory, summaries), dropped, strict=True
+    ):
+        side = stats.held if part == "held_shard" else ~stats.held
+        for index, (key, out) in enumerate(
+            zip(stats.group_keys[side].tolist(), mask[side].tolist(), strict=True)
+        ):
+            if not out:
+                yield summary["source"], key, (summary[part]["name"], index)
+
+
+def grouped(
+    request: IngestRequest,
+    directory: str,
+    summaries: Sequence[Mapping[str, Any]],
+    dropped: Sequence[Any],
+    part: str,
+) -> tuple[tuple[Shard, ...], int]:
+    """Shards of whole prompts, wherever in the files their pairs stand."""
+    places = ((key, place) for _, key, place in _places(directory, summaries, dropped, part))
+    name = "prompts" if part == "shard" else "held-prompts"
+    return rewrite(directory, [NewShards(name, -1, by_prompt(places))], request.shard_rows)
+
+
+def without_dropped(
+    request: IngestRequest,
+    directory: str,
+    summaries: Sequence[Mapping[str, Any]],
+    dropped: Sequence[Any],
+    part: str,
+) -> tuple[tuple[Shard, ...], int]:
+    """Shards without the pairs that are left out, by source."""
+    kept: dict[int, list[list[Place]]] = {}
+    for source, _, place in _places(directory, summaries, dropped, part):
+        kept.setdefault(source, []).append([place])
+    name = "kept" if part == "shard" else "held-kept"
+    parts = [NewShards(name, source, members) for source, members in sorted(kept.items())]
+    return rewrite(directory, parts, request.shard_rows)
