@@ -79,7 +79,7 @@ def with_datasets(pairs: Path, tokenizer_folder: str, cache: Path) -> int:
 def with_ray(pairs: Path, tokenizer_folder: str, cache: Path, shard_rows: int) -> int:
     """Ingest the same file; returns the rows that were kept."""
     from orpo_ray.orchestration.ingest import ingest
-    from orpo_ray.orchestration.tokenize_task import IngestRequest
+    from orpo_ray.orchestration.ingest_request import IngestRequest
     from orpo_ray.preference.tokenization import Limits
 
     request = IngestRequest(

@@ -6,8 +6,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from orpo_ray.config_data import DataSection
 from orpo_ray.config_sections import (
-    DataSection,
     ModelSection,
     OrpoSection,
     OutputSection,
@@ -68,6 +68,12 @@ class ORPOConfig(Section):
     def microbatch_tokens(self) -> int:
         """Tokens that one forward and backward pass may hold; a longer group comes alone."""
         per_device = self.train.per_device_train_batch_size
+        return self.train.max_tokens_per_microbatch or per_device * self.data.max_length
+
+    @property
+    def eval_microbatch_tokens(self) -> int:
+        """The same of a forward pass in evaluation."""
+        per_device = self.train.per_device_eval_batch_size
         return self.train.max_tokens_per_microbatch or per_device * self.data.max_length
 
     def replace(self, **leaves: Any) -> Self:

@@ -7,7 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from orpo_ray.orchestration.data_report import QUARANTINE, Tally, length_tallies
+from orpo_ray.orchestration.data_report import (
+    QUARANTINE,
+    Tally,
+    length_tallies,
+    source_label,
+)
 from orpo_ray.orchestration.page import make_axes, render_page, svg_of
 from orpo_ray.preference.shards import TokenSet
 
@@ -94,7 +99,7 @@ def write_data_page(
     for name, figures in report.items():
         whole = "rows_read" in figures
         sources = [
-            [f"{part['name']}: {path}" if "name" in part else path, *(part[c] for c in _COLUMNS)]
+            [source_label(path, part), *(part[c] for c in _COLUMNS)]
             for path, part in figures.get("sources", {}).items()
         ]
         parts.append(

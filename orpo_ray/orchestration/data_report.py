@@ -71,6 +71,11 @@ def write_data_report(
     return report
 
 
+def source_label(path: str, part: Mapping[str, Any]) -> str:
+    """What a source file is called in tables: its path, after the name that the user gave it."""
+    return f"{part['name']}: {path}" if "name" in part else path
+
+
 def save_report(run_directory: Path, report: Mapping[str, Any]) -> None:
     """Write `data_report.json` atomically."""
     path = run_directory / REPORT_NAME

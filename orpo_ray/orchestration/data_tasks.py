@@ -4,10 +4,15 @@ import json
 from typing import Any
 
 
-def each(items: list[dict[str, Any]], work: Any) -> list[dict[str, Any]]:
+def each(items: list[dict[str, Any]], work: Any, **how: Any) -> list[dict[str, Any]]:
     """Apply `work` to every item in a data task of its own; items and answers travel as JSON.
 
     An error of `work` is raised here as it was raised there.
+
+    Args:
+        items: small descriptions.
+        work: takes `{"item": JSON}` and gives a list of such; a class is made once an actor.
+        how: options of Ray Data's `flat_map`.
     """
     import ray.data
 
@@ -16,5 +21,5 @@ def each(items: list[dict[str, Any]], work: Any) -> list[dict[str, Any]]:
     context.raise_original_map_exception = True
     rows = [{"item": json.dumps(item)} for item in items]
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows)))
-    answers = dataset.flat_map(work).take_all()
+    answers = dataset.flat_map(work, **how).take_all()
     return [json.loads(answer["item"]) for answer in answers]

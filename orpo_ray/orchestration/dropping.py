@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from orpo_ray.orchestration.grouping import NewShards, Place, by_prompt, rewrite
+from orpo_ray.orchestration.ingest_request import IngestRequest
 from orpo_ray.orchestration.pair_stats import STATS, PairStats
-from orpo_ray.orchestration.tokenize_task import QUARANTINE, IngestRequest
+from orpo_ray.orchestration.tokenize_task import QUARANTINE
 from orpo_ray.preference.records import Reason
 from orpo_ray.preference.shards import Shard
 
@@ -99,30 +100,25 @@ def _places(
                 yield summary["source"], key, (summary[part]["name"], index)
 
 
-def grouped(
+def rewritten(
     request: IngestRequest,
     directory: str,
     summaries: Sequence[Mapping[str, Any]],
     dropped: Sequence[Any],
     part: str,
 ) -> tuple[tuple[Shard, ...], int]:
-    """Shards of whole prompts, wherever in the files their pairs stand."""
-    places = ((key, place) for _, key, place in _places(directory, summaries, dropped, part))
-    name = "prompts" if part == "shard" else "held-prompts"
-    return rewrite(directory, [NewShards(name, -1, by_prompt(places))], request.shard_rows)
+    """Shards of one part of the set without the pairs that are left out, of prompts if wanted.
 
-
-def without_dropped(
-    request: IngestRequest,
-    directory: str,
-    summaries: Sequence[Mapping[str, Any]],
-    dropped: Sequence[Any],
-    part: str,
-) -> tuple[tuple[Shard, ...], int]:
-    """Shards without the pairs that are left out, by source."""
-    kept: dict[int, list[list[Place]]] = {}
-    for source, _, place in _places(directory, summaries, dropped, part):
-        kept.setdefault(source, []).append([place])
-    name = "kept" if part == "shard" else "held-kept"
-    parts = [NewShards(name, source, members) for source, members in sorted(kept.items())]
+    Pairs of one prompt are put together wherever in the files they stand; else every source keeps
+    shards of its own.
+    """
+    places = _places(directory, summaries, dropped, part)
+    if request.group_by_prompt:
+        members = by_prompt((key, place) for _, key, place in places)
+        parts = [NewShards(f"{part}-prompts", -1, members)]
+    else:
+        kept: dict[int, list[list[Place]]] = {}
+        for source, _, place in places:
+            kept.setdefault(source, []).append([place])
+        parts = [NewShards(f"{part}-kept", source, kept[source]) for source in sorted(kept)]
     return rewrite(directory, parts, request.shard_rows)

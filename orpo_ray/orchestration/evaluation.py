@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orpo_ray.config import ORPOConfig
+from orpo_ray.orchestration.progress import set_name
 from orpo_ray.orchestration.scoring import score_token_set
 from orpo_ray.orchestration.start import Start, make_console, start_run
 from orpo_ray.preference.errors import DataError
@@ -77,7 +78,7 @@ def evaluate_model(config: ORPOConfig) -> EvaluationResult:
         raise DataError(["eval_files: nothing to evaluate on; name files"])
     sets = {}
     for name in start.token_sets:
-        shown = name.rstrip("_").removeprefix("eval_") or "eval"
+        shown = set_name(name) or "eval"
         sets[shown] = _evaluate_set(start, name, shown, console)
         for table in _tables(shown, sets[shown]):
             console.print(table)

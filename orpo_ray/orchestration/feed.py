@@ -84,11 +84,10 @@ def train_plan(
 def eval_plan(config: ORPOConfig, token_set: TokenSet) -> FeedPlan:
     """The order and batches of an evaluation: file order, once."""
     per_device = config.train.per_device_eval_batch_size
-    budget = config.train.max_tokens_per_microbatch or per_device * config.data.max_length
     return FeedPlan(
         token_set=token_set,
         order=_order(config, token_set, shuffle=False),
-        plan=_batches(config, per_device * config.ray.max_workers, budget),
+        plan=_batches(config, per_device * config.ray.max_workers, config.eval_microbatch_tokens),
     )
 
 

@@ -17,12 +17,12 @@ import numpy as np
 import xxhash
 
 from orpo_ray.orchestration.data_tasks import each
-from orpo_ray.orchestration.dropping import dropped_pairs, grouped, stats_of, without_dropped
+from orpo_ray.orchestration.dropping import dropped_pairs, rewritten, stats_of
+from orpo_ray.orchestration.ingest_request import IngestRequest
 from orpo_ray.orchestration.pair_stats import STATS
 from orpo_ray.orchestration.tokenize_task import (
     DONE,
     QUARANTINE,
-    IngestRequest,
     SplitFile,
     TokenizeSplit,
 )
@@ -102,14 +102,10 @@ def _gathered(
         for part in ("shard", "held_shard")
     }
     longest: Any = max((s["longest_group_tokens"] for s in summaries), default=0)
-    if request.group_by_prompt:
-        shards["shard"], longest = grouped(request, directory, summaries, dropped, "shard")
-        shards["held_shard"], _ = grouped(request, directory, summaries, dropped, "held_shard")
-    elif any(mask.any() for mask in dropped):
-        shards["shard"], longest = without_dropped(request, directory, summaries, dropped, "shard")
-        shards["held_shard"], _ = without_dropped(
-            request, directory, summaries, dropped, "held_shard"
-        )
+    some_dropped = any(mask.any() for mask in dropped)
+    if request.group_by_prompt or some_dropped:
+        shards["shard"], longest = rewritten(request, directory, summaries, dropped, "shard")
+        shards["held_shard"], _ = rewritten(request, directory, summaries, dropped, "held_shard")
     figures: dict[str, Any] = {"pairs_read": sum(len(mask) for mask in dropped)}
     figures |= _length_figures(directory, summaries, dropped, request.limits.max_length)
     by_source = {
@@ -127,7 +123,7 @@ def _gathered(
     }
     if request.group_by_prompt:
         report["prompts"] = sum(shard.n_groups for shard in pairs)
-    if any(mask.any() for mask in dropped):
+    if some_dropped:
         report["quarantine"].append(f"{QUARANTINE}/dropped.jsonl")
     return TokenSet(directory, pairs, request.files, report, shards["held_shard"])
 

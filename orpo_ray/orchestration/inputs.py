@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from orpo_ray.config import ORPOConfig
-from orpo_ray.config_sections import DataSource
+from orpo_ray.config_data import DataSource
 from orpo_ray.preference.demo_pairs import write_demo_pairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.sources import find_files

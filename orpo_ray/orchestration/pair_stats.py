@@ -1,7 +1,6 @@
 """Hashes and lengths of every pair: for duplicates, overlaps, groups, and what reports say."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,10 +77,12 @@ class StatsOfPairs:
         self.texts.append((_hash(prompt), pair_key))
         self.subsets.append(subset)
 
+    def _held(self) -> list[bool]:
+        return [key / _SCALE < self.held_share for key, _ in self.texts]
+
     def part(self, held: bool) -> list[PromptGroup]:
         """The pairs that are held out, or the others."""
-        kept = zip(self.groups, self.texts, strict=True)
-        return [group for group, (key, _) in kept if (key / _SCALE < self.held_share) == held]
+        return [group for group, out in zip(self.groups, self._held(), strict=True) if out == held]
 
     def arrays(self) -> PairStats:
         """Everything that was added."""
@@ -91,18 +92,15 @@ class StatsOfPairs:
             rows=np.array([group.row_ids[0].row for group in self.groups], dtype=np.int64),
             prompt_keys=keys[:, 0],
             pair_keys=keys[:, 1],
-            group_keys=group_keys(self.groups),
+            group_keys=np.array(
+                [xxhash.xxh3_64_intdigest(group.prompt.tobytes()) for group in self.groups],
+                dtype=np.uint64,
+            ),
             lengths=np.array(lengths, dtype=np.int32).reshape(-1, 3),
-            held=np.array([key / _SCALE < self.held_share for key, _ in self.texts], dtype=bool),
+            held=np.array(self._held(), dtype=bool),
             subsets=np.array(self.subsets, dtype=np.str_),
         )
 
 
 def _hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode())
-
-
-def group_keys(groups: Sequence[PromptGroup]) -> Keys:
-    """Hashes of the prompts' tokens."""
-    digests = [xxhash.xxh3_64_intdigest(group.prompt.tobytes()) for group in groups]
-    return np.array(digests, dtype=np.uint64)

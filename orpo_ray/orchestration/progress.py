@@ -148,8 +148,8 @@ def write_or_say(write_report: Callable[[], object], console: Console) -> None:
 def figures_text(line: Mapping[str, Any]) -> str:
     """The figures of a logged step on one line."""
     return (
-        f"loss {_figure(line['loss'])}  margin {_figure(line['rewards/margins'])}  "
-        f"accuracy {_figure(line['rewards/accuracies'])}  lr {line['learning_rate']:.2e}  "
+        f"loss {figure(line['loss'])}  margin {figure(line['rewards/margins'])}  "
+        f"accuracy {figure(line['rewards/accuracies'])}  lr {line['learning_rate']:.2e}  "
         f"{line['pairs_per_s']:.1f} pairs/s  {line['tokens_per_s']:.0f} tokens/s"
     )
 
@@ -160,16 +160,22 @@ def eval_prefixes(figures: Mapping[str, Any]) -> list[str]:
     return [n.removesuffix(last) for n in figures if n.startswith("eval_") and n.endswith(last)]
 
 
+def set_name(prefix: str) -> str:
+    """The name of an evaluation set in its metrics' prefix; empty where it has none."""
+    return prefix.removeprefix("eval_").removesuffix("_")
+
+
 def evaluation_text(line: Mapping[str, Any], prefix: str) -> str:
     """The figures of one evaluation set on one line."""
-    name = f" of {prefix[5:-1]}" if prefix != "eval_" else ""
+    name = f" of {set_name(prefix)}" if set_name(prefix) else ""
     return (
         f"evaluation{name} at step {line['step']}: "
-        f"accuracy {_figure(line[prefix + 'rewards/accuracies'])}  "
-        f"log odds {_figure(line[prefix + 'log_odds_chosen'])}  "
-        f"loss {_figure(line[prefix + 'loss'])}"
+        f"accuracy {figure(line[prefix + 'rewards/accuracies'])}  "
+        f"log odds {figure(line[prefix + 'log_odds_chosen'])}  "
+        f"loss {figure(line[prefix + 'loss'])}"
     )
 
 
-def _figure(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+def figure(value: float | None, form: str = ".4f") -> str:
+    """A figure of the metrics, which has none where it was not finite."""
+    return "not finite" if value is None else format(value, form)

@@ -11,7 +11,13 @@ from orpo_ray.orchestration.data_report import REPORT_NAME, count_trained, save_
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
-from orpo_ray.orchestration.progress import RunWatcher, eval_prefixes, write_or_say
+from orpo_ray.orchestration.progress import (
+    RunWatcher,
+    eval_prefixes,
+    figure,
+    set_name,
+    write_or_say,
+)
 from orpo_ray.orchestration.run_lock import claimed
 from orpo_ray.orchestration.run_report import REPORT, write_run_report
 from orpo_ray.orchestration.start import (
@@ -146,19 +152,17 @@ def _workers_text(config: ORPOConfig) -> str:
 def end_text(result: TrainResult, config: ORPOConfig) -> str:
     """The end of a run on a few lines: what came of it, where it is, what to try next."""
     before, after = result.metrics_before, result.metrics
-    lines = (
-        [f"loss {_shown(after['loss'], '.4f')} at step {after['step']}"] if "loss" in after else []
-    )
+    lines = [f"loss {figure(after['loss'])} at step {after['step']}"] if "loss" in after else []
     for prefix in eval_prefixes(before):
         accuracy, log_odds = prefix + "rewards/accuracies", prefix + "log_odds_chosen"
-        name = f" ({prefix[5:-1]})" if prefix != "eval_" else ""
+        name = f" ({set_name(prefix)})" if set_name(prefix) else ""
         lines.append(
-            f"held-out reward accuracy{name}: {_shown(before[accuracy], '.3f')} before, "
-            f"{_shown(after[accuracy], '.3f')} after"
+            f"held-out reward accuracy{name}: {figure(before[accuracy], '.3f')} before, "
+            f"{figure(after[accuracy], '.3f')} after"
         )
         lines.append(
-            f"held-out log odds{name}: {_shown(before[log_odds], '+.3f')} before, "
-            f"{_shown(after[log_odds], '+.3f')} after"
+            f"held-out log odds{name}: {figure(before[log_odds], '+.3f')} before, "
+            f"{figure(after[log_odds], '+.3f')} after"
         )
     train = result.data_report[TRAIN]
     ends = ["trained", "not_reached", "held_out", "refused"]
@@ -183,7 +187,3 @@ def end_text(result: TrainResult, config: ORPOConfig) -> str:
             "max_steps or num_train_epochs goes on from here"
         )
     return "\n".join(lines)
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)

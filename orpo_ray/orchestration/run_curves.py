@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.orchestration.page import make_axes, svg_of
-from orpo_ray.orchestration.progress import eval_prefixes
+from orpo_ray.orchestration.progress import eval_prefixes, set_name
 
 CURVES = "curves.png"
 _COLUMNS, _WIDTH, _HEIGHT = 3, 3.7, 2.5
@@ -55,7 +55,7 @@ def all_prefixes(lines: Lines) -> list[str]:
 
 def set_label(prefix: str) -> str:
     """What a person calls an evaluation set: its name, if it has one."""
-    return prefix[len("eval_") : -1] or "evaluation"
+    return set_name(prefix) or "evaluation"
 
 
 def chart_svgs(charts: Iterable[Chart], lines: Lines) -> list[str]:

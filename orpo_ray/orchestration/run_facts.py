@@ -8,8 +8,9 @@ from typing import Any
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.data_page import budget_lines
-from orpo_ray.orchestration.data_report import QUARANTINE, data_lines
+from orpo_ray.orchestration.data_report import QUARANTINE, data_lines, source_label
 from orpo_ray.orchestration.feed import TRAIN
+from orpo_ray.orchestration.progress import figure
 from orpo_ray.orchestration.run_curves import Lines, all_prefixes, set_label
 from orpo_ray.training.run_files import EVENTS
 
@@ -87,8 +88,7 @@ def headline(evaluations: Lines, report: Mapping[str, Any]) -> list[dict[str, An
 def _figure(line: Mapping[str, Any], name: str) -> str:
     if name not in line:
         return "-"
-    value = line[name]
-    return "not finite" if value is None else f"{value:.3f}"
+    return figure(line[name], ".3f")
 
 
 def gaps(lines: Lines) -> str:
@@ -110,7 +110,7 @@ def data_part(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     columns = [column for column in _FILE_COLUMNS if column in figures]
     sources = figures.get("sources", {})
     rows = [
-        [f"{part['name']}: {path}" if "name" in part else path, *(part[c] for c in columns)]
+        [source_label(path, part), *(part[c] for c in columns)]
         for path, part in list(sources.items())[:_SHOWN_FILES]
     ]
     return {

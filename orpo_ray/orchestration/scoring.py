@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.data
+from ray.data import ActorPoolStrategy
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.cluster import HOST_MEMORY
+from orpo_ray.orchestration.data_tasks import each
 from orpo_ray.orchestration.pair_stats import STATS, PairStats
+from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.shards import TokenSet, read_shard
 
 _PARTS = "parts"
@@ -31,22 +32,23 @@ class _ScoreGroups:
         cpus = (config.ray.resources_per_worker or {}).get("CPU", 1.0)
         torch.set_num_threads(max(1, int(cpus)))
         device = torch.device("cuda" if config.ray.use_gpu else "cpu")
-        sample = read_shard(f"{tokens.directory}/{tokens.shards[0].name}")
-        self._scorer = PairScorer.load(config, model, device, sample)
-        self._tokens, self._folder = tokens, Path(folder)
+        self._directory, self._folder = tokens.directory, Path(folder)
+        self._open_shard = tokens.shards[0].name, self._read(tokens.shards[0].name)
+        self._scorer = PairScorer.load(config, model, device, self._open_shard[1])
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        names = []
-        for text in batch["item"]:
-            item = json.loads(text)
-            groups = read_shard(f"{self._tokens.directory}/{item['shard']}")
-            table = self._scorer.score(groups[item["first"] : item["first"] + _TASK_GROUPS])
-            path = self._folder / f"{item['number']:08d}.parquet"
-            temporary = path.with_suffix(".tmp")
-            pq.write_table(table, temporary)
-            temporary.replace(path)
-            names.append(json.dumps({"name": path.name, "problem": self._scorer.problem}))
-        return {"item": np.array(names)}
+    def _read(self, shard: str) -> list[PromptGroup]:
+        return read_shard(f"{self._directory}/{shard}")
+
+    def __call__(self, row: dict[str, str]) -> list[dict[str, str]]:
+        """Write the scores of one stretch; the answer names their file."""
+        item = json.loads(row["item"])
+        if self._open_shard[0] != item["shard"]:
+            self._open_shard = item["shard"], self._read(item["shard"])
+        groups = self._open_shard[1][item["first"] : item["first"] + _TASK_GROUPS]
+        path = self._folder / f"{item['number']:08d}.parquet"
+        pq.write_table(self._scorer.score(groups), path)
+        answer = {"name": path.name, "problem": self._scorer.problem}
+        return [{"item": json.dumps(answer)}]
 
 
 def score_token_set(
@@ -67,45 +69,39 @@ def score_token_set(
     folder = path.parent / _PARTS
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    items = [
-        {"shard": shard.name, "first": first}
+    stretches = [
+        (shard.name, first)
         for shard in tokens.shards
         for first in range(0, shard.n_groups, _TASK_GROUPS)
     ]
-    rows = [{"item": json.dumps(item | {"number": i})} for i, item in enumerate(items)]
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
+    items = [
+        {"number": number, "shard": shard, "first": first}
+        for number, (shard, first) in enumerate(stretches)
+    ]
     resources = dict(config.ray.resources_per_worker or {})
-    answers = (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(
-            _ScoreGroups,
-            batch_size=1,
-            fn_constructor_args=(config, model, tokens, str(folder)),
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1, max_size=min(config.ray.max_workers, len(rows))
-            ),
-            num_cpus=resources.pop("CPU", 0.0),
-            num_gpus=resources.pop("GPU", 0.0),
-            resources=resources,
-            runtime_env=None if config.ray.use_gpu else {"env_vars": HOST_MEMORY},
-        )
-        .take_all()
+    found = each(
+        items,
+        _ScoreGroups,
+        fn_constructor_args=(config, model, tokens, str(folder)),
+        compute=ActorPoolStrategy(min_size=1, max_size=min(config.ray.max_workers, len(items))),
+        num_cpus=resources.pop("CPU", 0.0),
+        num_gpus=resources.pop("GPU", 0.0),
+        resources=resources,
+        runtime_env=None if config.ray.use_gpu else {"env_vars": HOST_MEMORY},
     )
-    found = [json.loads(answer["item"]) for answer in answers]
     tables = [pq.read_table(folder / name) for name in sorted(answer["name"] for answer in found)]
-    scores = _with_places(pa.concat_tables(tables), tokens)
+    subsets = _subsets(tokens) if config.data.eval_subset_column else {}
+    scores = _with_places(pa.concat_tables(tables), tokens, subsets)
     pq.write_table(scores, path)
     shutil.rmtree(folder)
     return scores, next((a["problem"] for a in found if a["problem"]), None)
 
 
-def _with_places(scores: pa.Table, tokens: TokenSet) -> pa.Table:
+def _with_places(
+    scores: pa.Table, tokens: TokenSet, subsets: Mapping[tuple[int, int], str]
+) -> pa.Table:
     """File, row from 1, and subset in place of the index of the source."""
-    subsets = _subsets(tokens)
-    places = zip(scores["source"].to_pylist(), scores["row"].to_pylist(), strict=True)
-    keys = list(places)
+    keys = list(zip(scores["source"].to_pylist(), scores["row"].to_pylist(), strict=True))
     columns: Mapping[str, Any] = {
         "file": pa.array([tokens.sources[source] for source, _ in keys]).dictionary_encode(),
         "row": pa.array([row + 1 for _, row in keys], pa.int64()),

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from orpo_ray.config import ConfigError, ORPOConfig
+from orpo_ray.config_data import DataSource
 from orpo_ray.config_file import load_config, to_yaml
-from orpo_ray.config_sections import DataSource
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_report import (
     data_lines,
@@ -20,8 +20,8 @@ from orpo_ray.orchestration.data_report import (
 )
 from orpo_ray.orchestration.feed import TRAIN, FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.ingest import ingest
+from orpo_ray.orchestration.ingest_request import IngestRequest
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
-from orpo_ray.orchestration.tokenize_task import IngestRequest
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.shards import TokenSet

@@ -5,91 +5,24 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.orchestration.ingest_request import IngestRequest
 from orpo_ray.orchestration.pair_stats import StatsOfPairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import RowId
-from orpo_ray.preference.readers import RawRow, Split, read_split, split_file
+from orpo_ray.preference.readers import read_split, split_file
 from orpo_ray.preference.records import Reason, Record, Refusal, excerpt
-from orpo_ray.preference.shapes import RowReader
+from orpo_ray.preference.rows import RawRow, Split
 from orpo_ray.preference.shards import write_shard
 from orpo_ray.preference.templates import PairText, empty_answer, render, special_token_in
-from orpo_ray.preference.tokenization import Limits, PairTokenizer, TokenizedPair
+from orpo_ray.preference.tokenization import TokenizedPair
 
 QUARANTINE, DONE = "quarantine", "done"
 _BATCH_ROWS = 256
-
-
-@dataclass(frozen=True)
-class IngestRequest:
-    """What decides the tokens, and where they are cached.
-
-    Args:
-        files: absolute paths or URLs, in order.
-        tokenizer: folder or hub id.
-        revision: of a hub tokenizer.
-        limits: of the lengths of a pair.
-        shard_rows: source rows in one token shard.
-        cache_directory: parent of the token sets, on storage that every node reaches.
-        reader: finds the pairs of a row.
-        chat_template: the text of one, instead of the tokenizer's.
-        special_tokens: whether texts may hold special tokens, `refuse` or `allow`.
-        group_by_prompt: whether pairs of one prompt become one group.
-        val_set_size: share of the prompts whose pairs are held out.
-        drop_duplicates: whether a pair that occurred before is left out.
-        other_sets: directories of token sets whose prompts are left out.
-        subset_column: column that says which part of an evaluation set a row belongs to.
-    """
-
-    files: tuple[str, ...]
-    tokenizer: str
-    revision: str | None
-    limits: Limits
-    shard_rows: int
-    cache_directory: str
-    reader: RowReader = field(default_factory=RowReader)
-    chat_template: str | None = None
-    special_tokens: str = "refuse"
-    group_by_prompt: bool = False
-    val_set_size: float = 0.0
-    drop_duplicates: bool = False
-    other_sets: tuple[str, ...] = ()
-    subset_column: str | None = None
-
-    def pair_tokenizer(self) -> PairTokenizer:
-        """The tokenizer with its limits, loaded once a process as long as its files stay."""
-        folder = Path(self.tokenizer)
-        stats = [path.stat() for path in sorted(folder.iterdir())] if folder.is_dir() else []
-        files = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
-        return _load_tokenizer(
-            self.tokenizer, self.revision, self.chat_template, self.limits, files
-        )
-
-
-@functools.lru_cache(maxsize=8)
-def _load_tokenizer(
-    name: str,
-    revision: str | None,
-    chat_template: str | None,
-    limits: Limits,
-    files: tuple[tuple[int, int], ...],
-) -> PairTokenizer:
-    """The tokenizer of a folder or hub id.
-
-    Raises:
-        DataError: when it cannot be used for pairs.
-    """
-    from transformers import AutoTokenizer
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a data task has one CPU
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    return PairTokenizer(tokenizer, limits)
 
 
 def _problems_as_answers(
@@ -206,6 +139,23 @@ class TokenizeSplit:
         temporary.replace(target)
 
 
+@dataclass(frozen=True)
+class _RowTexts:
+    """One row that can be rendered.
+
+    Args:
+        raw: the row.
+        texts: its pairs.
+        prompt: equal where prompts are.
+        left_out: pairs of it that cannot be trained on.
+    """
+
+    raw: RawRow
+    texts: tuple[PairText, ...]
+    prompt: str
+    left_out: int
+
+
 class _Rows:
     """What the rows of one shard came to."""
 
@@ -214,7 +164,6 @@ class _Rows:
         self._source = source
         self._pairs = request.pair_tokenizer()
         self.kept = StatsOfPairs(request.val_set_size)
-        self._identities: dict[int, str] = {}
         self.refused: list[tuple[RawRow, Refusal]] = []
         self.shapes: Counter[str] = Counter()
         self.ignored: set[str] = set()
@@ -224,8 +173,7 @@ class _Rows:
 
     def add(self, batch: Sequence[RawRow]) -> None:
         """Tokenize some rows, a pair or more each."""
-        texts: list[PairText] = []
-        owners: list[RawRow] = []
+        rows: list[_RowTexts] = []
         for raw in batch:
             try:
                 found = self._texts(raw)
@@ -236,33 +184,29 @@ class _Rows:
             if isinstance(found, Refusal):
                 self.refused.append((raw, found))
             else:
-                texts += found
-                owners += [raw] * len(found)
-        row_ids = [RowId(self._source, raw.number) for raw in owners]
-        pairs = zip(owners, texts, self._pairs.tokenize(texts, row_ids), strict=True)
-        for _, part in itertools.groupby(pairs, key=lambda entry: entry[0].number):
-            self._take(list(part))
-        self._identities.clear()
+                rows.append(found)
+        row_ids = [RowId(self._source, row.raw.number) for row in rows for _ in row.texts]
+        results = iter(self._pairs.tokenize([text for row in rows for text in row.texts], row_ids))
+        for row in rows:
+            self._take(row, list(itertools.islice(results, len(row.texts))))
 
-    def _take(self, results: list[tuple[RawRow, PairText, TokenizedPair | Refusal]]) -> None:
+    def _take(self, row: _RowTexts, results: Sequence[TokenizedPair | Refusal]) -> None:
         """One row's pairs: it is refused when none of them can be trained on."""
-        refused = [(raw, pair) for raw, _, pair in results if isinstance(pair, Refusal)]
+        refused = [result for result in results if isinstance(result, Refusal)]
         if len(refused) == len(results):
-            self.refused.append(refused[0])
+            self.refused.append((row.raw, refused[0]))
             return
-        self.counts["pairs_left_out"] += len(refused)
-        for raw, text, pair in results:
+        self.counts["pairs_left_out"] += row.left_out + len(refused)
+        column = self._request.subset_column
+        subset = "" if column is None else str((row.raw.record or {}).get(column, ""))
+        for text, pair in zip(row.texts, results, strict=True):
             if isinstance(pair, TokenizedPair):
-                self.kept.add(pair.group, text, self._identities[raw.number], self._subset(raw))
+                self.kept.add(pair.group, text, row.prompt, subset)
                 self.counts["truncated_prompts"] += pair.prompt_cut
                 self.counts["truncated_completions"] += pair.completion_cut
                 self.counts["truncated_pairs"] += pair.prompt_cut or pair.completion_cut
 
-    def _subset(self, raw: RawRow) -> str:
-        column = self._request.subset_column
-        return "" if column is None else str((raw.record or {}).get(column, ""))
-
-    def _texts(self, raw: RawRow) -> list[PairText] | Refusal:
+    def _texts(self, raw: RawRow) -> _RowTexts | Refusal:
         """One row as text, or why it is not trained on."""
         if raw.record is None:
             if raw.problem is None:
@@ -273,32 +217,33 @@ class _Rows:
             return found
         self.shapes[found.shape.value] += 1
         self.ignored |= found.ignored - {self._request.subset_column}
-        # All pairs of a ranking have one prompt, or stand in one row without any.
-        self._identities[raw.number] = found.records[0].identity
         texts, refused = [], []
         for record in found.records:
-            token = None
-            if self._request.special_tokens == "refuse":
-                token = special_token_in(record, self._pairs.tokenizer)
-            text = token or self._rendered(record)
+            text = self._rendered(record)
             if isinstance(text, Refusal):
                 refused.append(text)
             else:
                 texts.append(text)
         if not texts:
             return refused[0]
-        self.counts["pairs_left_out"] += found.left_out + len(refused)
-        return texts
+        # All pairs of a ranking have one prompt, or stand in one row without any.
+        prompt = found.records[0].identity
+        return _RowTexts(raw, tuple(texts), prompt, found.left_out + len(refused))
 
     def _rendered(self, record: Record) -> PairText | Refusal:
-        text = render(record, self._pairs.tokenizer)
+        tokenizer = self._pairs.tokenizer
+        if self._request.special_tokens == "refuse":
+            refusal = special_token_in(record, tokenizer)
+            if refusal:
+                return refusal
+        text = render(record, tokenizer)
         if isinstance(text, Refusal):
             return text
         try:
             (text.prompt + text.chosen + text.rejected).encode()
         except UnicodeEncodeError:
             return Refusal(Reason.BAD_SURROGATE, "its text holds half of a surrogate pair")
-        return empty_answer(text, self._pairs.tokenizer.eos_token) or text
+        return empty_answer(text, tokenizer.eos_token) or text
 
 
 _WHY_NO_RECORD = {
@@ -308,8 +253,3 @@ _WHY_NO_RECORD = {
     Reason.NOT_UTF8: "it is not UTF-8",
     Reason.DUPLICATE_KEY: "an object has a key twice, and parsers differ in which they keep",
 }
-
-
-def file_items(files: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What `SplitFile` takes, one a file."""
-    return ({"source": source, "path": path} for source, path in enumerate(files))

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_ray.config import ORPOConfig
-from orpo_ray.config_sections import DataSource
+from orpo_ray.config_data import DataSource
 from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
 from orpo_ray.orchestration.run import TrainResult, evaluate, train
 from orpo_ray.preference.sources import find_files

@@ -50,7 +50,7 @@ class Order:
     def windows(self, epoch: int) -> list[tuple[int, ...]]:
         """The shards of every window of an epoch, in order."""
         n_shards, width = len(self.shard_lengths), self.window_shards
-        shards = self._permutation(epoch, 0, n_shards) if self.shuffle else range(n_shards)
+        shards = _permutation(self.seed, epoch, 0, n_shards) if self.shuffle else range(n_shards)
         return [tuple(shards[first : first + width]) for first in range(0, n_shards, width)]
 
     def epoch(self, epoch: int, first_group: int = 0) -> Iterator[tuple[int, int]]:
@@ -69,7 +69,7 @@ class Order:
         rows = [(shard, row) for shard in window for row in self._shard_rows(epoch, shard)]
         if not self.shuffle:
             return rows
-        return [rows[i] for i in self._permutation(epoch, 1 + index, len(rows))]
+        return [rows[i] for i in _permutation(self.seed, epoch, 1 + index, len(rows))]
 
     def _shard_rows(self, epoch: int, shard: int) -> list[int]:
         """The groups of one shard that an epoch takes, in file order.
@@ -84,9 +84,6 @@ class Order:
         places[_permutation(self.seed, _FIXED, shard, length)] = np.arange(length)
         times = ((epoch + 1) * taken + places) // length - (epoch * taken + places) // length
         return [int(row) for row in np.repeat(np.arange(length), times)]
-
-    def _permutation(self, epoch: int, stream: int, length: int) -> list[int]:
-        return _permutation(self.seed, epoch, stream, length)
 
 
 def _permutation(seed: int, epoch: int, stream: int, length: int) -> list[int]:

@@ -1,21 +1,22 @@
-"""Reading the rows of files: JSON lines and arrays, tables of text, Parquet and Arrow."""
+"""Reading the rows of files of every kind; JSON lines and arrays, and tables of text, itself."""
 
-import contextlib
 import csv
 import io
 import json
-import lzma
 import sys
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from orpo_ray.preference.columns import (
+    UNREADABLE,
+    count_parquet,
+    read_arrow,
+    read_parquet,
+    split_parquet,
+)
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import Reason
+from orpo_ray.preference.rows import RawRow, Split
 from orpo_ray.preference.sources import (
     ARROW,
     LINES,
@@ -27,48 +28,7 @@ from orpo_ray.preference.sources import (
 )
 
 _BLOCK_BYTES = 1 << 20
-_BATCH_ROWS = 512
-# A row group is decoded from its start by every split that lies in it.
-_SPLITS_PER_ROW_GROUP = 8
 _MARK = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Split:
-    """A stretch of one file that a data task reads.
-
-    Args:
-        path: absolute path or URL of the file.
-        first_row: 0-based number of its first row: line, array element or Parquet row.
-        n_rows: rows in it, or None to the end of the file.
-        first_byte: where its first line begins, for plain JSONL.
-    """
-
-    path: str
-    first_row: int = 0
-    n_rows: int | None = None
-    first_byte: int = 0
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """One row of a file: its record, or why it has none.
-
-    Args:
-        number: 0-based row number in the file; of a table, its line there.
-        record: the decoded object.
-        problem: set when there is no record.
-        excerpt: the row's text as far as it is known, for the quarantine.
-    """
-
-    number: int
-    record: Mapping[str, Any] | None
-    problem: Reason | None = None
-    excerpt: str = ""
-
-
-class _RepeatedKeyError(ValueError):
-    """An object of JSON has a key twice, and each parser keeps another value."""
 
 
 def split_file(path: str, rows_per_split: int) -> list[Split]:
@@ -78,13 +38,7 @@ def split_file(path: str, rows_per_split: int) -> list[Split]:
         DataError: for a Parquet file that cannot be opened.
     """
     if path.endswith(PARQUET):
-        with _parquet(path) as file:
-            metadata = file.metadata
-        groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        least = -(-max(groups, default=1) // _SPLITS_PER_ROW_GROUP)
-        size = -(-max(least, rows_per_split) // rows_per_split) * rows_per_split
-        firsts = range(0, metadata.num_rows, size)
-        return [Split(path, first, min(size, metadata.num_rows - first)) for first in firsts]
+        return split_parquet(path, rows_per_split)
     if path.endswith(LINES) and not path.startswith(STREAMED):
         return _split_lines(path, rows_per_split)
     return [Split(path)]
@@ -112,8 +66,7 @@ def _split_lines(path: str, rows_per_split: int) -> list[Split]:
 def count_rows(path: str) -> int:
     """Rows in a file, blank lines included; nothing is checked that need not be."""
     if path.endswith(PARQUET):
-        with _parquet(path) as file:
-            return int(file.metadata.num_rows)
+        return count_parquet(path)
     if kind_of(path) not in LINES:
         return sum(1 for _ in read_split(Split(path)))
     n_lines, last = 0, b"\n"
@@ -133,9 +86,9 @@ def read_split(split: Split) -> Iterator[RawRow]:
     kind = kind_of(split.path)
     try:
         if kind in PARQUET:
-            yield from _read_parquet(split)
+            yield from read_parquet(split)
         elif kind in ARROW:
-            yield from _read_arrow(split.path)
+            yield from read_arrow(split.path)
         elif kind in TABLES:
             yield from _read_table(split.path, "," if kind == ".csv" else "\t")
         elif kind in LINES:
@@ -143,22 +96,8 @@ def read_split(split: Split) -> Iterator[RawRow]:
                 yield from _read_lines(file, split)
         else:
             yield from _read_array(split.path)
-    except (
-        *(OSError, EOFError, UnicodeDecodeError),
-        *(zlib.error, lzma.LZMAError, pa.ArrowInvalid, csv.Error),
-    ) as error:
+    except (*UNREADABLE, UnicodeDecodeError, csv.Error) as error:
         raise DataError([f"{split.path}: cannot be read: {error}"]) from error
-
-
-@contextlib.contextmanager
-def _parquet(path: str) -> Iterator[Any]:
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(opened(path, seekable=True))
-            opened_file = stack.enter_context(pq.ParquetFile(file))
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid) as error:
-            raise DataError([f"{path}: not a Parquet file, or a damaged one: {error}"]) from error
-        yield opened_file
 
 
 def _read_lines(file: IO[bytes], split: Split) -> Iterator[RawRow]:
@@ -180,8 +119,6 @@ def _decoded(number: int, line: bytes) -> RawRow:
         record = _parsed(line)
     except UnicodeDecodeError:
         return RawRow(number, None, Reason.NOT_UTF8, excerpt)
-    except _RepeatedKeyError:
-        return RawRow(number, None, Reason.DUPLICATE_KEY, excerpt)
     except (ValueError, RecursionError):
         whole = line.endswith(b"\n")  # the last line of a file that was cut off has no end
         return RawRow(number, None, Reason.MALFORMED_JSON if whole else Reason.TORN_LINE, excerpt)
@@ -189,42 +126,19 @@ def _decoded(number: int, line: bytes) -> RawRow:
 
 
 def _parsed(content: bytes) -> Any:
-    return json.loads(content.decode(), object_pairs_hook=_without_repeats)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise _RepeatedKeyError
-    return values
+    return json.loads(content.decode(), object_pairs_hook=_marking_repeats)
 
 
 def _row(number: int, record: Any, excerpt: str = "") -> RawRow:
     if not isinstance(record, dict):
         return RawRow(number, None, Reason.NOT_AN_OBJECT, excerpt or str(record)[:200])
+    if _has_repeats(record):
+        return RawRow(number, None, Reason.DUPLICATE_KEY, excerpt or str(record)[:200])
     return RawRow(number, record, excerpt=excerpt)
 
 
-def _read_array(path: str) -> Iterator[RawRow]:
-    """The elements of a JSON array; a `.json` file that holds JSON lines is read as such."""
-    with opened(path) as file:
-        content = file.read().removeprefix(_MARK)
-    try:
-        array = json.loads(content.decode(), object_pairs_hook=_marking_repeats)
-    except (ValueError, RecursionError) as error:
-        if content.lstrip()[:1] == b"{":
-            yield from _read_lines(io.BytesIO(content), Split(path))
-            return
-        raise DataError([f"{path}: not a JSON array: {error}"]) from error
-    for number, record in enumerate(array if isinstance(array, list) else [array]):
-        if _has_repeats(record):
-            yield RawRow(number, None, Reason.DUPLICATE_KEY, str(record)[:200])
-        else:
-            yield _row(number, record)
-
-
 class _Repeats(dict[str, Any]):
-    """An object of JSON that had a key twice."""
+    """An object of JSON that has a key twice, of which each parser keeps another value."""
 
 
 def _marking_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -236,6 +150,21 @@ def _has_repeats(value: Any) -> bool:
     if isinstance(value, dict):
         return isinstance(value, _Repeats) or any(map(_has_repeats, value.values()))
     return isinstance(value, list) and any(map(_has_repeats, value))
+
+
+def _read_array(path: str) -> Iterator[RawRow]:
+    """The elements of a JSON array; a `.json` file that holds JSON lines is read as such."""
+    with opened(path) as file:
+        content = file.read().removeprefix(_MARK)
+    try:
+        array = _parsed(content)
+    except (ValueError, RecursionError) as error:
+        if content.lstrip()[:1] == b"{":
+            yield from _read_lines(io.BytesIO(content), Split(path))
+            return
+        raise DataError([f"{path}: not a JSON array: {error}"]) from error
+    for number, record in enumerate(array if isinstance(array, list) else [array]):
+        yield _row(number, record)
 
 
 def _read_table(path: str, delimiter: str) -> Iterator[RawRow]:
@@ -267,65 +196,3 @@ def _table_row(number: int, header: Sequence[str], cells: Sequence[str]) -> RawR
     if len(cells) != len(header):
         return RawRow(number, None, Reason.MALFORMED_TABLE, excerpt)
     return RawRow(number, dict(zip(header, cells, strict=True)), excerpt=excerpt)
-
-
-def _read_parquet(split: Split) -> Iterator[RawRow]:
-    """Rows of a Parquet file, opening only the row groups that hold some of them."""
-    number = 0
-    with _parquet(split.path) as file:
-        n_rows = file.metadata.num_rows
-        stop = split.first_row + (n_rows if split.n_rows is None else split.n_rows)
-        for group in range(file.num_row_groups):
-            n_rows = file.metadata.row_group(group).num_rows
-            if number + n_rows > split.first_row and number < stop:
-                batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])
-                yield from _records(batches, number, split.first_row, stop)
-            number += n_rows
-
-
-def _read_arrow(path: str) -> Iterator[RawRow]:
-    """Rows of Arrow's stream format, as `datasets` writes it, or of its file format."""
-    with opened(path) as file:
-        is_file_format = file.read(6) == b"ARROW1"
-    if is_file_format:
-        with opened(path, seekable=True) as file:
-            reader = pa.ipc.open_file(file)
-            yield from _records(map(reader.get_batch, range(reader.num_record_batches)))
-    else:
-        with opened(path) as file:
-            yield from _records(pa.ipc.open_stream(file))
-
-
-def _records(
-    batches: Any, number: int = 0, first: int = 0, stop: int = sys.maxsize
-) -> Iterator[RawRow]:
-    """Rows `first` to `stop` of batches, the first of which begins with row `number`."""
-    for batch in batches:
-        if number >= stop:
-            return
-        begin, end = min(len(batch), max(0, first - number)), min(len(batch), stop - number)
-        for start in range(begin, end, _BATCH_ROWS):
-            part = batch.slice(start, min(_BATCH_ROWS, end - start))
-            yield from _batch_rows(part, number + start)
-        number += len(batch)
-
-
-def _batch_rows(batch: Any, number: int) -> Iterator[RawRow]:
-    """The rows of one batch; where it cannot be converted whole, each row by itself."""
-    try:
-        records = batch.to_pylist()
-    except (ValueError, OverflowError):
-        for index in range(len(batch)):
-            yield _one_row(batch.slice(index, 1), number + index)
-        return
-    for index, record in enumerate(records):
-        yield RawRow(number + index, record)
-
-
-def _one_row(batch: Any, number: int) -> RawRow:
-    try:
-        return RawRow(number, batch.to_pylist()[0])
-    except UnicodeDecodeError:
-        return RawRow(number, None, Reason.NOT_UTF8)
-    except (ValueError, OverflowError):
-        return RawRow(number, None, Reason.WRONG_TYPE)

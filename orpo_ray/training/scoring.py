@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import xxhash
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.objective.head import LossScale
@@ -58,7 +58,7 @@ class PairScorer:
     def load(
         config: ORPOConfig, path: str, device: torch.device, sample: Sequence[PromptGroup]
     ) -> "PairScorer":
-        """Load a model in its own type, or in bfloat16 where the run computes in it.
+        """Load a model in fp32, or in bfloat16 where the run computes in it.
 
         Args:
             config: the run.
@@ -69,12 +69,13 @@ class PairScorer:
         Raises:
             UnsupportedModelError: for heads that are more than a matrix product.
         """
-        revision = config.model.model_revision
         bf16 = use_bf16(config, device)
         causal_lm = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=torch.bfloat16 if bf16 else torch.float32
+            path,
+            revision=config.model.model_revision,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
         )
-        refuse_unknown_heads(AutoConfig.from_pretrained(causal_lm.config._name_or_path or path))
+        refuse_unknown_heads(causal_lm.config)
         attention = attention_path(config, causal_lm)
         model = OrpoModel(causal_lm.to(device), attention, config.orpo.router_aux_loss_coef).eval()
         problem = None
@@ -82,7 +83,7 @@ class PairScorer:
             row = pack(list(sample[:_SAMPLE_GROUPS]), config.train.head_chunk_tokens, True)
             problem = disagreement(model, row, device, bf16)
             model.use_attention("packed" if problem is None else "padded")
-        return PairScorer(config, model.eval(), device, problem)
+        return PairScorer(config, model, device, problem)
 
     @torch.no_grad()
     def score(self, groups: Sequence[PromptGroup]) -> pa.Table:
@@ -93,10 +94,8 @@ class PairScorer:
             answers in nats, their log odds, and the margin between the two means.
         """
         config = self.config
-        budget = config.train.max_tokens_per_microbatch or (
-            config.train.per_device_eval_batch_size * config.data.max_length
-        )
-        (bins,) = balanced_bins([group.n_tokens for group in groups], 1, budget)
+        sizes = [group.n_tokens for group in groups]
+        (bins,) = balanced_bins(sizes, 1, config.eval_microbatch_tokens)
         parts: list[tuple[int, pa.Table]] = []
         for members in bins:
             row = pack([groups[i] for i in members], config.train.head_chunk_tokens, True)

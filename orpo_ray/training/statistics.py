@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -46,56 +47,60 @@ class Scores:
         return Scores(**columns)
 
     def sums(self) -> npt.NDArray[np.float64]:
-        """What every figure is a function of, a row a prompt: see `FIGURES`."""
+        """What every figure is a function of: a row a prompt, a column for each name of `_SUMS`."""
         right = (self.chosen > self.rejected).astype(float)
         longer = (self.chosen_tokens > self.rejected_tokens).astype(float)
         shorter = (self.chosen_tokens < self.rejected_tokens).astype(float)
-        columns = np.stack(
-            [
-                np.ones_like(right),
-                right,
-                self.chosen - self.rejected,
-                self.log_odds,
-                np.logaddexp(0.0, -self.log_odds),
-                -self.chosen * self.chosen_tokens,
-                self.chosen_tokens,
-                longer,
-                longer * right,
-                shorter,
-                shorter * right,
-                self.chosen,
-                self.rejected,
-            ],
-            axis=1,
-        )
-        totals = np.zeros((int(self.prompts.max(initial=-1)) + 1, columns.shape[1]))
-        np.add.at(totals, self.prompts, columns)
+        columns: dict[str, Column] = {
+            "pairs": np.ones_like(right),
+            "right": right,
+            "margin": self.chosen - self.rejected,
+            "log_odds": self.log_odds,
+            "odds_ratio_loss": np.logaddexp(0.0, -self.log_odds),
+            "nll": -self.chosen * self.chosen_tokens,
+            "tokens": self.chosen_tokens,
+            "longer": longer,
+            "longer_right": longer * right,
+            "shorter": shorter,
+            "shorter_right": shorter * right,
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+        }
+        totals = np.zeros((int(self.prompts.max(initial=-1)) + 1, len(_SUMS)))
+        np.add.at(totals, self.prompts, np.stack([columns[name] for name in _SUMS], axis=1))
         return totals
 
 
-Sums = npt.NDArray[np.float64]  # [..., figures' columns]
+Sums = npt.NDArray[np.float64]  # [..., _SUMS]
+_SUMS = (
+    *("pairs", "right", "margin", "log_odds", "odds_ratio_loss", "nll", "tokens"),
+    *("longer", "longer_right", "shorter", "shorter_right", "chosen", "rejected"),
+)
 
 
-def _balanced(s: Sums) -> Column:
-    """The mean of the accuracies where the chosen answer is the longer and the shorter one."""
-    longer = np.divide(s[..., 8], s[..., 7], out=np.full(s.shape[:-1], np.nan), where=s[..., 7] > 0)
-    shorter = np.divide(
-        s[..., 10], s[..., 9], out=np.full(s.shape[:-1], np.nan), where=s[..., 9] > 0
-    )
-    balanced: Column = (longer + shorter) / 2
-    return balanced
+def _ratio(above: str, below: str, sums: Sums) -> Column:
+    """One sum over another; not a number where there is nothing to divide by."""
+    top, bottom = sums[..., _SUMS.index(above)], sums[..., _SUMS.index(below)]
+    ratio: Column = np.divide(top, bottom, out=np.full(bottom.shape, np.nan), where=bottom > 0)
+    return ratio
+
+
+def _a_pair(name: str) -> Callable[[Sums], Column]:
+    return partial(_ratio, name, "pairs")
 
 
 FIGURES: Mapping[str, Callable[[Sums], Column]] = {
-    "accuracy": lambda s: s[..., 1] / s[..., 0],
-    "length_controlled_accuracy": _balanced,
-    "margin": lambda s: s[..., 2] / s[..., 0],
-    "log_odds": lambda s: s[..., 3] / s[..., 0],
-    "odds_ratio_loss": lambda s: s[..., 4] / s[..., 0],
-    "nll": lambda s: s[..., 5] / s[..., 6],
-    "perplexity": lambda s: np.exp(s[..., 5] / s[..., 6]),
-    "logps_chosen": lambda s: s[..., 11] / s[..., 0],
-    "logps_rejected": lambda s: s[..., 12] / s[..., 0],
+    "accuracy": _a_pair("right"),
+    "length_controlled_accuracy": lambda sums: (
+        (_ratio("longer_right", "longer", sums) + _ratio("shorter_right", "shorter", sums)) / 2
+    ),
+    "margin": _a_pair("margin"),
+    "log_odds": _a_pair("log_odds"),
+    "odds_ratio_loss": _a_pair("odds_ratio_loss"),
+    "nll": partial(_ratio, "nll", "tokens"),
+    "perplexity": lambda sums: np.exp(_ratio("nll", "tokens", sums)),
+    "logps_chosen": _a_pair("chosen"),
+    "logps_rejected": _a_pair("rejected"),
 }
 """Figures as functions of sums over pairs; margin, NLL and log-probabilities are in nats.
 
@@ -134,7 +139,8 @@ class Difference:
     p_value: float
 
 
-PAIRED = ("accuracy", "margin", "log_odds")
+# Figures that models are compared in, and the sum that each is the mean of.
+_PAIRED = {"accuracy": "right", "margin": "margin", "log_odds": "log_odds"}
 
 
 def differences(model: Scores, baseline: Scores, seed: int = 0) -> dict[str, Difference]:
@@ -149,11 +155,11 @@ def differences(model: Scores, baseline: Scores, seed: int = 0) -> dict[str, Dif
     both = np.concatenate([ours, theirs], axis=1)
     drawn, width = _resampled(both, seed), ours.shape[1]
     found = {}
-    for name in PAIRED:
+    for name, summed in _PAIRED.items():
         figure = FIGURES[name]
         value = figure(ours.sum(axis=0)) - figure(theirs.sum(axis=0))
         spread = figure(drawn[:, :width]) - figure(drawn[:, width:])
-        column = {"accuracy": 1, "margin": 2, "log_odds": 3}[name]
+        column = _SUMS.index(summed)
         p_value = _sign_flip(ours[:, column] - theirs[:, column], seed)
         estimate = _estimate(value, spread)
         found[name] = Difference(estimate.value, estimate.low, estimate.high, p_value)

@@ -20,7 +20,8 @@ from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.data_report import write_data_report
 from orpo_ray.orchestration.dropping import load_keys
 from orpo_ray.orchestration.ingest import ingest, nothing_usable
-from orpo_ray.orchestration.tokenize_task import IngestRequest, TokenizeSplit
+from orpo_ray.orchestration.ingest_request import IngestRequest
+from orpo_ray.orchestration.tokenize_task import TokenizeSplit
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.readers import split_file
@@ -90,6 +91,14 @@ def write_files(folder: Path) -> tuple[str, ...]:
     table = pa.Table.from_pylist([chat_row(i) for i in range(7)])
     pq.write_table(table, folder / "table.parquet", row_group_size=4)
     return tuple(str(folder / name) for name in N_KEPT)
+
+
+def request_of(
+    files: tuple[str, ...], tokenizer: str, folder: Path, **changes: Any
+) -> IngestRequest:
+    """What is asked for, cached below a folder."""
+    base = IngestRequest(files, tokenizer, None, LIMITS, SHARD_ROWS, str(folder / "cache"))
+    return replace(base, **changes)
 
 
 @dataclass(frozen=True)
@@ -381,13 +390,11 @@ def test_pairs_of_one_prompt_become_one_group_wherever_they_stand(
     ]
     for name, part in (("a.jsonl", rows[:8]), ("b.jsonl", rows[8:])):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
-    request = IngestRequest(
-        files=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")),
-        tokenizer=tokenizer_folder,
-        revision=None,
-        limits=LIMITS,
+    request = request_of(
+        (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")),
+        tokenizer_folder,
+        tmp_path,
         shard_rows=2,
-        cache_directory=str(tmp_path / "cache"),
     )
     apart = Ingested(request, ingest(request)).groups()
     grouped = replace(request, group_by_prompt=True)
@@ -451,13 +458,11 @@ def prompts(tokens: TokenSet, held: bool = False) -> list[str]:
 def test_a_held_out_share_is_split_by_prompt(tokenizer_folder: str, tmp_path: Path) -> None:
     """40 prompts of 3 pairs each: no prompt is on both sides, and every pair is on one."""
     rows = [text_row(i % 3) | {"prompt": f"p{i % 40}: "} for i in range(120)]
-    request = IngestRequest(
-        files=(write_rows(tmp_path / "a.jsonl", rows),),
-        tokenizer=tokenizer_folder,
-        revision=None,
-        limits=LIMITS,
+    request = request_of(
+        (write_rows(tmp_path / "a.jsonl", rows),),
+        tokenizer_folder,
+        tmp_path,
         shard_rows=7,
-        cache_directory=str(tmp_path / "cache"),
         val_set_size=0.3,
     )
     for grouped in (False, True):
@@ -480,14 +485,7 @@ def test_repeated_pairs_are_counted_and_dropped_where_asked(
     """Rows 0 to 9, then 5 to 9 once more in another file: the repeats are the later ones."""
     rows = [text_row(i) for i in range(10)]
     files = (write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[5:]))
-    request = IngestRequest(
-        files=files,
-        tokenizer=tokenizer_folder,
-        revision=None,
-        limits=LIMITS,
-        shard_rows=4,
-        cache_directory=str(tmp_path / "cache"),
-    )
+    request = request_of(files, tokenizer_folder, tmp_path, shard_rows=4)
     kept = ingest(request)
     assert (kept.n_pairs, kept.report["duplicate_pairs"]) == (15, 5)
     dropped = ingest(replace(request, drop_duplicates=True))
@@ -507,13 +505,8 @@ def test_prompts_of_another_set_are_dropped_where_asked(
     """Also where the answers differ; rows without a prompt share none."""
     rows = [text_row(i) for i in range(6)] + [text_row(6) | {"prompt": ""}]
     others = [text_row(2) | {"chosen": "other"}, text_row(4), text_row(7) | {"prompt": ""}]
-    request = IngestRequest(
-        files=(write_rows(tmp_path / "eval.jsonl", others),),
-        tokenizer=tokenizer_folder,
-        revision=None,
-        limits=LIMITS,
-        shard_rows=4,
-        cache_directory=str(tmp_path / "cache"),
+    request = request_of(
+        (write_rows(tmp_path / "eval.jsonl", others),), tokenizer_folder, tmp_path, shard_rows=4
     )
     evals = ingest(request)
     train = replace(request, files=(write_rows(tmp_path / "train.jsonl", rows),))
@@ -528,13 +521,11 @@ def test_a_ranking_is_one_row_of_several_pairs(tokenizer_folder: str, tmp_path: 
     """4 answers, 6 pairs; two of the answers are cut to the same tokens, which leaves 5."""
     answers = ["yes", "no", LONG + "a", LONG + "b"]
     row = {"prompt": "p: ", "completions": answers, "scores": [4, 3, 2, 1]}
-    request = IngestRequest(
-        files=(write_rows(tmp_path / "a.jsonl", [row, text_row(1)]),),
-        tokenizer=tokenizer_folder,
-        revision=None,
-        limits=LIMITS,
+    request = request_of(
+        (write_rows(tmp_path / "a.jsonl", [row, text_row(1)]),),
+        tokenizer_folder,
+        tmp_path,
         shard_rows=4,
-        cache_directory=str(tmp_path / "cache"),
     )
     for grouped, n_groups in ((False, 6), (True, 2)):
         tokens = ingest(replace(request, group_by_prompt=grouped))
@@ -551,13 +542,11 @@ def test_a_ranking_without_a_prompt_is_on_one_side_only(
         for i in range(30)
     ]
     tokens = ingest(
-        IngestRequest(
-            files=(write_rows(tmp_path / "a.jsonl", rows),),
-            tokenizer=tokenizer_folder,
-            revision=None,
-            limits=LIMITS,
+        request_of(
+            (write_rows(tmp_path / "a.jsonl", rows),),
+            tokenizer_folder,
+            tmp_path,
             shard_rows=8,
-            cache_directory=str(tmp_path / "cache"),
             val_set_size=0.3,
         )
     )
@@ -571,13 +560,11 @@ def test_held_out_repeats_are_dropped_too_and_half_written_stats_do_not_matter(
 ) -> None:
     rows = [text_row(i % 3) | {"prompt": f"p{i % 40}: "} for i in range(40)] * 3
     tokens = ingest(
-        IngestRequest(
-            files=(write_rows(tmp_path / "a.jsonl", rows),),
-            tokenizer=tokenizer_folder,
-            revision=None,
-            limits=LIMITS,
+        request_of(
+            (write_rows(tmp_path / "a.jsonl", rows),),
+            tokenizer_folder,
+            tmp_path,
             shard_rows=7,
-            cache_directory=str(tmp_path / "cache"),
             val_set_size=0.3,
             drop_duplicates=True,
         )

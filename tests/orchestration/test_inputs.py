@@ -12,7 +12,7 @@ import ray.data
 from pydantic import ValidationError
 
 from orpo_ray.config import ORPOConfig
-from orpo_ray.config_sections import DataSource
+from orpo_ray.config_data import DataSource
 from orpo_ray.orchestration.inputs import find_inputs, keep_dataset
 from orpo_ray.preference.errors import DataError
 

@@ -145,11 +145,7 @@ def as_lines(rows: list[Any]) -> bytes:
 def prepared(ray_cluster, run_command, tmp_path_factory) -> Path:
     """A folder in which `jobs/prepare.py` has read all rows of all classes."""
     folder = tmp_path_factory.mktemp("prepared")
-    classes = {
-        "text": [row for row, _, _ in TEXT_CLASSES.values()],
-        "chat": [row for row, _, _ in CHAT_CLASSES.values()],
-        "dialogue": [row for row, _, _ in DIALOGUE_CLASSES.values()],
-    }
+    classes = {file: [row for row, _, _ in part.values()] for file, part in ROW_CLASSES.items()}
     lines = [line for line, _, _ in LINE_CLASSES.values()]
     (folder / "lines.jsonl").write_bytes(b"\xef\xbb\xbf" + as_lines(lines))
     for name, rows in classes.items():
@@ -205,31 +201,20 @@ def look(folder: Path, file: str, row: int, reason: str | None, detail: str) -> 
         assert (entry["reason"], detail in entry["detail"]) == (reason, True), entry
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@pytest.mark.parametrize("name", TEXT_CLASSES)
-def test_rows_of_text(prepared: Path, name: str, kind: str) -> None:
-    _, reason, detail = TEXT_CLASSES[name]
-    if (name, kind) == ("empty prompt", "parquet"):
-        reason, detail = "duplicate", "stands before it"  # of the same row in JSON
-    look(prepared, f"text.{kind}", list(TEXT_CLASSES).index(name) + 1, reason, detail)
+ROW_CLASSES = {"text": TEXT_CLASSES, "chat": CHAT_CLASSES, "dialogue": DIALOGUE_CLASSES}
+# Kept in JSON, where they come first: the same pairs in Parquet repeat them.
+REPEATED = {("text", "empty prompt"), ("chat", "kept"), ("dialogue", "kept")}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@pytest.mark.parametrize("name", CHAT_CLASSES)
-def test_rows_of_messages(prepared: Path, name: str, kind: str) -> None:
-    _, reason, detail = CHAT_CLASSES[name]
-    if (name, kind) == ("kept", "parquet"):
+@pytest.mark.parametrize(
+    ("file", "name"), [(file, name) for file, part in ROW_CLASSES.items() for name in part]
+)
+def test_rows(prepared: Path, file: str, name: str, kind: str) -> None:
+    _, reason, detail = ROW_CLASSES[file][name]
+    if kind == "parquet" and (file, name) in REPEATED:
         reason, detail = "duplicate", "stands before it"
-    look(prepared, f"chat.{kind}", list(CHAT_CLASSES).index(name) + 1, reason, detail)
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@pytest.mark.parametrize("name", DIALOGUE_CLASSES)
-def test_rows_of_dialogues(prepared: Path, name: str, kind: str) -> None:
-    _, reason, detail = DIALOGUE_CLASSES[name]
-    if (name, kind) == ("kept", "parquet"):
-        reason, detail = "duplicate", "stands before it"
-    look(prepared, f"dialogue.{kind}", list(DIALOGUE_CLASSES).index(name) + 1, reason, detail)
+    look(prepared, f"{file}.{kind}", list(ROW_CLASSES[file]).index(name) + 1, reason, detail)
 
 
 @pytest.mark.parametrize("name", LINE_CLASSES)

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.readers import RawRow, Split, count_rows, read_split, split_file
+from orpo_ray.preference.readers import count_rows, read_split, split_file
 from orpo_ray.preference.records import Reason
+from orpo_ray.preference.rows import RawRow, Split
 from orpo_ray.preference.sources import find_files, identity
 
 BOM = b"\xef\xbb\xbf"

@@ -14,16 +14,9 @@ from orpo_ray.training.adapters import add_adapters
 from orpo_ray.training.errors import UnsupportedModelError
 from tests.distributed import run_ranks
 from tests.reference.models import tiny_model
-from tests.training.small_run import make_inputs, metrics_without_times, train_small
+from tests.training.small_run import metrics_without_times, train_small
 
 LORA = {"lora_r": 4, "lora_alpha": 8.0, "max_steps": 10, "save_steps": 5, "logging_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

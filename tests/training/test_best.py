@@ -12,7 +12,7 @@ from orpo_ray.training.best import Evaluations
 from orpo_ray.training.errors import EvaluationError
 from orpo_ray.training.run_files import count_events, exported_step, summary
 from tests.distributed import run_ranks
-from tests.training.small_run import make_inputs, metrics_without_times, train_small
+from tests.training.small_run import metrics_without_times, train_small
 from tests.training.test_loop import interrupted_copy, weights_digest
 
 # So high a rate first throws the model off and then lets it come back: the loss rises, then falls,
@@ -28,13 +28,6 @@ CHANGES: dict[str, Any] = {
     "load_best_model_at_end": True,
     "early_stopping_patience": 3,
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

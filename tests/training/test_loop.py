@@ -17,14 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from orpo_ray.preference.shards import read_shard
 from orpo_ray.training.run_files import count_events
 from tests.distributed import run_ranks
-from tests.training.small_run import make_inputs, metrics_without_times, token_stream, train_small
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder)
-    return folder
+from tests.training.small_run import metrics_without_times, token_stream, train_small
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,77 @@
+"""What decides the tokens of a data set; on the driver and in data tasks."""
+
+import functools
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orpo_ray.preference.shapes import RowReader
+from orpo_ray.preference.tokenization import Limits, PairTokenizer
+
+
+@dataclass(frozen=True)
+class IngestRequest:
+    """What decides the tokens, and where they are cached.
+
+    Args:
+        files: absolute paths or URLs, in order.
+        tokenizer: folder or hub id.
+        revision: of a hub tokenizer.
+        limits: of the lengths of a pair.
+        shard_rows: source rows in one token shard.
+        cache_directory: parent of the token sets, on storage that every node reaches.
+        reader: finds the pairs of a row.
+        chat_template: the text of one, instead of the tokenizer's.
+        special_tokens: whether texts may hold special tokens, `refuse` or `allow`.
+        group_by_prompt: whether pairs of one prompt become one group.
+        val_set_size: share of the prompts whose pairs are held out.
+        drop_duplicates: whether a pair that occurred before is left out.
+        other_sets: directories of token sets whose prompts are left out.
+        subset_column: column that says which part of an evaluation set a row belongs to.
+    """
+
+    files: tuple[str, ...]
+    tokenizer: str
+    revision: str | None
+    limits: Limits
+    shard_rows: int
+    cache_directory: str
+    reader: RowReader = field(default_factory=RowReader)
+    chat_template: str | None = None
+    special_tokens: str = "refuse"
+    group_by_prompt: bool = False
+    val_set_size: float = 0.0
+    drop_duplicates: bool = False
+    other_sets: tuple[str, ...] = ()
+    subset_column: str | None = None
+
+    def pair_tokenizer(self) -> PairTokenizer:
+        """The tokenizer with its limits, loaded once a process as long as its files stay."""
+        folder = Path(self.tokenizer)
+        stats = [path.stat() for path in sorted(folder.iterdir())] if folder.is_dir() else []
+        files = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+        return _load_tokenizer(
+            self.tokenizer, self.revision, self.chat_template, self.limits, files
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _load_tokenizer(
+    name: str,
+    revision: str | None,
+    chat_template: str | None,
+    limits: Limits,
+    files: tuple[tuple[int, int], ...],
+) -> PairTokenizer:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        DataError: when it cannot be used for pairs.
+    """
+    from transformers import AutoTokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a data task has one CPU
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return PairTokenizer(tokenizer, limits)

@@ -1,0 +1,119 @@
+"""Reading the rows of columnar files: Parquet and Arrow, a bounded stretch at a time."""
+
+import contextlib
+import lzma
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.records import Reason
+from orpo_ray.preference.rows import RawRow, Split
+from orpo_ray.preference.sources import opened
+
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
+_BATCH_ROWS = 512
+# A row group is decoded from its start by every split that lies in it.
+_SPLITS_PER_ROW_GROUP = 8
+
+
+def split_parquet(path: str, rows_per_split: int) -> list[Split]:
+    """Cut a file into stretches of a multiple of so many rows.
+
+    Raises:
+        DataError: for a file that cannot be opened.
+    """
+    with _parquet(path) as file:
+        metadata = file.metadata
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    least = -(-max(groups, default=1) // _SPLITS_PER_ROW_GROUP)
+    size = -(-max(least, rows_per_split) // rows_per_split) * rows_per_split
+    firsts = range(0, metadata.num_rows, size)
+    return [Split(path, first, min(size, metadata.num_rows - first)) for first in firsts]
+
+
+def count_parquet(path: str) -> int:
+    """Rows of a file, by its footer.
+
+    Raises:
+        DataError: for a file that cannot be opened.
+    """
+    with _parquet(path) as file:
+        return int(file.metadata.num_rows)
+
+
+@contextlib.contextmanager
+def _parquet(path: str) -> Iterator[Any]:
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(opened(path, seekable=True))
+            opened_file = stack.enter_context(pq.ParquetFile(file))
+        except UNREADABLE as error:
+            raise DataError([f"{path}: not a Parquet file, or a damaged one: {error}"]) from error
+        yield opened_file
+
+
+def read_parquet(split: Split) -> Iterator[RawRow]:
+    """Rows of a Parquet file, opening only the row groups that hold some of them."""
+    number = 0
+    with _parquet(split.path) as file:
+        n_rows = file.metadata.num_rows
+        stop = split.first_row + (n_rows if split.n_rows is None else split.n_rows)
+        for group in range(file.num_row_groups):
+            n_rows = file.metadata.row_group(group).num_rows
+            if number + n_rows > split.first_row and number < stop:
+                batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])
+                yield from _records(batches, number, split.first_row, stop)
+            number += n_rows
+
+
+def read_arrow(path: str) -> Iterator[RawRow]:
+    """Rows of Arrow's stream format, as `datasets` writes it, or of its file format."""
+    with opened(path) as file:
+        is_file_format = file.read(6) == b"ARROW1"
+    if is_file_format:
+        with opened(path, seekable=True) as file:
+            reader = pa.ipc.open_file(file)
+            yield from _records(map(reader.get_batch, range(reader.num_record_batches)))
+    else:
+        with opened(path) as file:
+            yield from _records(pa.ipc.open_stream(file))
+
+
+def _records(
+    batches: Any, number: int = 0, first: int = 0, stop: int = sys.maxsize
+) -> Iterator[RawRow]:
+    """Rows `first` to `stop` of batches, the first of which begins with row `number`."""
+    for batch in batches:
+        if number >= stop:
+            return
+        begin, end = min(len(batch), max(0, first - number)), min(len(batch), stop - number)
+        for start in range(begin, end, _BATCH_ROWS):
+            part = batch.slice(start, min(_BATCH_ROWS, end - start))
+            yield from _batch_rows(part, number + start)
+        number += len(batch)
+
+
+def _batch_rows(batch: Any, number: int) -> Iterator[RawRow]:
+    """The rows of one batch; where it cannot be converted whole, each row by itself."""
+    try:
+        records = batch.to_pylist()
+    except (ValueError, OverflowError):
+        for index in range(len(batch)):
+            yield _one_row(batch.slice(index, 1), number + index)
+        return
+    for index, record in enumerate(records):
+        yield RawRow(number + index, record)
+
+
+def _one_row(batch: Any, number: int) -> RawRow:
+    try:
+        return RawRow(number, batch.to_pylist()[0])
+    except UnicodeDecodeError:
+        return RawRow(number, None, Reason.NOT_UTF8)
+    except (ValueError, OverflowError):
+        return RawRow(number, None, Reason.WRONG_TYPE)
