@@ -133,6 +133,10 @@ class TrainSection(Section):
     early_stopping_patience: PositiveInt | None = Field(
         None, description="Evaluations in a row that are no better, after which training stops."
     )
+    sample_prompts: Annotated[int, Field(ge=0)] | tuple[str, ...] = Field(
+        4, description="Prompts answered at every evaluation: so many held-out ones, or texts."
+    )
+    max_new_tokens: PositiveInt = Field(64, description="Most tokens of such an answer.")
     save_steps: PositiveInt = Field(500, description="Steps between checkpoints.")
     save_total_limit: PositiveInt | None = Field(2, description="Checkpoints kept; null: all.")
     resume_changed: bool = Field(

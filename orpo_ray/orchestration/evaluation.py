@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -96,14 +95,14 @@ def _evaluate_set(start: Start, name: str, shown: str, console: Console) -> SetE
     suffix = "" if shown == "eval" else f"-{shown}"
     path = start.run_directory / f"scores{suffix}.parquet"
     table, problem = score_token_set(config, start.inputs.model.model, tokens, path)
-    scores = scores_of(table)
+    scores = Scores.of(table)
     found: dict[str, Difference] = {}
     if problem:
         console.print(f"warning: the model computes padded rows: {problem}", markup=False)
     if config.model.baseline is not None:
         other_path = start.run_directory / f"scores{suffix}-baseline.parquet"
         other, _ = score_token_set(config, _model_path(config.model.baseline), tokens, other_path)
-        found = differences(scores, scores_of(other))
+        found = differences(scores, Scores.of(other))
     return SetEvaluation(
         pairs=len(scores.prompts),
         figures=estimates(scores),
@@ -126,14 +125,6 @@ def _model_path(name: str) -> str:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise DataError([f"baseline: {name}: no such folder"])
     return name
-
-
-def scores_of(table: pa.Table) -> Scores:
-    """The columns of `scores.parquet` as numbers."""
-    names = ("logps_chosen", "logps_rejected", "log_odds", "chosen_tokens", "rejected_tokens")
-    columns = [table[name].to_numpy().astype(np.float64) for name in names]
-    prompts = np.unique(table["prompt_key"].to_numpy(), return_inverse=True)[1]
-    return Scores(prompts.astype(np.int64), *columns)
 
 
 def _length_groups(scores: Scores) -> Any:

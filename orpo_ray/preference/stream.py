@@ -91,11 +91,15 @@ class TokenStream:
         kept = (without_rows(shards.group(place), rows) for place in members)
         return self._batch(step, epoch, [group for group in kept if group is not None])
 
-    def sample(self, n_groups: int) -> PackedRow:
-        """The first few groups of the first epoch as one row; the same on every rank."""
-        shards = _OpenShards(self.token_set, keep=n_groups)
+    def first_groups(self, n_groups: int) -> list[PromptGroup]:
+        """The first few groups of the first epoch; the same on every rank."""
+        shards = _OpenShards(self.token_set, keep=2 * self.order.window_shards + 1)
         places = itertools.islice(self.order.epoch(0, 0), n_groups)
-        groups = [shards.group(place) for place in places]
+        return [shards.group(place) for place in places]
+
+    def sample(self, n_groups: int) -> PackedRow:
+        """The same as one row."""
+        groups = self.first_groups(n_groups)
         return pack(groups, self.plan.chunk_tokens, self.plan.prompt_counts)
 
     def _batches(self, first_step: int, n_steps: int) -> Iterator[StepBatch]:

@@ -1,8 +1,10 @@
 """Metrics of a model over evaluation sets, without training it; in training workers."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from orpo_ray.config import ORPOConfig
@@ -14,10 +16,23 @@ from orpo_ray.training.step import evaluate
 from orpo_ray.training.verify import settle_attention
 
 
+@dataclass(frozen=True)
+class EvaluationFigures:
+    """What an evaluation of all sets finds.
+
+    Args:
+        metrics: of every set, each name after the set's prefix.
+        scores: a row a pair, by the set's prefix; see `pair_scores.SCHEMA`. On rank 0 only.
+    """
+
+    metrics: dict[str, Any]
+    scores: dict[str, pa.Table]
+
+
 def evaluate_streams(
     model: OrpoModel, evals: Mapping[str, TokenStream], beta: float, device: torch.device
-) -> dict[str, Any]:
-    """The metrics of every evaluation set, each name after the set's prefix.
+) -> EvaluationFigures:
+    """Evaluate every set.
 
     Args:
         model: sharded over all ranks, each of which has to call this.
@@ -27,11 +42,14 @@ def evaluate_streams(
     """
     weights = OrpoWeights(beta, model.router_coef)
     metrics: dict[str, Any] = {}
+    scores: dict[str, pa.Table] = {}
     for prefix, stream in evals.items():
-        sums = evaluate(model, stream.batches(0, stream.steps_per_epoch), beta, device)
-        figures = metrics_from_sums(sums.tolist(), weights)
+        found = evaluate(model, stream.batches(0, stream.steps_per_epoch), beta, device)
+        figures = metrics_from_sums(found.sums.tolist(), weights)
         metrics |= {prefix + name: value for name, value in figures.items()}
-    return metrics
+        if found.scores is not None:
+            scores[prefix] = found.scores
+    return EvaluationFigures(metrics, scores)
 
 
 def run_evaluation(
@@ -45,4 +63,4 @@ def run_evaluation(
     model = build_model(config, model_path, device)
     stream = next(iter(evals.values()))
     settle_attention(model, stream, device, use_bf16(config, device), notice)
-    return evaluate_streams(model, evals, config.orpo.beta, device)
+    return evaluate_streams(model, evals, config.orpo.beta, device).metrics

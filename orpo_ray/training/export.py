@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import ModelCard, ModelCardData
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.config_sections import ModelSection
 from orpo_ray.training.adapters import save_adapters
 from orpo_ray.training.model import OrpoModel
-from orpo_ray.training.model_source import ModelSource
+from orpo_ray.training.model_source import ModelSource, load_tokenizer
 from orpo_ray.training.run_files import RECORD
 
 _CARD = """---
@@ -99,10 +99,7 @@ def export_model(
             _write_whole(beside, model, named, base)
         if (beside / "config.json").exists():
             _restore_config(beside / "config.json", base)
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision)
-        if source.chat_template is not None:
-            tokenizer.chat_template = source.chat_template
-        tokenizer.save_pretrained(beside)
+        load_tokenizer(source).save_pretrained(beside)
         (beside / RECORD).write_text(json.dumps({"step": step}) + "\n")
         shutil.rmtree(directory, ignore_errors=True)
         beside.rename(directory)

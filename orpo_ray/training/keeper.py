@@ -96,8 +96,8 @@ class CheckpointKeeper:
             return
         self._finish(step)
         self._retry_at = None
-        problem = self._files.sync()
         train_state, position = state()
+        problem = self._files.sync()
         about = position | {
             "step": step,
             "world_size": dist.get_world_size(),

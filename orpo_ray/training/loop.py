@@ -4,20 +4,16 @@ It needs a process group and nothing of Ray: batches come from an iterator and w
 goes to a function, so it runs under torchrun as well.
 """
 
-import math
 import os
-import statistics
 import time
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.stream import StepBatch
 from orpo_ray.training.best import Evaluations
@@ -27,15 +23,16 @@ from orpo_ray.training.evaluation import evaluate_streams
 from orpo_ray.training.finish import write_final
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.keeper import CheckpointKeeper, position, run_files
+from orpo_ray.training.margins import MarginLog
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.resume import decisive_settings
 from orpo_ray.training.run_files import read_metrics, summary
+from orpo_ray.training.samples import Sampler
 from orpo_ray.training.sharding import build_model, use_bf16
-from orpo_ray.training.step import Trainee, train_step
+from orpo_ray.training.statistics import Scores, estimates
+from orpo_ray.training.step import StepResult, Trainee, train_step
+from orpo_ray.training.step_log import StepLog
 from orpo_ray.training.verify import settle_attention
-
-# A logged loss so many times the median of so many lines before it is a spike.
-_SPIKE, _RECENT = 10.0, 50
 
 
 def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
@@ -62,24 +59,10 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
 
 
 @dataclass
-class _Window:
-    """What happened since the last logged step."""
-
-    sums: Tensor
-    steps: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    pairs: int = 0
-    norm: Tensor | None = None
-
-
-@dataclass
 class _Loop:
     job: TrainingJob
     step: int = 0
     skipped_rows: int = 0
-    latest: dict[str, Any] = field(default_factory=dict)
-    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
     def __post_init__(self) -> None:
         job, config = self.job, self.job.config
@@ -97,15 +80,14 @@ class _Loop:
             seed=config.train.seed,
             device=job.device,
         )
-        self.weights = OrpoWeights(config.orpo.beta, model.router_coef)
-        self.window = _Window(self._no_sums())
+        weights = OrpoWeights(config.orpo.beta, model.router_coef)
+        self.log = StepLog(self.files, weights, job.device)
+        self.margins = MarginLog(self.files)
+        self.sampler = Sampler.of(job, model, self.files)
         settings = decisive_settings(config, job.train.data_digest)
         self.keeper = CheckpointKeeper(
             config, settings, self.files, self.trainee, self.evaluations, job.leaving
         )
-
-    def _no_sums(self) -> Tensor:
-        return torch.zeros(N_SUMS, dtype=torch.float64, device=self.job.device)
 
     def restore(self) -> None:
         """Go to the newest checkpoint that verifies."""
@@ -113,18 +95,11 @@ class _Loop:
         if state is not None:
             self.trainee.scheduler.load_state_dict(state.scheduler)
             self.step, self.skipped_rows = state.step, state.skipped_rows
-            sums = torch.tensor(state.sums, dtype=torch.float64, device=self.job.device)
-            if len(sums) == dist.get_world_size():
-                self.window.sums += sums[dist.get_rank()]
-            elif self.files.is_writer:
-                self.window.sums += sums.sum(0)
-            self.window.steps = state.logged_steps
+            self.log.restore(state.sums, state.logged_steps)
         redone = self.files.rewind(self.step if state is not None else -1)
         lines = read_metrics(Path(self.job.run_directory))
         for line in lines:
-            self.latest |= line
-            if line.get("loss") is not None:
-                self.losses.append(line["loss"])
+            self.log.remember(line)
         self.evaluations.restore(lines)
         self._mind_patience()
         if state is None and not redone:
@@ -146,57 +121,66 @@ class _Loop:
 
     def run(self) -> None:
         """All steps from here to the end."""
-        if self.step == 0 and self.job.evals:
-            self._log({"step": 0, "epoch": 0.0} | self._evaluate())
+        if self.step == 0 and (evaluated := self._evaluate()):
+            self.log.write({"step": 0, "epoch": 0.0} | evaluated)
         batches = self.job.train.batches(self.step, self.n_steps)
         started = time.perf_counter()
         for batch in batches:
+            self.log.spend("data_wait", time.perf_counter() - started)
             if batch.step != self.step:
                 raise AssertionError(f"the feed gave step {batch.step}, not {self.step}")
             rate = self.trainee.scheduler.get_last_lr()[0]
-            trained, left_out = self._step(batch)
-            self.step += 1
-            self.files.ledger(self.step, batch.epoch, trained.row_ids, left_out)
-            self._count(trained, time.perf_counter() - started)
+            self._step(batch, started)
             self._after_step(rate)
             if self.step == self.n_steps:
                 break  # perhaps earlier than the feed was told
             started = time.perf_counter()
 
-    def _step(self, batch: StepBatch) -> tuple[StepBatch, tuple[RowId, ...]]:
-        """Train on a batch; returns what of it was trained on, and the rows left out."""
+    def _step(self, batch: StepBatch, asked_at: float) -> None:
+        """Train on a batch, which was asked for at `asked_at`, and write down its rows."""
         left_out: tuple[RowId, ...] = ()
-        while batch.n_pairs:
+        result: StepResult | None = None
+        started = time.perf_counter()
+        while batch.n_pairs and result is None:
             try:
-                self.window.norm = train_step(self.trainee, batch, self.window.sums)
-                return batch, left_out
+                result = train_step(self.trainee, batch, self.log.sums)
             except NonFiniteError as error:
-                train = self.job.config.train
-                self.skipped_rows += len(error.rows)
-                if train.on_nonfinite == "stop":
-                    raise
-                if self.skipped_rows > train.max_skipped_rows:
-                    raise NonFiniteError(
-                        f"{error}; {self.skipped_rows} rows were to be left out, more than "
-                        f"max_skipped_rows={train.max_skipped_rows}"
-                    ) from error
-                self.files.event(f"{error}; left out", rows_skipped=len(error.rows))
+                self._mind_nonfinite(error)
                 left_out += error.rows
                 batch = self.job.train.batch_without(batch.step, set(left_out))
-        self.trainee.scheduler.step()  # nothing is left to train on in this step
-        return batch, left_out
+        if result is None:
+            self.trainee.scheduler.step()  # nothing is left to train on in this step
+        ended = time.perf_counter()
+        optimizer_s = result.optimizer_s if result else 0.0
+        self.log.spend("optimizer", optimizer_s)
+        self.log.spend("forward_backward", ended - started - optimizer_s)
+        self.log.add(batch, result.norm if result else None, ended - asked_at)
+        self.step += 1
+        self.files.ledger(self.step, batch.epoch, batch.row_ids, left_out)
+        self.margins.add(self.step, batch.row_ids, result.margins if result else [])
+
+    def _mind_nonfinite(self, error: NonFiniteError) -> None:
+        """Say which rows are left out.
+
+        Raises:
+            NonFiniteError: where none may be, or no more.
+        """
+        train = self.job.config.train
+        self.skipped_rows += len(error.rows)
+        if train.on_nonfinite == "stop":
+            raise error
+        if self.skipped_rows > train.max_skipped_rows:
+            raise NonFiniteError(
+                f"{error}; {self.skipped_rows} rows were to be left out, more than "
+                f"max_skipped_rows={train.max_skipped_rows}",
+                error.rows,
+            ) from error
+        self.files.event(f"{error}; left out", rows_skipped=len(error.rows))
 
     def finish(self) -> None:
         """See to the last checkpoint and write `final/`."""
         self.keeper.after_step(self.step, True, self._state)
         write_final(self.job, self.trainee.model, self.evaluations, self.files, self.step)
-
-    def _count(self, batch: StepBatch, seconds: float) -> None:
-        window = self.window
-        window.steps += 1
-        window.seconds += seconds
-        window.tokens += batch.n_tokens
-        window.pairs += batch.n_pairs
 
     def _after_step(self, rate: float) -> None:
         """Log, evaluate and save, whichever is due."""
@@ -208,40 +192,34 @@ class _Loop:
         last = self.step == self.n_steps
         line: dict[str, Any] = {}
         if last or self.step % config.logging_steps == 0:
-            line |= self._window_metrics(rate)
-            self._mind_spike(line["loss"])
+            self.margins.flush()
+            line |= self.log.figures(rate)
+            self.log.mind_spike(self.step, line["loss"])
         line |= evaluated
         if line:
             epoch = self.step / self.job.train.steps_per_epoch
-            self._log({"step": self.step, "epoch": epoch} | line)
+            self.log.write({"step": self.step, "epoch": epoch} | line)
         if evaluated:
-            self.job.report(self.latest | {"step": self.step})
-        self.keeper.after_step(self.step, last, self._state)
-
-    def _window_metrics(self, rate: float) -> dict[str, Any]:
-        """The metrics since the last logged step: one collective, one wait for the device."""
-        window, self.window = self.window, _Window(self._no_sums())
-        dist.all_reduce(window.sums)
-        return metrics_from_sums(window.sums.tolist(), self.weights) | {
-            "learning_rate": rate,
-            "grad_norm": float(window.norm) if window.norm is not None else None,
-            "pairs_per_s": window.pairs / window.seconds,
-            "tokens_per_s": window.tokens / window.seconds,
-        }
-
-    def _mind_spike(self, loss: float) -> None:
-        """Say so when a logged loss is far above those before it."""
-        median = statistics.median(self.losses) if self.losses else math.inf
-        if loss > _SPIKE * median:
-            text = f"step {self.step}: the loss is {loss:.4g}, {median:.4g} was usual before"
-            self.files.event(text, loss_spikes=1)
-        self.losses.append(loss)
+            self.job.report(self.log.latest | {"step": self.step})
+        with self.log.timed("checkpoint"):
+            self.keeper.after_step(self.step, last, self._state)
 
     def _evaluate(self) -> dict[str, Any]:
+        """Evaluate all sets, and let the model answer the sample prompts."""
         job, model = self.job, self.trainee.model
-        figures = evaluate_streams(model, job.evals, job.config.orpo.beta, job.device)
-        self.evaluations.add(self.step, figures)
-        return figures
+        with self.log.timed("evaluation"):
+            found = evaluate_streams(model, job.evals, job.config.orpo.beta, job.device)
+            self.evaluations.add(self.step, found.metrics)
+            for prefix, table in found.scores.items():
+                figures = estimates(Scores.of(table))
+                shown = {name: astuple(figure) for name, figure in figures.items()}
+                self.files.evaluation(self.step, prefix, len(table), shown)
+        if self.sampler is not None:
+            with self.log.timed("samples"):
+                answers = self.sampler.answer(model, job.device)
+                for prompt, answer in zip(self.sampler.prompts, answers, strict=True):
+                    self.files.sample(self.step, prompt.text, answer, prompt.chosen)
+        return found.metrics
 
     def _mind_patience(self) -> None:
         """Make this step the last one when there was no better evaluation for too long."""
@@ -249,25 +227,22 @@ class _Loop:
             self.n_steps = self.step
             self.files.notice(self.evaluations.stop_text(self.step))
 
-    def _log(self, line: dict[str, Any]) -> None:
-        self.latest |= line
-        self.files.metrics(line)
-
     def _state(self) -> tuple[TrainState, dict[str, Any]]:
         """What a checkpoint holds besides tensors, and its position; a collective.
 
         Every rank's own sums are kept, so a save changes nothing: wherever the saves of a run
         fall, the same figures are added up in the same order.
         """
+        self.margins.flush()
         plan = self.job.train.plan
-        sums = [torch.zeros_like(self.window.sums) for _ in range(dist.get_world_size())]
-        dist.all_gather(sums, self.window.sums)
+        sums = [torch.zeros_like(self.log.sums) for _ in range(dist.get_world_size())]
+        dist.all_gather(sums, self.log.sums)
         state = TrainState(
             step=self.step,
             global_batch_pairs=plan.batch_groups,
             scheduler=self.trainee.scheduler.state_dict(),
             sums=tuple(tuple(part.tolist()) for part in sums),
-            logged_steps=self.window.steps,
+            logged_steps=self.log.steps,
             skipped_rows=self.skipped_rows,
         )
         return state, position(self.step, self.job.train.steps_per_epoch, plan.batch_groups)

@@ -1,6 +1,7 @@
 """Where a run's base model comes from; as light to import as the driver needs it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,3 +19,13 @@ class ModelSource:
     tokenizer: str
     revision: str | None = None
     chat_template: str | None = None
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer with the run's chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision)
+    if source.chat_template is not None:
+        tokenizer.chat_template = source.chat_template
+    return tokenizer

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,30 @@ METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
 EVENTS = "events.jsonl"
 LOG = "run.log"
+MARGINS = "margins.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SAMPLES = "samples.jsonl"
 FINAL = "final"
 RECORD = "orpo_ray.json"
+# What a worker's time goes into; each is a metric of its own, in seconds since the line before.
+PARTS = (
+    "data_wait",
+    "forward_backward",
+    "optimizer",
+    "checkpoint",
+    "evaluation",
+    "samples",
+)
+SECONDS = "seconds/"
 # What differs between two runs that are otherwise the same to the byte.
-TIMING = ("time", "pairs_per_s", "tokens_per_s")
+TIMING = ("time", "pairs_per_s", "tokens_per_s", *(SECONDS + part for part in PARTS))
+# Files whose lines belong to a step, besides the ledger.
+_BY_STEP = (METRICS, MARGINS, EVALUATIONS, SAMPLES)
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """`metrics.jsonl`, `ledger.jsonl`, `events.jsonl` and `run.log`; only rank 0 writes.
+    """What a run writes as it goes on: lines of JSON by step, events and a log; rank 0 writes.
 
     Lines that find no room on the disk are kept, and written before the next ones.
     """
@@ -52,7 +67,8 @@ class RunFiles:
         """
         if not self.is_writer:
             return 0
-        _cut_after(self.directory / METRICS, step)
+        for name in _BY_STEP:
+            _cut_after(self.directory / name, step)
         dropped, kept = _cut_after(self.directory / LEDGER, step)
         if kept != max(step, 0):
             text = f"{LEDGER} holds {kept} of the {step} steps before the checkpoint"
@@ -68,6 +84,21 @@ class RunFiles:
             line["skipped"] = _places(left_out)
         self._append(LEDGER, json.dumps(line, separators=(",", ":")) + "\n")
 
+    def margins(self, step: int, margins: Sequence[float]) -> None:
+        """Add one step's margins, in nats a token, in the order of the rows in the ledger."""
+        shown = ",".join(f"{margin:.6g}" for margin in margins)
+        self._append(MARGINS, f'{{"step":{step},"margins":[{shown}]}}\n')
+
+    def evaluation(self, step: int, prefix: str, pairs: int, figures: Mapping[str, Any]) -> None:
+        """Add what an evaluation says of one set: figures as `[value, low, high]`."""
+        line = {"step": step, "set": prefix, "pairs": pairs, "figures": dict(figures)}
+        self._append(EVALUATIONS, _json_line(line))
+
+    def sample(self, step: int, prompt: str, answer: str, chosen: str | None) -> None:
+        """Add what the model answers to a prompt, and what people preferred if that is known."""
+        line = {"step": step, "prompt": prompt, "answer": answer, "chosen": chosen}
+        self._append(SAMPLES, _json_line(line))
+
     def metrics(self, line: dict[str, Any]) -> None:
         """Add one line to the metrics; `time` is in seconds since 1970."""
         self._append(METRICS, _json_line(line | {"time": time.time()}))
@@ -75,7 +106,9 @@ class RunFiles:
     def sync(self) -> str | None:
         """Put on disk what a checkpoint that comes next relies on; returns why it could not."""
         try:
-            for name in (METRICS, LEDGER) if self.is_writer else ():
+            for name in (*_BY_STEP, LEDGER) if self.is_writer else ():
+                if not (self.directory / name).exists() and not self.unwritten.get(name):
+                    continue
                 self._write(name)
                 with (self.directory / name).open("a") as file:
                     os.fsync(file.fileno())
@@ -105,8 +138,12 @@ class RunFiles:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics; a torn last one is left out."""
-    path = directory / METRICS
+    """All whole lines of a run's metrics."""
+    return read_lines(directory / METRICS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a file of JSON lines, if there is one; a torn last one is left out."""
     if not path.exists():
         return []
     text = path.read_text()
@@ -178,8 +215,12 @@ def _cut_after(path: Path, step: int) -> tuple[int, int]:
 
 def _json_line(line: dict[str, Any]) -> str:
     """One line of strict JSON: figures that are not finite become null."""
-    strict = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in line.items()
-    }
-    return json.dumps(strict, allow_nan=False) + "\n"
+    return json.dumps(_strict(line), allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,35 +6,20 @@ Runs in data tasks and anywhere else; it needs no process group.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import torch
-import xxhash
 from transformers import AutoModelForCausalLM
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.objective.head import LossScale
-from orpo_ray.objective.odds_ratio import log_odds
 from orpo_ray.preference.groups import PromptGroup
-from orpo_ray.preference.packing import PackedRow, balanced_bins, pack
+from orpo_ray.preference.packing import balanced_bins, pack
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
+from orpo_ray.training.pair_scores import SCHEMA, PairScores
 from orpo_ray.training.sharding import attention_path, refuse_unknown_heads, use_bf16
 from orpo_ray.training.verify import COMPARED, disagreement
 
-SCHEMA = pa.schema(
-    [
-        ("source", pa.int32()),
-        ("row", pa.int64()),
-        ("prompt_key", pa.uint64()),
-        ("chosen_tokens", pa.int32()),
-        ("rejected_tokens", pa.int32()),
-        ("logps_chosen", pa.float64()),
-        ("logps_rejected", pa.float64()),
-        ("log_odds", pa.float64()),
-        ("margin", pa.float64()),
-    ]
-)
 _SAMPLE_GROUPS = 4
 
 
@@ -90,40 +75,21 @@ class PairScorer:
         """Score every pair of some groups.
 
         Returns:
-            A table of `SCHEMA` in the order of the groups: mean log-probabilities a token of both
-            answers in nats, their log odds, and the margin between the two means.
+            A table of `pair_scores.SCHEMA` in the order of the groups.
         """
         config = self.config
+        scale = LossScale(nll=1.0, pair=1.0, beta=config.orpo.beta)
         sizes = [group.n_tokens for group in groups]
         (bins,) = balanced_bins(sizes, 1, config.eval_microbatch_tokens)
         parts: list[tuple[int, pa.Table]] = []
         for members in bins:
             row = pack([groups[i] for i in members], config.train.head_chunk_tokens, True)
-            table = self._score_row(row, [groups[i] for i in members])
-            first = 0
+            scores, first = PairScores(), 0
+            scores.add(row, self.model(Microbatch(row, self.device), scale))
+            table = scores.table()
             for i in members:
                 n_pairs = len(groups[i].pairs)
                 parts.append((i, table.slice(first, n_pairs)))
                 first += n_pairs
         tables = [table for _, table in sorted(parts, key=lambda part: part[0])]
         return pa.concat_tables([SCHEMA.empty_table(), *tables])
-
-    def _score_row(self, row: PackedRow, groups: Sequence[PromptGroup]) -> pa.Table:
-        """The pairs of one microbatch, in its order."""
-        if not groups:
-            return SCHEMA.empty_table()
-        scale = LossScale(nll=1.0, pair=1.0, beta=self.config.orpo.beta)
-        output = self.model(Microbatch(row, self.device), scale)
-        chosen, rejected = output.chosen_log_probs.double(), output.rejected_log_probs.double()
-        odds = log_odds(chosen, rejected)
-        lengths = row.completion_lengths
-        keys = [xxhash.xxh3_64_intdigest(g.prompt.tobytes()) for g in groups for _ in g.pairs]
-        columns = [
-            np.array([row_id.source for row_id in row.row_ids], np.int32),
-            np.array([row_id.row for row_id in row.row_ids], np.int64),
-            np.array(keys, np.uint64),
-            lengths[row.chosen].astype(np.int32),
-            lengths[row.rejected].astype(np.int32),
-            *(tensor.cpu().numpy() for tensor in (chosen, rejected, odds, chosen - rejected)),
-        ]
-        return pa.table(columns, schema=SCHEMA)

@@ -1,4 +1,4 @@
-"""What pair scores say of a model, with how sure that is; numpy only, on the driver."""
+"""What pair scores say of a model, with how sure that is; on the driver and rank 0."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 Column = npt.NDArray[np.float64]
 N_RESAMPLES, COVERAGE = 1000, 0.95
@@ -39,6 +40,14 @@ class Scores:
     log_odds: Column
     chosen_tokens: Column
     rejected_tokens: Column
+
+    @staticmethod
+    def of(table: pa.Table) -> "Scores":
+        """The columns of a table of `pair_scores.SCHEMA`, or of `scores.parquet`."""
+        names = ("logps_chosen", "logps_rejected", "log_odds", "chosen_tokens", "rejected_tokens")
+        columns = [table[name].to_numpy().astype(np.float64) for name in names]
+        prompts = np.unique(table["prompt_key"].to_numpy(), return_inverse=True)[1]
+        return Scores(prompts.astype(np.int64), *columns)
 
     def only(self, mask: npt.NDArray[np.bool_]) -> "Scores":
         """Some of the pairs."""

@@ -1,9 +1,11 @@
 """One optimizer step and one evaluation over packed rows; in training workers."""
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,8 +17,10 @@ from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.packing import PackedRow
 from orpo_ray.preference.stream import StepBatch
 from orpo_ray.training.errors import MicrobatchTooLargeError, NonFiniteError
+from orpo_ray.training.margins import PairMargins
 from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.model import OrpoModel
+from orpo_ray.training.model import OrpoModel, OrpoOutput
+from orpo_ray.training.pair_scores import PairScores
 
 
 @dataclass(frozen=True)
@@ -32,22 +36,47 @@ class Trainee:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind it, on the device.
+
+    Args:
+        norm: of the whole gradient before clipping.
+        margins: of this rank's pairs, before the update.
+        optimizer_s: seconds of the host in the update; on GPUs it goes on in the next step's.
+    """
+
+    norm: Tensor
+    margins: list[PairMargins]
+    optimizer_s: float
+
+
+@dataclass(frozen=True)
+class SetFigures:
+    """An evaluation set through the model's eyes.
+
+    Args:
+        sums: (10,) of `batch_sums`, over all ranks.
+        scores: a row a pair, see `pair_scores.SCHEMA`; on rank 0 only.
+    """
+
+    sums: Tensor
+    scores: pa.Table | None
+
+
 def loss_scale(batch: StepBatch, beta: float) -> LossScale:
     """The divisors of a global batch; FSDP averages over ranks, so each counts that often."""
     world_size = dist.get_world_size()
     return LossScale(world_size / batch.n_nll_tokens, world_size / batch.n_pairs, beta)
 
 
-def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> Tensor:
+def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> StepResult:
     """Move the weights by one global batch and add its metrics to `sums`.
 
     Args:
         trainee: model, optimizer and schedule.
         batch: this rank's share.
         sums: (10,) of `batch_sums`; added to in place.
-
-    Returns:
-        The norm of the whole gradient before clipping, on the device.
 
     Raises:
         NonFiniteError: on all ranks; nothing was changed.
@@ -58,21 +87,25 @@ def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> Tensor:
     step_sums = torch.zeros_like(sums)
     trainee.model.train()
     trainee.optimizer.zero_grad(set_to_none=True)
+    margins: list[PairMargins] = []
     for row in batch.rows:
-        step_sums += _forward_backward(trainee, row, scale)
+        output = _forward_backward(trainee, row, scale)
+        step_sums += output.sums
+        margins.append((row.row_ids, output.chosen_log_probs - output.rejected_log_probs))
     norm = gradient_norm(trainee.model, trainee.max_grad_norm)
     if not torch.isfinite(norm):  # the one wait for the device in a step
         raise _non_finite(trainee, batch, scale)
+    started = time.perf_counter()
     trainee.optimizer.step()
     trainee.scheduler.step()
     sums += step_sums
-    return norm
+    return StepResult(norm, margins, time.perf_counter() - started)
 
 
-def _forward_backward(trainee: Trainee, row: PackedRow, scale: LossScale) -> Tensor:
-    """One microbatch; returns the sums of its metrics."""
+def _forward_backward(trainee: Trainee, row: PackedRow, scale: LossScale) -> OrpoOutput:
+    """One microbatch."""
     try:
-        output = trainee.model(Microbatch(row, trainee.device), scale)
+        output: OrpoOutput = trainee.model(Microbatch(row, trainee.device), scale)
         output.loss.backward()
     except RuntimeError as error:
         if not _is_out_of_memory(error):
@@ -82,8 +115,7 @@ def _forward_backward(trainee: Trainee, row: PackedRow, scale: LossScale) -> Ten
             f"a microbatch of {n_tokens} tokens does not fit into memory; set "
             f"max_tokens_per_microbatch={n_tokens // 2} or less, or gradient_checkpointing=true"
         ) from error
-    sums: Tensor = output.sums
-    return sums
+    return output
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -104,8 +136,8 @@ def evaluate(
     batches: Iterable[StepBatch],
     beta: float,
     device: torch.device,
-) -> Tensor:
-    """Sum the metrics over an evaluation set and over all ranks; (10,) of `batch_sums`.
+) -> SetFigures:
+    """The metrics of an evaluation set over all ranks, and the scores of its pairs.
 
     Args:
         model: left in training mode.
@@ -114,14 +146,17 @@ def evaluate(
         device: of this rank.
     """
     sums = torch.zeros(N_SUMS, dtype=torch.float64, device=device)
+    scores = PairScores()
     model.eval()
     for batch in batches:
         scale = loss_scale(batch, beta)
         for row in batch.rows:
-            sums += model(Microbatch(row, device), scale).sums
+            output = model(Microbatch(row, device), scale)
+            sums += output.sums
+            scores.add(row, output)
     model.train()
     dist.all_reduce(sums)
-    return sums
+    return SetFigures(sums, scores.gather())
 
 
 def _non_finite(trainee: Trainee, batch: StepBatch, scale: LossScale) -> NonFiniteError:

@@ -162,9 +162,9 @@ def test_other_settings_are_refused_with_both_values(whole_run, inputs, tmp_path
 
 
 def train_with_a_full_disk(folder: Path, run: Path, changes: dict[str, Any]) -> None:
-    """No file may grow beyond 4 KiB, as if the disk were full, until the first alarm."""
+    """No file may grow beyond 16 KiB, as if the disk were full, until the first alarm."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
 
     def make_room() -> None:
         while not (run / "run.log").exists() or "ALARM" not in (run / "run.log").read_text():

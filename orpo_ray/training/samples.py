@@ -1,0 +1,148 @@
+"""What the model answers to a few prompts while it is trained; in training workers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from transformers import GenerationConfig
+
+from orpo_ray.preference.groups import PromptGroup
+from orpo_ray.training.job import TrainingJob
+from orpo_ray.training.model import OrpoModel
+from orpo_ray.training.model_source import load_tokenizer
+from orpo_ray.training.run_files import RunFiles
+
+_LOOKED_AT = 256  # groups among which held-out prompts are chosen
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A prompt that is answered at every evaluation.
+
+    Args:
+        ids: its tokens.
+        text: the prompt as text, as the tokenizer gives it back.
+        chosen: the answer that people preferred; None for a prompt of the user's own.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    chosen: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Answers the same prompts again and again, greedily, so that only the model differs.
+
+    Every rank answers all of them at the same time, at the cost of `max_new_tokens` forward
+    passes over one token a prompt each: under FSDP every layer is gathered for each of them.
+
+    Args:
+        prompts: to be answered.
+        tokenizer: of the model.
+        max_new_tokens: most tokens of an answer.
+    """
+
+    prompts: tuple[SamplePrompt, ...]
+    tokenizer: Any
+    max_new_tokens: int
+
+    @staticmethod
+    def of(job: TrainingJob, model: OrpoModel, files: RunFiles) -> "Sampler | None":
+        """The sampler of a run, or None where nothing is to be answered.
+
+        Prompts that leave no room for an answer in the model's positions are left out.
+        """
+        wanted, n_new = job.config.train.sample_prompts, job.config.train.max_new_tokens
+        if not wanted or (isinstance(wanted, int) and not job.evals):
+            return None
+        tokenizer = load_tokenizer(job.model)
+        text_config = model.causal_lm.config.get_text_config()
+        n_positions = getattr(text_config, "max_position_embeddings", None) or 1 << 30
+        if isinstance(wanted, int):
+            groups = next(iter(job.evals.values())).first_groups(_LOOKED_AT)
+            prompts = _held_out(groups, tokenizer)
+        else:
+            prompts = [_own(text, tokenizer) for text in wanted]
+        fitting = [prompt for prompt in prompts if len(prompt.ids) + n_new <= n_positions]
+        if isinstance(wanted, int):
+            fitting = fitting[:wanted]
+        elif len(fitting) < len(prompts):
+            files.notice(
+                f"sample_prompts: {len(prompts) - len(fitting)} of {len(prompts)} leave no room "
+                f"for max_new_tokens={n_new} in {n_positions} positions"
+            )
+        return Sampler(tuple(fitting), tokenizer, n_new) if fitting else None
+
+    @torch.no_grad()
+    def answer(self, model: OrpoModel, device: torch.device) -> list[str]:
+        """Answer every prompt; a collective.
+
+        Args:
+            model: sharded; left in training mode.
+            device: of this rank.
+        """
+        eos = self.tokenizer.eos_token_id
+        longest = max(len(prompt.ids) for prompt in self.prompts)
+        ids = torch.full((len(self.prompts), longest), eos)
+        mask = torch.zeros_like(ids)
+        for index, prompt in enumerate(self.prompts):
+            ids[index, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            mask[index, longest - len(prompt.ids) :] = 1
+        attention, root = model.attention, cast(FSDPModule, model)
+        model.use_attention("padded")
+        model.eval()
+        # Embeddings and head belong to the root, whose own forward pass is not run here.
+        root.unshard()
+        output: Any = model.causal_lm.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=self._settings(model),
+            synced_gpus=dist.get_world_size() > 1,
+        )
+        root.reshard()
+        model.train()
+        model.use_attention(attention)
+        answers = output[:, longest:].tolist()
+        texts: list[str] = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return texts
+
+    def _settings(self, model: OrpoModel) -> GenerationConfig:
+        """Greedy, to the tokenizer's end or one of the model's own."""
+        eos = self.tokenizer.eos_token_id
+        own = model.causal_lm.generation_config.eos_token_id
+        ends = own if isinstance(own, list) else [own] * (own is not None)
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=eos,
+            eos_token_id=sorted({eos, *ends}),
+        )
+
+
+def _held_out(groups: Sequence[PromptGroup], tokenizer: Any) -> list[SamplePrompt]:
+    """Every prompt of some groups, once, with the answer of its first pair."""
+    found = {}
+    for group in groups:
+        ids = tuple(group.prompt.tolist())
+        if ids and ids not in found:
+            chosen = group.completions[group.pairs[0][0]]
+            answer = tokenizer.decode(chosen, skip_special_tokens=True)
+            found[ids] = SamplePrompt(ids, tokenizer.decode(ids), answer)
+    return list(found.values())
+
+
+def _own(text: str, tokenizer: Any) -> SamplePrompt:
+    """A user's prompt: one turn of a chat where the tokenizer has a template, else plain text."""
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    return SamplePrompt(tuple(ids), tokenizer.decode(ids))

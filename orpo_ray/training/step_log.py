@@ -1,0 +1,124 @@
+"""What goes into `metrics.jsonl`: the figures since the last logged step; in training workers."""
+
+import contextlib
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.preference.stream import StepBatch
+from orpo_ray.training.run_files import PARTS, SECONDS, RunFiles
+
+# A logged loss so many times the median of so many lines before it is a spike.
+_SPIKE, _RECENT = 10.0, 50
+
+
+@dataclass
+class StepLog:
+    """Adds up on the device what steps measure, and writes it down when it is asked to.
+
+    Args:
+        files: of the run directory.
+        weights: between the terms of the loss.
+        device: of this rank.
+        sums: (10,) of `batch_sums` since the last logged step, of this rank.
+        steps: optimizer steps since then.
+        latest: the last logged value of every metric.
+    """
+
+    files: RunFiles
+    weights: OrpoWeights
+    device: torch.device
+    sums: Tensor = field(init=False)
+    steps: int = 0
+    latest: dict[str, Any] = field(default_factory=dict)
+    _norm: Tensor | None = None
+    _seconds: float = 0.0
+    _tokens: int = 0
+    _pairs: int = 0
+    _spent: dict[str, float] = field(default_factory=dict)
+    _losses: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+
+    def __post_init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums = torch.zeros(N_SUMS, dtype=torch.float64, device=self.device)
+        self.steps = self._tokens = self._pairs = 0
+        self._seconds = 0.0
+        self._norm = None
+
+    def restore(self, sums: tuple[tuple[float, ...], ...], steps: int) -> None:
+        """Take up what was added up before a checkpoint, by rank; rank 0 has it at another size."""
+        before = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        if len(before) == dist.get_world_size():
+            self.sums += before[dist.get_rank()]
+        elif dist.get_rank() == 0:
+            self.sums += before.sum(0)
+        self.steps = steps
+
+    def remember(self, line: dict[str, Any]) -> None:
+        """Take up a line that was written before this worker was started."""
+        self.latest |= line
+        if line.get("loss") is not None:
+            self._losses.append(line["loss"])
+
+    def add(self, batch: StepBatch, norm: Tensor | None, seconds: float) -> None:
+        """Count a step.
+
+        Args:
+            batch: what was trained on.
+            norm: of the gradient.
+            seconds: that it took, the wait for its data included.
+        """
+        self.steps += 1
+        self._tokens += batch.n_tokens
+        self._pairs += batch.n_pairs
+        self._seconds += seconds
+        self._norm = norm if norm is not None else self._norm
+
+    def spend(self, part: str, seconds: float) -> None:
+        """Count time to one of `PARTS`."""
+        self._spent[part] = self._spent.get(part, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the time in here to one of `PARTS`."""
+        started = time.perf_counter()
+        yield
+        self.spend(part, time.perf_counter() - started)
+
+    def figures(self, rate: float) -> dict[str, Any]:
+        """The metrics since the last logged step: one collective, one wait for the device."""
+        dist.all_reduce(self.sums)
+        figures = metrics_from_sums(self.sums.tolist(), self.weights) | {
+            "learning_rate": rate,
+            "grad_norm": float(self._norm) if self._norm is not None else None,
+            "pairs_per_s": self._pairs / self._seconds,
+            "tokens_per_s": self._tokens / self._seconds,
+        }
+        self._clear()
+        return figures
+
+    def mind_spike(self, step: int, loss: float) -> None:
+        """Say so when a logged loss is far above those before it."""
+        median = statistics.median(self._losses) if self._losses else math.inf
+        if loss > _SPIKE * median:
+            text = f"step {step}: the loss is {loss:.4g}, {median:.4g} was usual before"
+            self.files.event(text, loss_spikes=1)
+        self._losses.append(loss)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line, with where the time went since the line before."""
+        self.latest |= line
+        seconds = {SECONDS + part: round(self._spent.get(part, 0.0), 4) for part in PARTS}
+        self._spent = {}
+        self.files.metrics(line | seconds)
