@@ -1,14 +1,12 @@
 """One Ray Train run: workers, feed and settings put together; on the driver."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-import orpo_ray
 from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.feed import TRAIN, FeedPlan, PlannedFeed
@@ -31,7 +29,6 @@ class Fit:
         model: base model and tokenizer.
         run_directory: where the run and Ray Train's own state of it are kept.
         plans: the feed, by data set name.
-        data_report: for the model card.
         callbacks: of Ray Train, told of every report.
     """
 
@@ -39,7 +36,6 @@ class Fit:
     model: ModelSource
     run_directory: Path
     plans: Mapping[str, FeedPlan]
-    data_report: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Sequence[UserCallback] = ()
 
     def run(self, work: Work) -> WorkerAnswer:
@@ -55,8 +51,6 @@ class Fit:
             model=self.model,
             run_directory=str(self.run_directory),
             evals=tuple(name for name in self.plans if name != TRAIN),
-            data_report=dict(self.data_report),
-            version=orpo_ray.__version__,
         )
         cluster.ask_for_timeouts(self.config)
         backend = "cpu:gloo,cuda:nccl" if self.config.ray.use_gpu else "gloo"

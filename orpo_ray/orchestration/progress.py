@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
 
+from orpo_ray.orchestration.live_view import LiveView
 from orpo_ray.training.run_files import LOG, METRICS, read_metrics
 
 _POLL_S = 0.3
@@ -18,7 +19,7 @@ _REFRESH_S, _REFRESH_SHARE = 30.0, 0.02
 
 
 class RunWatcher:
-    """Prints a run's log lines and its progress: one live line on a terminal, else plain lines.
+    """Prints a run's log lines and its progress: a live view on a terminal, else plain lines.
 
     Args:
         directory: of the run.
@@ -46,19 +47,12 @@ class RunWatcher:
         self._log_offset = self._size(LOG)
         self._metrics_seen = 0
         self._started_at: tuple[int, float] | None = None
-        self._progress = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("starting workers", total=n_steps)
+        self._view = LiveView(n_steps)
+        self._live = Live(self._view, console=self._console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._progress.start()
+            self._live.start()
         self._thread.start()
         return self
 
@@ -73,7 +67,7 @@ class RunWatcher:
         if error is not None and self._shown_step >= 0:
             self._refresh()
         if self._console.is_terminal:
-            self._progress.stop()
+            self._live.stop()
 
     def _watch(self) -> None:
         while not self._ended.wait(_POLL_S):
@@ -113,14 +107,16 @@ class RunWatcher:
                 self._shown_step = line["step"]
                 self._show(line)
 
-    def _show(self, line: Mapping[str, Any]) -> None:
+    def _show(self, line: dict[str, Any]) -> None:
         for prefix in eval_prefixes(line):
-            self._console.print(evaluation_text(line, prefix), markup=False)
+            text = evaluation_text(line, prefix)
+            self._console.print(text, markup=False)
+            self._view.add_evaluation(prefix, text)
         if "loss" not in line:
             return
         text = figures_text(line)
         if self._console.is_terminal:
-            self._progress.update(self._task, completed=line["step"], description=text)
+            self._view.add(line, text)
         else:
             eta = self._eta_text(line["step"])
             self._console.print(f"step {line['step']}/{self._n_steps}  {text}{eta}", markup=False)

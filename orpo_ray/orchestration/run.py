@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from orpo_ray.config import ORPOConfig
@@ -11,6 +12,7 @@ from orpo_ray.orchestration.data_report import REPORT_NAME, count_trained, save_
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
+from orpo_ray.orchestration.model_card import write_model_card
 from orpo_ray.orchestration.progress import (
     RunWatcher,
     eval_prefixes,
@@ -18,6 +20,7 @@ from orpo_ray.orchestration.progress import (
     set_name,
     write_or_say,
 )
+from orpo_ray.orchestration.run_curves import picture
 from orpo_ray.orchestration.run_lock import claimed
 from orpo_ray.orchestration.run_report import REPORT, write_run_report
 from orpo_ray.orchestration.start import (
@@ -28,7 +31,8 @@ from orpo_ray.orchestration.start import (
 )
 from orpo_ray.orchestration.worker import evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
-from orpo_ray.training.run_files import FINAL, count_events, summary
+from orpo_ray.training.run_files import FINAL, count_events, read_metrics, summary
+from orpo_ray.training.suspects import SUSPECTS, write_suspects
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class TrainResult:
     metrics_before: dict[str, float] = field(default_factory=dict)
     data_report: dict[str, Any] = field(default_factory=dict)
     events: dict[str, int] = field(default_factory=dict)
+
+    def plot(self) -> Any:
+        """The curves of `report.html` as a matplotlib figure, which a notebook shows."""
+        return picture(read_metrics(Path(self.run_directory)))
 
 
 def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
@@ -91,10 +99,12 @@ def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
     n_steps = config.total_steps(steps_per_epoch)
     refresh = partial(write_run_report, run_directory, config, start.data_report)
     with RunWatcher(run_directory, n_steps, console, refresh):
-        Fit(config, start.inputs.model, run_directory, plans, start.data_report).run(train_worker)
+        Fit(config, start.inputs.model, run_directory, plans).run(train_worker)
     report = count_trained(run_directory, start.data_report, start.token_sets[TRAIN])
     save_report(run_directory, report)
+    write_suspects(run_directory, start.token_sets[TRAIN].sources)
     write_or_say(partial(write_run_report, run_directory, config, report), console)
+    write_model_card(run_directory, config, report)
     figures = summary(run_directory)
     result = TrainResult(
         run_directory=str(run_directory),
@@ -174,6 +184,7 @@ def end_text(result: TrainResult, config: ORPOConfig) -> str:
         lines.append(f"on the way: {met} (events.jsonl)")
     lines += [
         f"run directory: {result.run_directory} ({REPORT} in it)",
+        f"rows that look labelled the wrong way round come first in {SUSPECTS}",
         f"model: {result.model_directory}",
     ]
     if config.data.train_files is None:

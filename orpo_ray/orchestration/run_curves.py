@@ -70,12 +70,22 @@ def chart_svgs(charts: Iterable[Chart], lines: Lines) -> list[str]:
 
 def write_picture(path: Path, lines: Lines) -> None:
     """All charts as one PNG; nothing before the first figures."""
+    figure = picture(lines)
+    if figure is None:
+        return
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def picture(lines: Lines) -> Any:
+    """All charts as one matplotlib figure; None before the first figures."""
     from matplotlib.figure import Figure
 
     prefixes = all_prefixes(lines)
     charts = _with_points((*LEARNING, *THROUGHPUT), lines, prefixes)
     if not charts:
-        return
+        return None
     n_rows = math.ceil(len(charts) / _COLUMNS)
     size = (_COLUMNS * _WIDTH, n_rows * _HEIGHT)
     figure = Figure(figsize=size, layout="constrained")
@@ -84,9 +94,7 @@ def write_picture(path: Path, lines: Lines) -> None:
         axis.set_axis_off()
     for axis, chart in zip(axes, charts, strict=False):
         _draw(axis, chart, lines, prefixes)
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    return figure
 
 
 def _with_points(charts: Iterable[Chart], lines: Lines, prefixes: Sequence[str]) -> list[Chart]:

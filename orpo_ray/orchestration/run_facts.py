@@ -12,7 +12,14 @@ from orpo_ray.orchestration.data_report import QUARANTINE, data_lines, source_la
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.progress import figure
 from orpo_ray.orchestration.run_curves import Lines, all_prefixes, set_label
-from orpo_ray.training.run_files import EVENTS
+from orpo_ray.training.run_files import (
+    EVALUATIONS,
+    EVENTS,
+    PARTS,
+    SAMPLES,
+    SECONDS,
+    read_lines,
+)
 
 # Metrics before and after, and their names in the table.
 HEADLINE = {
@@ -21,6 +28,8 @@ HEADLINE = {
     "rewards/margins": "margin",
     "nll_loss": "NLL",
 }
+# Figures of `evaluations.jsonl` that have the same meaning as a metric, and so its interval.
+_WITH_INTERVAL = {"rewards/accuracies": "accuracy", "log_odds_chosen": "log_odds"}
 _SHOWN_FILES, _SHOWN_GAPS = 20, 20
 _FILE_COLUMNS = (
     "rows_read",
@@ -69,26 +78,85 @@ def _progress_text(config: ORPOConfig, lines: Lines) -> str:
     return f"{step} of {n_steps}, {epoch:.3g} epochs" + (" so far" if step < n_steps else "")
 
 
-def headline(evaluations: Lines, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for every evaluation set: its figures before the first step and at the last look."""
+def evaluations_until(lines: Lines, step: int | None) -> list[Mapping[str, Any]]:
+    """The lines of the metrics that have evaluations, to that of a step, or all for None."""
+    evaluations = [line for line in lines if all_prefixes([line])]
+    return [line for line in evaluations if step is None or line["step"] <= step]
+
+
+def headline(
+    run_directory: Path, evaluations: Lines, report: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """A row for every evaluation set: its figures before the first step and at the last look.
+
+    Args:
+        run_directory: of the run.
+        evaluations: the lines of its metrics that have some, up to the model that counts.
+        report: what `data_report.json` holds.
+    """
+    intervals = {
+        (line["step"], line["set"]): line["figures"]
+        for line in read_lines(run_directory / EVALUATIONS)
+    }
     before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
     after = evaluations[-1] if evaluations and evaluations[-1]["step"] else {}
+
+    def shown(line: Mapping[str, Any], prefix: str, name: str) -> str:
+        if prefix + name not in line:
+            return "-"
+        known = intervals.get((line["step"], prefix), {})
+        value, low, high = known.get(_WITH_INTERVAL.get(name), (None, None, None))
+        text = figure(line[prefix + name], ".3f")
+        return text if low is None or value is None else f"{text} ({low:.3f} to {high:.3f})"
+
     return [
         {
             "name": set_label(prefix),
             "pairs": report.get(prefix.rstrip("_"), {}).get("pairs", ""),
-            "figures": [
-                (_figure(before, prefix + n), _figure(after, prefix + n)) for n in HEADLINE
-            ],
+            "figures": [(shown(before, prefix, n), shown(after, prefix, n)) for n in HEADLINE],
         }
         for prefix in all_prefixes(evaluations)
     ]
 
 
-def _figure(line: Mapping[str, Any], name: str) -> str:
-    if name not in line:
-        return "-"
-    return figure(line[name], ".3f")
+def time_spent(lines: Lines) -> list[tuple[str, str, str]]:
+    """Where a run's time went: part, seconds, share of the time from its first line to its last.
+
+    What is left over is the start of workers again after a fault, logging, and the like.
+    """
+    if not lines:
+        return []
+    spent = {part: sum(line.get(SECONDS + part, 0.0) for line in lines) for part in PARTS}
+    # The first line is written at the end of what it counts.
+    first = sum(lines[0].get(SECONDS + part, 0.0) for part in PARTS)
+    whole = max(lines[-1]["time"] - lines[0]["time"] + first, sum(spent.values()), 1e-9)
+    spent["the rest"] = whole - sum(spent.values())
+    return [
+        (part.replace("_", " "), f"{seconds:.1f}", f"{seconds / whole:.1%}")
+        for part, seconds in spent.items()
+    ]
+
+
+def samples_of(run_directory: Path, last_step: int | None) -> list[dict[str, Any]]:
+    """What the model said to each prompt at first and at last.
+
+    Args:
+        run_directory: of the run.
+        last_step: that of the model that counts; None for the last one that there is.
+    """
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for line in read_lines(run_directory / SAMPLES):
+        if last_step is None or line["step"] <= last_step:
+            answers.setdefault(line["prompt"], []).append(line)
+    return [
+        {
+            "prompt": prompt,
+            "chosen": told[0]["chosen"],
+            "before": told[0]["answer"] if told[0]["step"] == 0 else None,
+            "after": told[-1]["answer"] if told[-1]["step"] else None,
+        }
+        for prompt, told in answers.items()
+    ]
 
 
 def gaps(lines: Lines) -> str:

@@ -14,17 +14,19 @@ from orpo_ray.orchestration.run_curves import (
     CURVES,
     LEARNING,
     THROUGHPUT,
-    all_prefixes,
     chart_svgs,
     write_picture,
 )
 from orpo_ray.orchestration.run_facts import (
     HEADLINE,
     data_part,
+    evaluations_until,
     events_of,
     facts,
     gaps,
     headline,
+    samples_of,
+    time_spent,
 )
 from orpo_ray.orchestration.start import CONFIG
 from orpo_ray.training.run_files import FINAL, count_events, exported_step, read_metrics
@@ -41,6 +43,10 @@ h2 { margin-top: 2.5rem; border-bottom: 1px solid #8884; }
 .figures .before { opacity: .7; }
 .figures .after { font-weight: 600; }
 .events td { text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+.samples { width: 100%; margin-bottom: 1rem; }
+.samples td { text-align: left; vertical-align: top; }
+.samples td { white-space: pre-wrap; overflow-wrap: anywhere; }
+.samples td:first-child { opacity: .7; width: 6rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: .8rem; }
 .charts figure { margin: 0; }
 .charts svg { width: 100%; display: block; }
@@ -61,7 +67,8 @@ pre { background: #8882; padding: .7rem; border-radius: 6px; overflow-x: auto; }
 <td class="before">{{ before }}</td><td class="after">{{ after }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>
 <p>Accuracy is the share of pairs whose chosen answer is the likelier one by token; log odds and
-margin are means over the pairs; NLL is in nats a token.{% if steps %} The last evaluation is of
+margin are means over the pairs; NLL is in nats a token. In brackets are 95 % intervals, by drawing
+prompts again.{% if steps %} The last evaluation is of
 step {{ steps }}.{% endif %}</p>
 {% endif %}
 <h2>Curves</h2>
@@ -73,6 +80,24 @@ step {{ steps }}.{% endif %}</p>
 <h2>Throughput</h2>
 <div class="charts">{% for svg in throughput %}
 <figure>{{ svg | safe }}</figure>{% endfor %}</div>
+<div class="wide"><table class="figures"><thead><tr><th>where the time went</th><th>seconds</th>\
+<th>share</th></tr></thead><tbody>{% for part, seconds, share in spent %}
+<tr><td>{{ part }}</td><td>{{ seconds }}</td><td>{{ share }}</td></tr>{% endfor %}
+</tbody></table></div>
+<p>Of rank 0, from the first line of the metrics to the last. The rest is what lies between: workers
+that start again, writing lines, waiting for other ranks outside of a step.</p>
+{% endif %}
+{% if samples %}
+<h2>Samples</h2>
+<p>The most likely answer, token by token, before training and after.</p>
+{% for sample in samples %}
+<div class="wide"><table class="samples"><tbody>
+<tr><td>prompt</td><td>{{ sample.prompt }}</td></tr>
+{% if sample.chosen is not none %}<tr><td>preferred</td><td>{{ sample.chosen }}</td></tr>{% endif %}
+{% if sample.before is not none %}<tr><td>before</td><td>{{ sample.before }}</td></tr>{% endif %}
+{% if sample.after is not none %}<tr><td>after</td><td>{{ sample.after }}</td></tr>{% endif %}
+</tbody></table></div>
+{% endfor %}
 {% endif %}
 <h2>Data</h2>
 {% for part in parts %}
@@ -123,9 +148,8 @@ def write_run_report(
         The path of `report.html`.
     """
     lines = read_metrics(run_directory)
-    evaluations = [line for line in lines if all_prefixes([line])]
     ended = exported_step(run_directory / FINAL)  # an earlier one where the best model is loaded
-    shown = [line for line in evaluations if ended is None or line["step"] <= ended]
+    shown = evaluations_until(lines, ended)
     events = events_of(run_directory)
     met = sorted(count_events(run_directory).items())
     again = (str(run_directory / CONFIG), f"run_name={run_directory.name}-again")
@@ -134,10 +158,12 @@ def write_run_report(
         run_directory.name,
         facts=facts(config, data_report, lines),
         names=HEADLINE.values(),
-        headline=headline(shown, data_report),
+        headline=headline(run_directory, shown, data_report),
         steps=shown[-1]["step"] if shown else 0,
         learning=chart_svgs(LEARNING, lines),
         throughput=chart_svgs(THROUGHPUT, lines),
+        spent=time_spent(lines),
+        samples=samples_of(run_directory, ended),
         gaps=gaps(lines),
         parts=[data_part(name, figures) for name, figures in data_report.items()],
         counts=", ".join(f"{kind.replace('_', ' ')}: {count}" for kind, count in met),

@@ -14,6 +14,7 @@ from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.config_file import to_yaml
 from orpo_ray.orchestration.cluster import set_aside_broken_snapshot
 from orpo_ray.orchestration.fit import Fit, TrainingError
+from orpo_ray.orchestration.model_card import write_model_card
 from orpo_ray.orchestration.start import CONFIG, Start, make_console, start_run
 from orpo_ray.orchestration.worker import train_worker
 from orpo_ray.preference.errors import DataError
@@ -82,14 +83,8 @@ def run_trial(
             trial = start_run(_with_found_inputs(config, start, values), make_console())
         (directory / CONFIG).write_text(to_yaml(trial.config))
         set_aside_broken_snapshot(directory)
-        Fit(
-            trial.config,
-            trial.inputs.model,
-            directory,
-            trial.plans(),
-            trial.data_report,
-            callbacks,
-        ).run(train_worker)
+        Fit(trial.config, trial.inputs.model, directory, trial.plans(), callbacks).run(train_worker)
+        write_model_card(directory, trial.config, trial.data_report)
     except (ConfigError, DataError, TrainingError, TrainingFailedError) as error:
         _write(directory, record | {"failure": str(error).strip().splitlines()[0]})
         raise

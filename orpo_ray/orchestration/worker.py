@@ -39,16 +39,12 @@ class WorkerTask:
         model: where base model and tokenizer are.
         run_directory: absolute path, the same on every node.
         evals: evaluation sets by their name in the feed, which is their metric prefix.
-        data_report: for the model card.
-        version: of this project.
     """
 
     config: ORPOConfig
     model: ModelSource
     run_directory: str
     evals: tuple[str, ...]
-    data_report: dict[str, Any]
-    version: str
 
 
 @dataclass(frozen=True)
@@ -78,8 +74,6 @@ def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
         run_directory=task.run_directory,
         train=ray.train.get_dataset_shard(TRAIN),
         evals=_eval_streams(task),
-        data_report=task.data_report,
-        version=task.version,
         device=_device(task),
         report=_report,
         leaving=_leaving,

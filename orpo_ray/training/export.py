@@ -3,68 +3,17 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import ModelCard, ModelCardData
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from orpo_ray.config import ORPOConfig
 from orpo_ray.config_sections import ModelSection
 from orpo_ray.training.adapters import save_adapters
 from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.model_source import ModelSource, load_tokenizer
 from orpo_ray.training.run_files import RECORD
-
-_CARD = """---
-{{ card_data }}
----
-
-# {{ run_name }}
-
-Trained from `{{ base }}` with ORPO (Odds Ratio Preference Optimization,
-[arXiv:2403.07691](https://arxiv.org/abs/2403.07691)) by `orpo_ray` {{ version }}.
-
-## Load it
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{{ run_name }}")
-tokenizer = AutoTokenizer.from_pretrained("{{ run_name }}")
-```
-
-## Data
-
-{% for name, counts in data.items() -%}
-- {{ name }}: {{ counts.rows_read }} rows read, {{ counts.rows_kept }} kept, \
-{{ counts.rows_refused }} refused
-{% endfor %}
-## Results
-
-| metric | value |
-|---|---|
-{% for name, value in metrics.items() -%}
-| {{ name }} | {{ "%.6g" | format(value) }} |
-{% endfor %}
-## Settings
-
-```yaml
-{{ settings }}```
-
-## Citation
-
-```bibtex
-@article{hong2024orpo,
-  title   = {ORPO: Monolithic Preference Optimization without Reference Model},
-  author  = {Hong, Jiwoo and Lee, Noah and Thorne, James},
-  journal = {arXiv:2403.07691},
-  year    = {2024}
-}
-```
-"""
 
 
 def export_model(
@@ -137,26 +86,3 @@ def _restore_config(path: Path, base: PreTrainedConfig) -> None:
         if name in exported and name not in ("dtype", "transformers_version")
     }
     path.write_text(json.dumps(exported, indent=2) + "\n")
-
-
-def write_model_card(
-    directory: str,
-    config: ORPOConfig,
-    metrics: dict[str, float],
-    data: dict[str, Any],
-    version: str,
-) -> None:
-    """Write `README.md` of an exported model: what it was made from, with what, and how well."""
-    base = config.model.model_name_or_path or "a small random decoder"
-    run_name = config.output.run_name or "run"
-    card = ModelCard.from_template(
-        ModelCardData(library_name="transformers", tags=["orpo", "preference", "orpo_ray"]),
-        template_str=_CARD,
-        base=base,
-        run_name=run_name,
-        version=version,
-        data=data,
-        metrics=metrics,
-        settings=json.dumps(config.model_dump(mode="json"), indent=1) + "\n",
-    )
-    card.save(Path(directory) / "README.md")

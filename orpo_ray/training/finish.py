@@ -6,11 +6,11 @@ import torch.distributed as dist
 
 from orpo_ray.training.best import Evaluations
 from orpo_ray.training.checkpoint import load_weights
-from orpo_ray.training.export import export_model, write_model_card
+from orpo_ray.training.export import export_model
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.manifest import checkpoint_directory, find_damage
 from orpo_ray.training.model import OrpoModel
-from orpo_ray.training.run_files import FINAL, RunFiles, exported_step, summary
+from orpo_ray.training.run_files import FINAL, RunFiles, exported_step
 
 
 def write_final(
@@ -36,9 +36,6 @@ def write_final(
     export_model(final, model, job.model, job.config.model, exported)
     if evaluations.keep_best:
         files.notice(evaluations.export_text(exported))
-    if files.is_writer:
-        figures = summary(Path(job.run_directory))["after"]
-        write_model_card(final, job.config, figures, dict(job.data_report), job.version)
 
 
 def _choose(evaluations: Evaluations, files: RunFiles, step: int) -> int | None:

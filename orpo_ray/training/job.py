@@ -23,8 +23,6 @@ class TrainingJob:
         run_directory: absolute path.
         train: this rank's training stream.
         evals: this rank's evaluation streams by metric prefix (`eval_`, `eval_<name>_`).
-        data_report: what `data_report.json` holds, for the model card.
-        version: of this project.
         device: of this rank.
         report: told the latest metrics at every evaluation, by all ranks together.
         leaving: asked about once a second by all ranks together; a text when a node of theirs
@@ -36,8 +34,6 @@ class TrainingJob:
     run_directory: str
     train: TokenStream
     evals: Mapping[str, TokenStream]
-    data_report: Mapping[str, Any]
-    version: str
     device: torch.device
     report: Report
     leaving: Callable[[], str | None] = lambda: None

@@ -102,8 +102,6 @@ def train_small(folder: Path, run: Path, changes: dict[str, Any]) -> dict[str, A
         run_directory=str(run),
         train=stream,
         evals={"eval_": evaluation} if evaluate else {},
-        data_report={},
-        version="0",
         device=torch.device("cpu"),
         report=lambda metrics: None,
     )

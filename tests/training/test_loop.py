@@ -65,7 +65,6 @@ def test_the_exported_model_loads_as_it_is(whole_run, inputs):
     ]
     assert all(moved)
     assert AutoTokenizer.from_pretrained(whole_run / "final").eos_token == "w1"
-    assert (whole_run / "final" / "README.md").read_text().startswith("---\n")
 
 
 def test_a_killed_run_with_a_damaged_checkpoint_ends_byte_identical(whole_run, inputs, tmp_path):

@@ -1,0 +1,138 @@
+"""`README.md` of an exported model: from what, with what, how well; on the driver."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from orpo_ray import __version__
+from orpo_ray.config import ORPOConfig
+from orpo_ray.config_file import to_yaml
+from orpo_ray.orchestration.run_curves import CURVES
+from orpo_ray.orchestration.run_facts import HEADLINE, evaluations_until, facts, headline
+from orpo_ray.training.run_files import FINAL, exported_step, read_metrics
+
+_CARD = """---
+{{ card_data }}
+---
+
+# {{ run_name }}
+
+Trained from {{ base }} with ORPO (Odds Ratio Preference Optimization,
+[arXiv:2403.07691](https://arxiv.org/abs/2403.07691)) by `orpo_ray` {{ version }}.
+
+{% for name, text in facts -%}
+- {{ name }}: {{ text }}
+{% endfor %}
+## Load it
+
+{% if adapter -%}
+This folder holds LoRA adapters. `AutoModelForCausalLM` loads them with their base model where
+`peft` is installed; vLLM takes them with
+`vllm serve <base model> --enable-lora --lora-modules {{ run_name }}=<this folder>`.
+
+{% endif -%}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{{ run_name }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ run_name }}")
+```
+{% if not adapter %}
+```bash
+vllm serve {{ run_name }}
+```
+{% endif %}
+## Data
+
+{% for part in data -%}
+- {{ part.name }}: {{ part.counts.rows_read }} rows read, {{ part.counts.rows_kept }} kept, \
+{{ part.counts.rows_held_out }} held out, {{ part.counts.rows_refused }} refused
+{%- for reason, count in part.refused %}{{ " (" if loop.first else ", " }}{{ count }} {{ reason }}\
+{{ ")" if loop.last else "" }}{% endfor %}; {{ part.counts.truncated_pairs }} pairs truncated
+{% endfor %}
+## Results
+
+{% if rows -%}
+| evaluation set | pairs |{% for name in names %} {{ name }} before | after |{% endfor %}
+|---|---|{% for name in names %}---|---|{% endfor %}
+{% for row in rows -%}
+| {{ row.name }} | {{ row.pairs }} |{% for before, after in row.figures %} {{ before }} | \
+{{ after }} |{% endfor %}
+{% endfor %}
+Accuracy is the share of held-out pairs whose chosen answer is the likelier one by token; log odds
+and margin are means over them; NLL is in nats a token. In brackets are 95 % intervals, by drawing
+prompts again.
+{% else -%}
+There was no evaluation data.
+{% endif %}
+{% if curves %}![Curves of the run]({{ curves }})
+{% endif %}
+## Limits
+
+- The figures are of the evaluation sets above: of other prompts they say nothing, and a higher
+  accuracy in telling two given answers apart is not in itself a better answer. Read samples.
+- Preferences of the training data are learned as they are, with the mistakes and the one-sidedness
+  of those who gave them. Nothing was filtered for safety.
+- Prompt and answer together were at most {{ max_length }} tokens long.
+
+## Settings
+
+```yaml
+{{ settings }}```
+
+## Citation
+
+```bibtex
+@article{hong2024orpo,
+  title   = {ORPO: Monolithic Preference Optimization without Reference Model},
+  author  = {Hong, Jiwoo and Lee, Noah and Thorne, James},
+  journal = {arXiv:2403.07691},
+  year    = {2024}
+}
+```
+"""
+
+
+def write_model_card(
+    run_directory: Path, config: ORPOConfig, data_report: Mapping[str, Any]
+) -> None:
+    """Write the card of `final/`, with the curves of the run if they were drawn.
+
+    Args:
+        run_directory: of a finished run.
+        config: of the run, resolved.
+        data_report: what `data_report.json` holds.
+    """
+    final = run_directory / FINAL
+    lines = read_metrics(run_directory)
+    name = config.model.model_name_or_path
+    is_hub_id = name is not None and not Path(name).expanduser().exists()
+    curves = run_directory / CURVES
+    if curves.exists():
+        shutil.copyfile(curves, final / CURVES)
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            base_model=name if is_hub_id else None,
+            tags=["orpo", "preference", "orpo_ray"],
+        ),
+        template_str=_CARD,
+        base=f"`{name}`" if name else "a small random decoder",
+        run_name=run_directory.name,
+        version=__version__,
+        facts=facts(config, data_report, lines),
+        adapter=config.model.lora_r is not None and not config.model.merge_adapter,
+        data=[
+            {"name": part, "counts": counts, "refused": sorted(counts["refused"].items())}
+            for part, counts in data_report.items()
+        ],
+        names=list(HEADLINE.values()),
+        rows=headline(run_directory, evaluations_until(lines, exported_step(final)), data_report),
+        curves=CURVES if curves.exists() else None,
+        max_length=config.data.max_length,
+        settings=to_yaml(config),
+    )
+    card.save(final / "README.md")
