@@ -266,6 +266,8 @@ def test_the_image_runs_as_the_user_of_the_manifests():
 
 
 def test_nodes_of_aws_are_private_and_ask_for_a_token():
+    from ray.scripts.scripts import start
+
     launcher = yaml.safe_load((CLUSTER / LAUNCHER).read_text())
     assert launcher["provider"]["use_internal_ips"] is True
     for node_type in launcher["available_node_types"].values():
@@ -274,5 +276,7 @@ def test_nodes_of_aws_are_private_and_ask_for_a_token():
         assert node_type["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
         assert node_type.get("min_workers", 0) == node_type.get("max_workers", 0)
     for kind in ("head_start_ray_commands", "worker_start_ray_commands"):
-        assert "RAY_AUTH_MODE=token" in launcher[kind][-1].split("ray start")[0]
+        before, options = launcher[kind][-1].split("ray start ")
+        assert "RAY_AUTH_MODE=token" in before
+        start.make_context("start", shlex.split(re.sub(r"\$\(.*?\)", "10.0.0.1", options)))
     assert launcher["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
