@@ -1,0 +1,1 @@
+"""Tests of the files that start the project on a cluster."""
