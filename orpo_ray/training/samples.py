@@ -9,8 +9,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
+from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
+from orpo_ray.preference.packing import pack
 from orpo_ray.training.job import TrainingJob
+from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.model_source import load_tokenizer
 from orpo_ray.training.run_files import RunFiles
@@ -95,7 +98,10 @@ class Sampler:
         attention, root = model.attention, cast(FSDPModule, model)
         model.use_attention("padded")
         model.eval()
-        # Embeddings and head belong to the root, whose own forward pass is not run here.
+        # FSDP lets no part run before the whole has; a row that predicts nothing is enough.
+        nothing = Microbatch(pack([], chunk_tokens=1, prompt_counts=True), device)
+        model(nothing, LossScale(nll=0.0, pair=0.0, beta=0.0))
+        # Embeddings and head belong to the root, whose own forward pass is not run in `generate`.
         root.unshard()
         output: Any = model.causal_lm.generate(
             input_ids=ids.to(device),

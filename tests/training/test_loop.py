@@ -20,14 +20,6 @@ from tests.distributed import run_ranks
 from tests.training.small_run import metrics_without_times, token_stream, train_small
 
 
-@pytest.fixture(scope="module")
-def whole_run(inputs, tmp_path_factory) -> Path:
-    """24 steps on two ranks, never interrupted."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    run_ranks(2, train_small, inputs, run, {})
-    return run
-
-
 def weights_digest(run: Path) -> str:
     return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
 
@@ -77,6 +69,8 @@ def test_a_killed_run_with_a_damaged_checkpoint_ends_byte_identical(whole_run, i
     run_ranks(2, train_small, inputs, run, {})
     assert weights_digest(run) == weights_digest(whole_run)
     assert metrics_without_times(run) == metrics_without_times(whole_run)
+    for name in ("ledger", "margins", "evaluations", "samples"):
+        assert (run / f"{name}.jsonl").read_bytes() == (whole_run / f"{name}.jsonl").read_bytes()
     log = (run / "run.log").read_text()
     assert "step-00000021 set aside: __1_0.distcp does not match its checksum" in log
     assert "resumed at step 14 of 24" in log

@@ -1,0 +1,66 @@
+"""Rows that look labelled the wrong way round, from margins that are written here."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from orpo_ray.preference.groups import RowId
+from orpo_ray.training.run_files import RunFiles
+from orpo_ray.training.suspects import write_suspects
+
+
+def write_run(run: Path, steps: list[dict[int, float]]) -> None:
+    """A ledger and its margins, by the writer of the runs; a step is {row from 1: margin}."""
+    files = RunFiles(run, is_writer=True)
+    for step, margins in enumerate(steps, start=1):
+        rows = [RowId(0, row - 1) for row in margins]
+        files.ledger(step, 0, rows, ())
+        files.margins(step, list(margins.values()))
+
+
+def suspects(run: Path) -> list[dict]:
+    path = write_suspects(run, ["pairs.jsonl"])
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_lowest_mean_comes_first(tmp_path):
+    """All steps are near one another, so they count the same."""
+    write_run(tmp_path, [{1: 1.0, 2: -2.0, 3: 3.0}, {1: 2.0, 2: 1.0, 3: 3.0}])
+    found = suspects(tmp_path)
+    assert [line["row"] for line in found] == [2, 1, 3]
+    assert [line["margin_mean"] for line in found] == pytest.approx([-0.5, 1.5, 3.0])
+    assert [line["margin_spread"] for line in found] == pytest.approx([1.5, 0.5, 0.0], abs=1e-6)
+    assert {(line["file"], line["passes"]) for line in found} == {("pairs.jsonl", 2)}
+
+
+def test_a_margin_counts_as_much_as_the_model_knew(tmp_path):
+    """Row 1 is -1 early and +1 late, row 2 the other way round: unweighted, both would mean 0.
+
+    In the first 100 steps half of the margins are positive, in the last nine of ten, so that
+    weights are 0.01 ** 2 and 0.8 ** 2.
+    """
+    early = [dict.fromkeys((10, 11), 1.0) | dict.fromkeys((12, 13), -1.0) for _ in range(100)]
+    late = [{20 + i: 1.0 for i in range(9)} | {30: -1.0} for _ in range(100)]
+    early[40] |= {1: -1.0, 2: 1.0}
+    late[60] |= {1: 1.0, 2: -1.0}
+    write_run(tmp_path, early + late)
+    found = {line["row"]: line["margin_mean"] for line in suspects(tmp_path)}
+    assert found[2] < -0.99
+    assert found[1] == pytest.approx(-found[2])
+    assert math.isclose(found[30], -1.0)
+
+
+def test_a_step_whose_margins_are_missing_is_passed_over(tmp_path):
+    """As in a run that was begun by a version without them."""
+    write_run(tmp_path, [{1: 1.0}, {1: -3.0}, {1: 2.0}])
+    path = tmp_path / "margins.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[2])
+    (line,) = suspects(tmp_path)
+    assert (line["margin_mean"], line["passes"]) == (1.5, 2)
+
+
+def test_a_run_without_margins_has_no_suspects(tmp_path):
+    assert suspects(tmp_path) == []
