@@ -30,9 +30,10 @@ from orpo_ray.orchestration.run_facts import (
 )
 from orpo_ray.orchestration.start import CONFIG
 from orpo_ray.training.run_files import FINAL, count_events, exported_step, read_metrics
+from orpo_ray.training.suspects import first_suspects
 
 REPORT = "report.html"
-_SHOWN_EVENTS = 200
+_SHOWN_EVENTS, _SHOWN_SUSPECTS = 200, 10
 _PACKAGES = ("torch", "ray", "transformers")
 _BODY = """<style>
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #8884; }
@@ -40,8 +41,8 @@ h2 { margin-top: 2.5rem; border-bottom: 1px solid #8884; }
 .facts td:first-child { opacity: .7; white-space: nowrap; }
 .figures td:last-child, .figures th:last-child { text-align: right; }
 .figures th { white-space: nowrap; }
-.figures .before { opacity: .7; }
-.figures .after { font-weight: 600; }
+.figures .before { opacity: .7; white-space: pre; }
+.figures .after { font-weight: 600; white-space: pre; }
 .events td { text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 .samples { width: 100%; margin-bottom: 1rem; }
 .samples td { text-align: left; vertical-align: top; }
@@ -64,7 +65,8 @@ pre { background: #8882; padding: .7rem; border-radius: 6px; overflow-x: auto; }
 <th>after</th>{% endfor %}</tr></thead>
 <tbody>{% for row in headline %}
 <tr><td>{{ row.name }}</td><td>{{ row.pairs }}</td>{% for before, after in row.figures %}\
-<td class="before">{{ before }}</td><td class="after">{{ after }}</td>{% endfor %}</tr>{% endfor %}
+<td class="before">{{ before | replace(" (", "\n(") }}</td>\
+<td class="after">{{ after | replace(" (", "\n(") }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>
 <p>Accuracy is the share of pairs whose chosen answer is the likelier one by token; log odds and
 margin are means over the pairs; NLL is in nats a token. In brackets are 95 % intervals, by drawing
@@ -117,6 +119,16 @@ that start again, writing lines, waiting for other ranks outside of a step.</p>
 <p>Each of them is in <code>{{ part.listed }}</code>.</p>
 {% endif %}
 {% endfor %}
+{% if suspects %}
+<h3>labels</h3>
+<p>These rows look labelled the wrong way round: while everything else was learned, their chosen
+answer stayed the less likely one. All rows are in <code>suspects.jsonl</code>, in this order.</p>
+<div class="wide"><table class="figures"><thead><tr><th>file</th><th>row</th>\
+<th>margin, mean</th><th>spread</th><th>passes</th></tr></thead><tbody>{% for line in suspects %}
+<tr><td>{{ line.file }}</td><td>{{ line.row }}</td><td>{{ "%.3f" | format(line.margin_mean) }}</td>\
+<td>{{ "%.3f" | format(line.margin_spread) }}</td><td>{{ line.passes }}</td></tr>{% endfor %}
+</tbody></table></div>
+{% endif %}
 <h2>On the way</h2>
 {% if events %}
 <p>{{ counts }}</p>
@@ -164,6 +176,7 @@ def write_run_report(
         throughput=chart_svgs(THROUGHPUT, lines),
         spent=time_spent(lines),
         samples=samples_of(run_directory, ended),
+        suspects=first_suspects(run_directory, _SHOWN_SUSPECTS),
         gaps=gaps(lines),
         parts=[data_part(name, figures) for name, figures in data_report.items()],
         counts=", ".join(f"{kind.replace('_', ' ')}: {count}" for kind, count in met),

@@ -1,5 +1,6 @@
 """Rows that look labelled the wrong way round, by their margins over the epochs; on the driver."""
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,12 @@ def write_suspects(run_directory: Path, sources: Sequence[str]) -> Path:
             file.write(json.dumps(line) + "\n")
     temporary.replace(path)
     return path
+
+
+def first_suspects(run_directory: Path, n: int) -> list[dict[str, Any]]:
+    """The first lines of `suspects.jsonl` whose answers the model finds the other way round."""
+    lines = itertools.islice(_lines(run_directory / SUSPECTS), n)
+    return [line for line in lines if line["margin_mean"] < 0]
 
 
 def _steps(run_directory: Path) -> Iterator[tuple[list[Any], list[float]]]:

@@ -81,8 +81,25 @@ def test_the_model_is_saved_as_transformers_loads_it(trained, tmp_path):
     generated = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert generated.shape[1] > ids.shape[1]
     card = (Path(folder) / "README.md").read_text()
-    assert "4 rows read, 4 kept, 0 refused" in card
-    assert "eval_rewards/accuracies" in card
+    assert "- train: 4 rows read, 4 kept, 0 held out, 0 refused; 0 pairs truncated" in card
+    assert "| evaluation | 4 | " in card
+
+
+def test_a_run_leaves_what_there_is_to_look_at(trained):
+    """Every chart but the router loss has points; four rows, each seen in twelve steps."""
+    result = trained[0].result
+    titles = [axis.get_title() for axis in result.plot().axes if axis.lines]
+    assert len(titles) == 10
+    run = Path(result.run_directory)
+    suspects = [json.loads(line) for line in (run / "suspects.jsonl").read_text().splitlines()]
+    assert sorted((line["row"], line["passes"]) for line in suspects) == [
+        (n, 12) for n in range(1, 5)
+    ]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in samples} == {0, 12}
+    page = (run / "report.html").read_text()
+    assert "What is your name?" in page
+    assert "look labelled the wrong way round" not in page or suspects[0]["margin_mean"] < 0
 
 
 def test_a_model_and_tokenizer_in_memory_are_taken(trained, ray_cluster, tmp_path):

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from matplotlib.image import imread
 from rich.console import Console
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.config_file import to_yaml
+from orpo_ray.orchestration.live_view import sparkline
+from orpo_ray.orchestration.model_card import write_model_card
 from orpo_ray.orchestration.progress import RunWatcher
 from orpo_ray.orchestration.run_report import write_run_report
 from orpo_ray.training.run_files import RunFiles
@@ -60,6 +63,7 @@ def write_lines(run: Path, prefixes: tuple[str, ...] = (), **broken: int) -> Non
         if step in LOGGED:
             line |= learned(step) | {"learning_rate": 8e-6 * (1 - step / 60), "grad_norm": 1.5}
             line |= {"pairs_per_s": 100.0 + step % 7, "tokens_per_s": 9000.0 + step}
+            line |= {"seconds/forward_backward": 3.0, "seconds/data_wait": 0.5}
         for prefix in prefixes if step in EVALUATED else ():
             line |= learned(step, prefix)
         line |= {name: math.nan for name, at in broken.items() if at == step}
@@ -113,7 +117,7 @@ def cells(page: str, first: str) -> list[str]:
     """The table row that starts with a cell."""
     row = re.search(rf"<tr><td>{re.escape(first)}</td>(.*?)</tr>", page, flags=re.DOTALL)
     assert row is not None
-    return re.findall(r"<td[^>]*>(.*?)</td>", row[1])
+    return re.findall(r"<td[^>]*>(.*?)</td>", row[1], flags=re.DOTALL)
 
 
 def test_without_evaluation_every_chart_has_the_points_of_training(tmp_path: Path) -> None:
@@ -133,6 +137,100 @@ def test_one_evaluation_set_before_and_after(tmp_path: Path) -> None:
         assert n_points(page, f"eval_{metric}") == len(EVALUATED), metric
     assert cells(page, "evaluation")[:3] == ["97", "0.500", "0.800"]
     assert cells(page, "evaluation data") == ["97 pairs: /data/&lt;a&gt;.jsonl"]
+
+
+def test_intervals_stand_beside_the_figures_that_have_them(tmp_path: Path) -> None:
+    """At the first step and at the last, of the set that they belong to."""
+    write_lines(tmp_path, ("eval_easy_", "eval_hard_"))
+    files = RunFiles(tmp_path, is_writer=True)
+    for step, low, high in ((0, 0.41, 0.59), (30, 0.1, 0.2), (60, 0.71, 0.88)):
+        figures = {"accuracy": (0.8, low, high), "log_odds": (1.0, math.nan, math.nan)}
+        files.evaluation(step, "eval_hard_", 97, figures)
+    page = write_page(tmp_path, "eval_easy", "eval_hard")
+    assert cells(page, "hard")[1:5] == [
+        "0.500\n(0.410 to 0.590)",
+        "0.800\n(0.710 to 0.880)",
+        "0.000",
+        "1.000",
+    ]
+    assert cells(page, "easy")[1:3] == ["0.500", "0.800"]
+
+
+def test_where_the_time_went_adds_up(tmp_path: Path) -> None:
+    """Six lines say 3 s and 0.5 s each; between their times lies next to nothing."""
+    write_lines(tmp_path)
+    page = write_page(tmp_path)
+    assert cells(page, "forward backward") == ["18.0", "85.7%"]
+    assert cells(page, "data wait") == ["3.0", "14.3%"]
+    assert cells(page, "the rest") == ["0.0", "0.0%"]
+
+
+def test_samples_before_and_after_and_the_first_suspects(tmp_path: Path) -> None:
+    """Of the model in final/, which is not the last one; rows with a positive margin are fine."""
+    write_lines(tmp_path)
+    files = RunFiles(tmp_path, is_writer=True)
+    for step in (0, 30, 60):
+        files.sample(step, "<p>rompt", f"answer at {step}", "preferred")
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "orpo_ray.json").write_text('{"step": 30}')
+    suspects = [
+        {"file": "a.jsonl", "row": row, "margin_mean": mean, "margin_spread": 0.25, "passes": 3}
+        for row, mean in ((7, -0.5), (9, 0.125))
+    ]
+    (tmp_path / "suspects.jsonl").write_text("".join(json.dumps(s) + "\n" for s in suspects))
+    page = write_page(tmp_path)
+    assert cells(page, "prompt") == ["&lt;p&gt;rompt"]
+    assert cells(page, "before") == ["answer at 0"]
+    assert cells(page, "after") == ["answer at 30"]
+    assert cells(page, "a.jsonl") == ["7", "-0.500", "0.250", "3"]
+    assert page.count("<td>a.jsonl</td>") == 1
+
+
+def test_the_card_has_data_figures_and_curves(tmp_path: Path) -> None:
+    """Its figures are those of the page; a folder is not named as a hub id."""
+    run = tmp_path / "a-run"
+    (run / "final").mkdir(parents=True)
+    (run / "final" / "orpo_ray.json").write_text('{"step": 60}')
+    write_lines(run, ("eval_",))
+    files = RunFiles(run, is_writer=True)
+    files.evaluation(60, "eval_", 97, {"accuracy": (0.8, 0.71, 0.88)})
+    write_page(run, "eval")
+    report = {name: data_set() for name in ("train", "eval")}
+    write_model_card(run, CONFIG.replace(model_name_or_path=str(tmp_path)), report)
+    card = ModelCard.load(run / "final" / "README.md")
+    assert "base_model" not in card.data.to_dict()
+    row = "| evaluation | 97 | 0.500 | 0.800 (0.710 to 0.880) | 0.000 | 1.000 | 0.000 | 0.250 | "
+    assert row + "6.500 | 3.500 |" in card.text
+    assert "100 rows read, 97 kept, 0 held out, 3 refused (1 empty_chosen, 2 same_answers); " in (
+        card.text
+    )
+    assert "![Curves of the run](curves.png)" in card.text
+    assert (run / "final" / "curves.png").read_bytes() == (run / "curves.png").read_bytes()
+    write_model_card(run, CONFIG.replace(model_name_or_path="org/model"), report)
+    assert ModelCard.load(run / "final" / "README.md").data.base_model == "org/model"
+
+
+def test_a_line_of_blocks_goes_from_the_least_to_the_greatest() -> None:
+    """Four values in two characters are averaged: 0.5 and 6.5; what is not finite is blank."""
+    assert sparkline([0.0, 7.0, 1.0, None], 8) == "▁█▂ "
+    assert sparkline([0.0, 1.0, 6.0, 7.0], 2) == "▁█"
+    assert sparkline([2.0, 2.0], 8) == "▁▁"
+    assert sparkline([None], 8) == " "
+    assert sparkline([], 8) == ""
+
+
+def test_a_terminal_shows_progress_curves_and_the_last_evaluation(tmp_path: Path) -> None:
+    """What was last drawn, once the escape sequences are taken away."""
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=120, legacy_windows=False)
+    with RunWatcher(tmp_path, 60, console):
+        write_lines(tmp_path, ("eval_",))
+        wait_for(text, "60/60")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue())
+    assert re.search(r"60/60 loss 4\.0000 +margin 0\.2500", shown)
+    assert "margin   ▁▂▄▅▇█ 0.2500" in shown
+    assert "accuracy ▁▂▄▅▇█ 0.8000" in shown
+    assert "evaluation at step 60: accuracy 0.8000" in shown
 
 
 def test_every_named_evaluation_set_has_its_row_and_its_points(tmp_path: Path) -> None:
@@ -295,7 +393,6 @@ def browse(folder: Path, page: Path, picture: Path, *options: str) -> tuple[str,
     return outputs[0].stdout, outputs[0].stderr + outputs[1].stderr
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium on PATH")
 def test_a_browser_shows_it_in_light_and_dark_without_an_error(tmp_path: Path) -> None:
     """That an error would be seen is shown by a page that has one."""
