@@ -79,7 +79,7 @@ def make_folder(folder: Path, data: str, model: str, vocabulary: str, n_pairs: i
     Raises:
         SystemExit: when the file has too few usable pairs.
     """
-    usable = (text for text in _texts(data) if text.chosen.strip() and text.rejected.strip())
+    usable = (text for text in pair_texts(data) if text.chosen.strip() and text.rejected.strip())
     _fill_folder(folder, list(itertools.islice(usable, 4 * n_pairs)), model, vocabulary, n_pairs)
 
 
@@ -146,7 +146,7 @@ def padded_tokens(groups: Sequence[PromptGroup]) -> int:
     return max(rows) * len(rows)
 
 
-def _texts(data: str) -> Iterator[PairText]:
+def pair_texts(data: str) -> Iterator[PairText]:
     """The pairs of a file as text."""
     for raw in read_split(Split(data)):
         record = normalise(raw.record or {})
