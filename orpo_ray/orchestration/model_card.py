@@ -48,10 +48,7 @@ vllm serve {{ run_name }}
 ## Data
 
 {% for part in data -%}
-- {{ part.name }}: {{ part.counts.rows_read }} rows read, {{ part.counts.rows_kept }} kept, \
-{{ part.counts.rows_held_out }} held out, {{ part.counts.rows_refused }} refused
-{%- for reason, count in part.refused %}{{ " (" if loop.first else ", " }}{{ count }} {{ reason }}\
-{{ ")" if loop.last else "" }}{% endfor %}; {{ part.counts.truncated_pairs }} pairs truncated
+- {{ part }}
 {% endfor %}
 ## Results
 
@@ -125,10 +122,7 @@ def write_model_card(
         version=__version__,
         facts=facts(config, data_report, lines),
         adapter=config.model.lora_r is not None and not config.model.merge_adapter,
-        data=[
-            {"name": part, "counts": counts, "refused": sorted(counts["refused"].items())}
-            for part, counts in data_report.items()
-        ],
+        data=[_data_text(name, counts) for name, counts in data_report.items()],
         names=list(HEADLINE.values()),
         rows=headline(run_directory, evaluations_until(lines, exported_step(final)), data_report),
         curves=CURVES if curves.exists() else None,
@@ -136,3 +130,15 @@ def write_model_card(
         settings=to_yaml(config),
     )
     card.save(final / "README.md")
+
+
+def _data_text(name: str, counts: Mapping[str, Any]) -> str:
+    """The rows of one data set; of one that was held out there is only the number."""
+    if "rows_read" not in counts:
+        return f"{name}: {counts['rows_kept']} rows held out of the training files"
+    refused = ", ".join(f"{n} {reason}" for reason, n in sorted(counts["refused"].items()))
+    return (
+        f"{name}: {counts['rows_read']} rows read, {counts['rows_kept']} kept, "
+        f"{counts['rows_held_out']} held out, {counts['rows_refused']} refused"
+        f"{f' ({refused})' if refused else ''}; {counts['truncated_pairs']} pairs truncated"
+    )

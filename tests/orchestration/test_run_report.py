@@ -195,7 +195,7 @@ def test_the_card_has_data_figures_and_curves(tmp_path: Path) -> None:
     files = RunFiles(run, is_writer=True)
     files.evaluation(60, "eval_", 97, {"accuracy": (0.8, 0.71, 0.88)})
     write_page(run, "eval")
-    report = {name: data_set() for name in ("train", "eval")}
+    report = {"train": data_set(), "eval": {"rows_kept": 97, "pairs": 97}}
     write_model_card(run, CONFIG.replace(model_name_or_path=str(tmp_path)), report)
     card = ModelCard.load(run / "final" / "README.md")
     assert "base_model" not in card.data.to_dict()
@@ -204,6 +204,7 @@ def test_the_card_has_data_figures_and_curves(tmp_path: Path) -> None:
     assert "100 rows read, 97 kept, 0 held out, 3 refused (1 empty_chosen, 2 same_answers); " in (
         card.text
     )
+    assert "- eval: 97 rows held out of the training files" in card.text
     assert "![Curves of the run](curves.png)" in card.text
     assert (run / "final" / "curves.png").read_bytes() == (run / "curves.png").read_bytes()
     write_model_card(run, CONFIG.replace(model_name_or_path="org/model"), report)
