@@ -25,6 +25,7 @@ class TrainingJob:
         evals: this rank's evaluation streams by metric prefix (`eval_`, `eval_<name>_`).
         device: of this rank.
         report: told the latest metrics at every evaluation, by all ranks together.
+        watch: shown every line of `metrics.jsonl` when it is written, on rank 0.
         leaving: asked about once a second by all ranks together; a text when a node of theirs
             is about to be taken away, which is then answered with a checkpoint.
     """
@@ -36,4 +37,5 @@ class TrainingJob:
     evals: Mapping[str, TokenStream]
     device: torch.device
     report: Report
+    watch: Report = lambda line: None
     leaving: Callable[[], str | None] = lambda: None

@@ -81,7 +81,7 @@ class _Loop:
             device=job.device,
         )
         weights = OrpoWeights(config.orpo.beta, model.router_coef)
-        self.log = StepLog(self.files, weights, job.device)
+        self.log = StepLog(self.files, weights, job.device, job.watch)
         self.margins = MarginLog(self.files)
         self.sampler = Sampler.of(job, model, self.files)
         settings = decisive_settings(config, job.train.data_digest)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.preference.stream import StepBatch
+from orpo_ray.training.job import Report
 from orpo_ray.training.run_files import PARTS, SECONDS, RunFiles
 
 # A logged loss so many times the median of so many lines before it is a spike.
@@ -29,6 +30,7 @@ class StepLog:
         files: of the run directory.
         weights: between the terms of the loss.
         device: of this rank.
+        watch: shown every line that is written, on rank 0.
         sums: (10,) of `batch_sums` since the last logged step, of this rank.
         steps: optimizer steps since then.
         latest: the last logged value of every metric.
@@ -37,6 +39,7 @@ class StepLog:
     files: RunFiles
     weights: OrpoWeights
     device: torch.device
+    watch: Report
     sums: Tensor = field(init=False)
     steps: int = 0
     latest: dict[str, Any] = field(default_factory=dict)
@@ -122,3 +125,5 @@ class StepLog:
         seconds = {SECONDS + part: round(self._spent.get(part, 0.0), 4) for part in PARTS}
         self._spent = {}
         self.files.metrics(line | seconds)
+        if self.files.is_writer:
+            self.watch(line | seconds)
