@@ -200,6 +200,9 @@ class OutputSection(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
         description="Folder of the run; an existing one goes on; unset: a new one by the time.",
     )
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        (), description="Trackers that metrics, config and reports go to as well."
+    )
 
 
 class TuneSection(Section):

@@ -95,13 +95,16 @@ There was no evaluation data.
 
 def write_model_card(
     run_directory: Path, config: ORPOConfig, data_report: Mapping[str, Any]
-) -> None:
+) -> Path:
     """Write the card of `final/`, with the curves of the run if they were drawn.
 
     Args:
         run_directory: of a finished run.
         config: of the run, resolved.
         data_report: what `data_report.json` holds.
+
+    Returns:
+        Its path.
     """
     final = run_directory / FINAL
     lines = read_metrics(run_directory)
@@ -129,7 +132,9 @@ def write_model_card(
         max_length=config.data.max_length,
         settings=to_yaml(config),
     )
-    card.save(final / "README.md")
+    path = final / "README.md"
+    card.save(path)
+    return path
 
 
 def _data_text(name: str, counts: Mapping[str, Any]) -> str:

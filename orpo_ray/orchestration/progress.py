@@ -26,6 +26,7 @@ class RunWatcher:
         n_steps: optimizer steps of the whole run.
         console: where to print.
         write_report: called now and then while there are new figures, and when the run fails.
+        log: called with every new line of the metrics.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class RunWatcher:
         n_steps: int,
         console: Console | None = None,
         write_report: Callable[[], object] | None = None,
+        log: Callable[[Mapping[str, Any]], None] = lambda line: None,
     ) -> None:
         self._directory = directory
-        self._write_report = write_report
+        self._write_report, self._log = write_report, log
         self._report_is_old, self._refresh_at = False, 0.0
         self._n_steps = n_steps
         self._console = console or Console(highlight=False, soft_wrap=True)
@@ -106,6 +108,7 @@ class RunWatcher:
             if line["step"] > self._shown_step:
                 self._shown_step = line["step"]
                 self._show(line)
+                self._log(line)
 
     def _show(self, line: dict[str, Any]) -> None:
         for prefix in eval_prefixes(line):

@@ -8,7 +8,8 @@ from typing import Any
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_page import budget_lines, write_data_page
-from orpo_ray.orchestration.data_report import REPORT_NAME, count_trained, save_report
+from orpo_ray.orchestration.data_report import REPORT_NAME as DATA_REPORT
+from orpo_ray.orchestration.data_report import count_trained, save_report
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
@@ -24,11 +25,13 @@ from orpo_ray.orchestration.run_curves import picture
 from orpo_ray.orchestration.run_lock import claimed
 from orpo_ray.orchestration.run_report import REPORT, write_run_report
 from orpo_ray.orchestration.start import (
+    CONFIG,
     make_console,
     run_directory_of,
     start_run,
     with_run_name,
 )
+from orpo_ray.orchestration.trackers import Trackers, refuse_missing
 from orpo_ray.orchestration.worker import evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
 from orpo_ray.training.run_files import FINAL, count_events, read_metrics, summary
@@ -83,6 +86,7 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
 
 def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
     """`train` in a run directory that is ours."""
+    refuse_missing(config.output.report_to)
     console = make_console()
     start = start_run(config, console, inputs)
     config, run_directory = start.config, start.run_directory
@@ -98,13 +102,16 @@ def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
     steps_per_epoch = plans[TRAIN].order.n_batches(plans[TRAIN].plan.batch_groups)
     n_steps = config.total_steps(steps_per_epoch)
     refresh = partial(write_run_report, run_directory, config, start.data_report)
-    with RunWatcher(run_directory, n_steps, console, refresh):
-        Fit(config, start.inputs.model, run_directory, plans).run(train_worker)
-    report = count_trained(run_directory, start.data_report, start.token_sets[TRAIN])
-    save_report(run_directory, report)
-    write_suspects(run_directory, start.token_sets[TRAIN].sources)
-    write_or_say(partial(write_run_report, run_directory, config, report), console)
-    write_model_card(run_directory, config, report)
+    with Trackers(config, run_directory, console) as trackers:
+        with RunWatcher(run_directory, n_steps, console, refresh, trackers.log):
+            Fit(config, start.inputs.model, run_directory, plans).run(train_worker)
+        report = count_trained(run_directory, start.data_report, start.token_sets[TRAIN])
+        save_report(run_directory, report)
+        write_suspects(run_directory, start.token_sets[TRAIN].sources)
+        write_or_say(partial(write_run_report, run_directory, config, report), console)
+        card = write_model_card(run_directory, config, report)
+        texts = (run_directory / CONFIG, run_directory / DATA_REPORT, card)
+        trackers.log_texts({path.name: path.read_text() for path in texts})
     figures = summary(run_directory)
     result = TrainResult(
         run_directory=str(run_directory),
@@ -148,7 +155,7 @@ def prepare(config: ORPOConfig) -> dict[str, Any]:
         for line in budget_lines(figures):
             console.print(f"{name} {line}", markup=False)
     page = write_data_page(start.run_directory, start.data_report, start.token_sets)
-    console.print(f"data report: {page} and {start.run_directory}/{REPORT_NAME}", markup=False)
+    console.print(f"data report: {page} and {start.run_directory}/{DATA_REPORT}", markup=False)
     return start.data_report
 
 

@@ -13,6 +13,7 @@ import datasets
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_ray import ORPOConfig, ORPOTrainer
@@ -44,6 +45,7 @@ def trained(ray_cluster, tmp_path_factory):
         learning_rate=3e-3,
         logging_steps=4,
         save_steps=4,
+        report_to=["tensorboard"],
     )
     trainer = ORPOTrainer(
         args=args, train_dataset=PAIRS, eval_dataset=datasets.Dataset.from_dict(PAIRS)
@@ -97,6 +99,12 @@ def test_a_run_leaves_what_there_is_to_look_at(trained):
     ]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert {line["step"] for line in samples} == {0, 12}
+    logged = EventAccumulator(str(run / "tensorboard")).Reload()
+    last = {name: logged.Scalars(name)[-1] for name in logged.Tags()["scalars"]}
+    assert {name for name in lines_of(run)[-1] if name not in ("step", "time")} == {*last}
+    assert last["loss"].step == 12
+    assert last["loss"].value == pytest.approx(result.metrics["loss"], rel=1e-6)
+    assert {"config.yaml/text_summary", "README.md/text_summary"} <= {*logged.Tags()["tensors"]}
     page = (run / "report.html").read_text()
     assert "What is your name?" in page
     assert "look labelled the wrong way round" not in page or suspects[0]["margin_mean"] < 0

@@ -1,0 +1,174 @@
+"""Experiment trackers by `accelerate.tracking`: what is logged goes there too; on the driver.
+
+They are fed from the run's files, so a worker that is started again logs nothing twice, and a
+tracker that cannot be reached costs a run nothing but its lines there.
+"""
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from rich.console import Console
+
+from orpo_ray.config import ConfigError, ORPOConfig
+
+PROJECT = "orpo_ray"
+_STATE = "trackers.json"
+_MODULES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
+}
+# MLflow by itself tries for minutes to reach a server that is gone, at every line.
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_NOT_LOGGED = ("step", "time")
+
+
+class Trackers(AbstractContextManager["Trackers"]):
+    """The trackers of a run; goes on with the runs that an earlier driver began there.
+
+    Args:
+        config: of the run; `report_to` names them.
+        run_directory: of the run.
+        console: told of a tracker that is given up.
+
+    Raises:
+        ConfigError: for one that is not installed, or cannot be reached now.
+    """
+
+    def __init__(self, config: ORPOConfig, run_directory: Path, console: Console) -> None:
+        self._console = console
+        self._directory = run_directory
+        self._state = _read_state(run_directory)
+        self._trackers: dict[str, GeneralTracker] = {}
+        refuse_missing(config.output.report_to)
+        for variable, value in _PATIENCE.items():
+            os.environ.setdefault(variable, value)
+        if config.output.report_to:
+            PartialState(cpu=True)  # accelerate's own logging wants it; of this one process
+        for name in config.output.report_to:
+            tracker = LOGGER_TYPE_TO_CLASS[name](**self._arguments(name))
+            # There is no process group here, and no other process that logs.
+            tracker.main_process_only = False
+            try:
+                tracker.start()
+                if name not in self._state:  # MLflow refuses other values than a run began with
+                    tracker.store_init_configuration(_flat(config))
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                raise ConfigError([f"report_to: {name} cannot be used: {reason}"]) from error
+            self._trackers[name] = tracker
+            self._state[name] = self._mlflow_run if name == "mlflow" else run_directory.name
+        if self._trackers:
+            (run_directory / _STATE).write_text(json.dumps(self._state) + "\n")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._each(lambda _, tracker: tracker.finish())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Log a line of `metrics.jsonl` under its step; what is not finite is left out."""
+        values = {
+            name: float(value)
+            for name, value in line.items()
+            if name not in _NOT_LOGGED and value is not None and math.isfinite(value)
+        }
+
+        def log(name: str, tracker: GeneralTracker) -> None:
+            # MLflow's run is that of a thread, and this may be another one.
+            more = {"run_id": self._mlflow_run} if name == "mlflow" else {}
+            tracker.log(values, step=line["step"], **more)
+
+        self._each(log)
+
+    def log_texts(self, texts: Mapping[str, str]) -> None:
+        """Log documents by name: resolved config, data report, final tables."""
+
+        def log(name: str, tracker: GeneralTracker) -> None:
+            if name == "mlflow":
+                import mlflow
+
+                for title, text in texts.items():
+                    mlflow.log_text(text, title, run_id=self._mlflow_run)
+            elif name == "wandb":
+                import wandb
+
+                for title, text in texts.items():
+                    tracker.log({title: wandb.Html(text)})
+            elif name == "tensorboard":
+                for title, text in texts.items():
+                    tracker.log({title: f"```\n{text}\n```"})
+
+        self._each(log)
+
+    @property
+    def _mlflow_run(self) -> str:
+        return str(self._trackers["mlflow"].tracker.info.run_id)
+
+    def _arguments(self, name: str) -> dict[str, Any]:
+        run = self._directory.name
+        if name == "tensorboard":
+            return {"run_name": "tensorboard", "logging_dir": str(self._directory)}
+        if name == "mlflow":
+            return {"experiment_name": PROJECT, "run_name": run, "run_id": self._state.get(name)}
+        if name == "wandb":
+            more = {"id": run, "resume": "allow", "dir": str(self._directory)}
+            return {"run_name": PROJECT, "name": run, **more}
+        return {"run_name": PROJECT, "name": run, "resume": "allow"}
+
+    def _each(self, act: Callable[[str, GeneralTracker], None]) -> None:
+        """Do something with every tracker, and give up those where it fails."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                act(name, tracker)
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                self._console.print(f"report_to: {name} is given up: {reason}", markup=False)
+                del self._trackers[name]
+
+
+def refuse_missing(names: Sequence[str]) -> None:
+    """Stop where a tracker is not installed.
+
+    Raises:
+        ConfigError: with what to install.
+    """
+    missing = [
+        name
+        for name in names
+        if not any(importlib.util.find_spec(module) for module in _MODULES[name])
+    ]
+    if missing:
+        raise ConfigError(
+            [f"report_to: {n} is not installed: pip install 'orpo_ray[{n}]'" for n in missing]
+        )
+
+
+def _read_state(run_directory: Path) -> dict[str, str]:
+    path = run_directory / _STATE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _flat(config: ORPOConfig) -> dict[str, Any]:
+    """Every setting by its own name; what is more than a figure or a text as JSON."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        for section, values in config.model_dump(mode="json").items()
+        for name, value in (values.items() if section != "search" else ())
+    }

@@ -1,0 +1,129 @@
+"""Trackers read back by their own readers: TensorBoard's files, a server of MLflow."""
+
+import contextlib
+import io
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from orpo_ray.config import ConfigError, ORPOConfig
+from orpo_ray.orchestration.trackers import Trackers
+
+LINES = [
+    {"step": step, "time": 1e9 + step, "loss": 3.0 - step / 10, "eval_rewards/accuracies": acc}
+    for step, acc in ((0, 0.5), (10, 0.75), (20, math.nan))
+]
+
+
+def console(text: io.StringIO) -> Console:
+    return Console(file=text, soft_wrap=True)
+
+
+def log_some(name: str, run: Path, lines: list[dict]) -> str:
+    """Log lines from another thread, as the watcher of a run does, and a document."""
+    text = io.StringIO()
+    run.mkdir(exist_ok=True)
+    config = ORPOConfig(report_to=[name], beta=0.25, run_name=run.name)
+    with Trackers(config, run, console(text)) as trackers:
+        thread = threading.Thread(target=lambda: [trackers.log(line) for line in lines])
+        thread.start()
+        thread.join()
+        trackers.log_texts({"data_report.json": '{"rows": 7}'})
+    return text.getvalue()
+
+
+def test_tensorboard_has_every_metric_at_its_step_also_of_a_run_that_went_on(tmp_path):
+    """The figure that is not finite is left out; the second driver adds to the same folder."""
+    run = tmp_path / "run"
+    assert log_some("tensorboard", run, LINES[:2]) == ""
+    assert log_some("tensorboard", run, LINES[2:]) == ""
+    read = EventAccumulator(str(run / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in read.Scalars("loss")]
+    assert losses == [(0, 3.0), (10, 2.0), (20, 1.0)]
+    accuracies = [(e.step, e.value) for e in read.Scalars("eval_rewards/accuracies")]
+    assert accuracies == [(0, 0.5), (10, 0.75)]
+    assert set(read.Tags()["scalars"]) == {"loss", "eval_rewards/accuracies"}
+    (shown, *_) = read.Tensors("data_report.json/text_summary")
+    assert b'{"rows": 7}' in shown.tensor_proto.string_val[0]
+    assert "beta: 0.25\n" in next((run / "tensorboard").glob("*/hparams.yml")).read_text()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[subprocess.Popen]:
+    """A tracking server of MLflow on this machine, which is what the client is told to use."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    places = ("--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts"))
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, *places],
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=2).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()
+            time.sleep(0.2)
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)
+    process.wait()
+
+
+def test_mlflow_has_one_run_of_two_drivers_and_a_server_that_is_gone_is_given_up(server, tmp_path):
+    run = tmp_path / "run"
+    assert log_some("mlflow", run, LINES[:2]) == ""
+    assert log_some("mlflow", run, LINES[2:]) == ""
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("orpo_ray")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.run_name == "run"
+    assert found.data.params["beta"] == "0.25"
+    history = client.get_metric_history(found.info.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(0, 3.0), (10, 2.0), (20, 1.0)]
+    assert found.data.metrics.keys() == {"loss", "eval_rewards/accuracies"}
+    artifacts = client.download_artifacts(found.info.run_id, "data_report.json", str(tmp_path))
+    assert Path(artifacts).read_text() == '{"rows": 7}'
+    text = io.StringIO()
+    with Trackers(ORPOConfig(report_to=["mlflow"]), run, console(text)) as trackers:
+        os.killpg(server.pid, 9)
+        server.wait()
+        for line in LINES:
+            trackers.log(line)
+    assert text.getvalue().count("report_to: mlflow is given up: ") == 1
+
+
+def test_a_tracker_that_cannot_be_reached_at_the_start_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="report_to: mlflow cannot be used: "):
+        Trackers(ORPOConfig(report_to=["mlflow"]), tmp_path, console(io.StringIO()))
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_its_extra(tmp_path):
+    with pytest.raises(ConfigError, match=r"report_to: wandb is not installed: pip install 'orpo"):
+        Trackers(ORPOConfig(report_to=["wandb"]), tmp_path, console(io.StringIO()))
