@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all faults lint clean
+.PHONY: demo test test-all faults lint wheel clean
 
 demo: .venv/run.installed
 	$(BIN)/python jobs/train.py
@@ -22,6 +22,20 @@ lint: .venv/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Built, put into an environment of its own, and used from another folder. The packages that it
+# needs are those of the test environment, by a path file.
+wheel: .venv/test.installed
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv build/wheel
+	$(BIN)/python -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+		> $$(build/wheel/bin/python -c 'import site; print(site.getsitepackages()[0])')/others.pth
+	build/wheel/bin/pip --disable-pip-version-check install --quiet --no-deps --force-reinstall \
+		dist/*.whl
+	cd build/wheel && bin/python -c 'import orpo_ray; from orpo_ray.command_line import read_arguments; \
+		assert "build/wheel" in orpo_ray.__file__, orpo_ray.__file__; \
+		print(orpo_ray.__version__, read_arguments([]).orpo.beta)'
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -172,6 +172,18 @@ class RaySection(Section):
     resources_per_worker: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
         None, description="Ray resources a worker; unset: its GPU, or its share of the CPUs."
     )
+    accelerator_type: str | None = Field(
+        None, description="Kind of GPU, as Ray names it: H100, A100, ...; unset: any."
+    )
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="Of the workers over the nodes; strict: or not at all."
+    )
+    shard_size: PositiveInt | None = Field(
+        None, description="Workers that share one copy of the model, best a node's; unset: all."
+    )
+    cluster_wait_s: float = Field(
+        0.0, ge=0.0, le=1e6, description="Longest wait for nodes that the workers need."
+    )
     max_failures: int = Field(3, ge=-1, description="Worker group restarts; -1: no limit.")
     health_check_timeout_s: float = Field(
         120.0, gt=0.0, le=1e6, description="A worker that does not answer for so long is replaced."
@@ -179,6 +191,18 @@ class RaySection(Section):
     process_group_timeout_s: float = Field(
         600.0, gt=0.0, le=1e6, description="Longest wait of a worker for the others."
     )
+
+    @model_validator(mode="after")
+    def _whole_copies(self) -> Self:
+        if self.shard_size is None:
+            return self
+        if self.min_workers != self.max_workers:
+            raise ValueError("shard_size: for a fixed num_workers only")
+        if self.max_workers % self.shard_size:
+            raise ValueError(
+                f"shard_size: {self.max_workers} workers are no multiple of {self.shard_size}"
+            )
+        return self
 
     @property
     def min_workers(self) -> int:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import time
 from pathlib import Path
 
 import ray
@@ -18,6 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config import ConfigError, ORPOConfig
 
+_KIND = "accelerator_type:"
+_LOOK_S = 1.0
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 # Read by Ray where `fit` is called and passed on. The poll sets how fast a report is taken up.
 _RAY_SETTINGS = {
@@ -57,32 +60,79 @@ def connect(dashboard: bool = False) -> None:
 def with_cluster(config: ORPOConfig) -> ORPOConfig:
     """Settle what was left to the cluster: GPUs or not, and each worker's resources.
 
+    Waits up to `cluster_wait_s` for nodes that are still to come.
+
     Raises:
-        ConfigError: when the cluster cannot hold the workers, naming what is missing.
+        ConfigError: when the cluster cannot hold the workers, with what is asked and what is there.
     """
-    total = ray.cluster_resources()
-    use_gpu = config.ray.use_gpu
-    if use_gpu is None:
-        use_gpu = total.get("GPU", 0) >= config.ray.min_workers
-    resources = config.ray.resources_per_worker or _fair_share(config.ray.max_workers, use_gpu)
-    settled = config.replace(use_gpu=use_gpu, resources_per_worker=resources)
-    wanted = {name: amount * config.ray.min_workers for name, amount in resources.items()}
-    missing = [
-        f"num_workers: {config.ray.min_workers} workers need {amount:g} {name}, "
-        f"the cluster has {total.get(name, 0):g}; ask for fewer workers or resources_per_worker"
-        for name, amount in wanted.items()
-        if amount > total.get(name, 0)
+    deadline = time.monotonic() + config.ray.cluster_wait_s
+    while True:
+        total = ray.cluster_resources()
+        use_gpu = config.ray.use_gpu
+        if use_gpu is None:
+            use_gpu = total.get("GPU", 0) >= config.ray.min_workers
+        resources = config.ray.resources_per_worker or _fair_share(config.ray.max_workers, use_gpu)
+        settled = config.replace(use_gpu=use_gpu, resources_per_worker=resources)
+        n_fit = workers_that_fit(settled)
+        if n_fit >= config.ray.min_workers:
+            return settled
+        if time.monotonic() >= deadline:
+            raise ConfigError([_what_is_missing(settled, n_fit)])
+        time.sleep(min(_LOOK_S, max(0.0, deadline - time.monotonic())))
+
+
+def workers_that_fit(config: ORPOConfig) -> int:
+    """How many workers of a settled config the nodes hold at most, each worker whole on a node."""
+    wanted = dict(config.ray.resources_per_worker or {})
+    if config.ray.accelerator_type:
+        wanted[_KIND + config.ray.accelerator_type] = 0.001
+    wanted = {name: amount for name, amount in wanted.items() if amount}
+    each = [
+        # A share such as a third, added up, may be a little more than the whole.
+        min((int(node.get(n, 0) / amount + 1e-6) for n, amount in wanted.items()), default=1 << 30)
+        for node in _nodes()
     ]
-    if missing:
-        raise ConfigError(missing)
-    return settled
+    match config.ray.placement_strategy:
+        case "STRICT_PACK":
+            return max(each, default=0)
+        case "STRICT_SPREAD":
+            return sum(n > 0 for n in each)
+        case _:
+            return sum(each)
+
+
+def _what_is_missing(config: ORPOConfig, n_fit: int) -> str:
+    ask, wanted = config.ray, dict(config.ray.resources_per_worker or {})
+    need = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    if ask.accelerator_type:
+        need += f" of kind {ask.accelerator_type}"
+    kinds = ("CPU", "GPU", *wanted)
+    nodes = "; ".join(
+        ", ".join(
+            f"{amount:g} {name}"
+            for name, amount in node.items()
+            if name in kinds or name.startswith(_KIND)
+        )
+        for node in _nodes()
+    )
+    strategy = "" if ask.placement_strategy == "PACK" else f" ({ask.placement_strategy})"
+    waited = f" after {ask.cluster_wait_s:g} s" if ask.cluster_wait_s else ""
+    return (
+        f"num_workers: {ask.min_workers} workers{strategy} need {need} each, the cluster holds "
+        f"{n_fit}{waited}; its nodes have: {nodes}; ask for fewer workers or resources_per_worker"
+    )
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of every node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _fair_share(num_workers: int, use_gpu: bool) -> dict[str, float]:
     """A GPU and a CPU each, or without GPUs an equal share of the largest node's CPUs."""
     if use_gpu:
         return {"CPU": 1.0, "GPU": 1.0}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     per_node = math.ceil(num_workers / len(nodes))
     share = max(node.get("CPU", 0.0) for node in nodes) / per_node
     return {"CPU": float(math.floor(share)) if share >= 1 else share}
@@ -102,6 +152,8 @@ def scaling(config: ORPOConfig) -> ScalingConfig:
         num_workers=config.ray.num_workers,
         use_gpu=bool(config.ray.use_gpu),
         resources_per_worker=config.ray.resources_per_worker,
+        accelerator_type=config.ray.accelerator_type,
+        placement_strategy=config.ray.placement_strategy,
     )
 
 

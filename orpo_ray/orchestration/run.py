@@ -31,6 +31,7 @@ from orpo_ray.orchestration.start import (
     start_run,
     with_run_name,
 )
+from orpo_ray.orchestration.stop import STOPPED, stopping_on_sigterm
 from orpo_ray.orchestration.trackers import Trackers, refuse_missing
 from orpo_ray.orchestration.worker import evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
@@ -78,6 +79,7 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
         DataError: for missing files and when no usable row is left.
         TrainingError: for a loss that is not finite.
         ray.train.TrainingFailedError: when workers keep failing.
+        SystemExit: when this process got SIGTERM, once a checkpoint was saved.
     """
     config = with_run_name(config)
     with claimed(run_directory_of(config)):
@@ -104,7 +106,12 @@ def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
     refresh = partial(write_run_report, run_directory, config, start.data_report)
     with Trackers(config, run_directory, console) as trackers:
         with RunWatcher(run_directory, n_steps, console, refresh, trackers.log):
-            Fit(config, start.inputs.model, run_directory, plans).run(train_worker)
+            fit = Fit(config, start.inputs.model, run_directory, plans)
+            with stopping_on_sigterm(run_directory):
+                answer = fit.run(train_worker)
+        if answer.stopped:
+            console.print(f"{answer.stopped}; the same command goes on", markup=False)
+            raise SystemExit(STOPPED)
         report = count_trained(run_directory, start.data_report, start.token_sets[TRAIN])
         save_report(run_directory, report)
         write_suspects(run_directory, start.token_sets[TRAIN].sources)

@@ -21,6 +21,7 @@ from orpo_ray.training.errors import (
     MicrobatchTooLargeError,
     NonFiniteError,
     ResumeError,
+    StoppedError,
     UnsupportedModelError,
 )
 from orpo_ray.training.model_source import ModelSource
@@ -55,11 +56,13 @@ class WorkerAnswer:
         figures: `summary` of the run; empty when it failed.
         refusal: a message for whoever wrote the config.
         failure: a message about the training itself.
+        stopped: where it stopped, when it was asked to.
     """
 
     figures: dict[str, dict[str, float]]
     refusal: str | None = None
     failure: str | None = None
+    stopped: str | None = None
 
 
 def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
@@ -83,6 +86,8 @@ def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
         return WorkerAnswer(run_training(job))
     except (EvaluationError, ResumeError, UnsupportedModelError) as error:
         return WorkerAnswer({}, refusal=str(error))
+    except StoppedError as error:
+        return WorkerAnswer({}, stopped=str(error))
     except NonFiniteError as error:
         return WorkerAnswer({}, failure=str(error))
     except MicrobatchTooLargeError as error:

@@ -30,5 +30,9 @@ class NonFiniteError(ArithmeticError):
         self.rows = tuple(rows)
 
 
+class StoppedError(RuntimeError):
+    """The run was asked to stop, and has saved; raised on all ranks."""
+
+
 class MicrobatchTooLargeError(MemoryError):
     """A microbatch does not fit; the message names the token budget to set."""

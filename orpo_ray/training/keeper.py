@@ -31,6 +31,8 @@ class CheckpointKeeper:
         trainee: what is saved and restored.
         evaluations: so far; where the best is wanted, its step is saved and kept.
         leaving: asked now and then; a text once this worker's node is about to be taken away.
+
+    `stops` is set once the run was asked to stop; a checkpoint is saved then.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class CheckpointKeeper:
         self._saving_step = self._committed_step = -1
         self._retry_at: int | None = None
         self._heard: str | None = None
+        self.stops = False
         self._looked = (0, time.perf_counter())
         self._next_look = 0
 
@@ -111,7 +114,7 @@ class CheckpointKeeper:
             self._finish(step)
 
     def _look(self, step: int) -> bool:
-        """Take up a save that has ended, and hear of preemption; whether there is a new notice."""
+        """Take up a save that has ended; whether there is reason to save at once."""
         if step < self._next_look:
             return False
         if self._saver.is_busy and self._agree(int(self._saver.is_ready)):
@@ -119,9 +122,14 @@ class CheckpointKeeper:
         text = self._leaving()
         (looked_step, looked_at), now = self._looked, time.perf_counter()
         pace_s = max(1e-6, (now - looked_at) / max(1, step - looked_step))
-        stride = torch.tensor([max(1, int(_LOOK_S / pace_s))], device=self._trainee.device)
-        dist.broadcast(stride, 0)  # ranks measure different times, and have to look together
-        self._looked, self._next_look = (step, now), step + int(stride.item())
+        stops = self._files.stop_requested
+        told = torch.tensor([max(1, int(_LOOK_S / pace_s)), stops], device=self._trainee.device)
+        dist.broadcast(told, 0)  # ranks measure different times, and have to look together
+        stride, stops = told.tolist()
+        self._looked, self._next_look = (step, now), step + stride
+        if stops:
+            self.stops = True
+            return True
         if text is None or text == self._heard:
             return False
         self._heard = text

@@ -18,7 +18,7 @@ from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.stream import StepBatch
 from orpo_ray.training.best import Evaluations
 from orpo_ray.training.checkpoint import TrainState
-from orpo_ray.training.errors import NonFiniteError
+from orpo_ray.training.errors import NonFiniteError, StoppedError
 from orpo_ray.training.evaluation import evaluate_streams
 from orpo_ray.training.finish import write_final
 from orpo_ray.training.job import TrainingJob
@@ -45,6 +45,7 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
         EvaluationError: when the best evaluation is asked for, and cannot be known.
         NonFiniteError: before an update that would not be finite.
         ResumeError: when the checkpoint was made with other settings or data.
+        StoppedError: when it was asked to stop, and has saved.
     """
     if job.config.train.full_determinism:
         # Read by cuBLAS when it is first used, which is not before a model is there.
@@ -203,6 +204,9 @@ class _Loop:
             self.job.report(self.log.latest | {"step": self.step})
         with self.log.timed("checkpoint"):
             self.keeper.after_step(self.step, last, self._state)
+        if self.keeper.stops and not last:
+            self.files.notice(f"stopped at step {self.step} of {self.n_steps}, as asked to")
+            raise StoppedError(f"stopped at step {self.step} of {self.n_steps}")
 
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate all sets, and let the model answer the sample prompts."""

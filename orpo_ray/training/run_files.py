@@ -19,6 +19,7 @@ LOG = "run.log"
 MARGINS = "margins.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
+STOP = "stop-requested"
 FINAL = "final"
 RECORD = "orpo_ray.json"
 # What a worker's time goes into; each is a metric of its own, in seconds since the line before.
@@ -47,6 +48,11 @@ class RunFiles:
     directory: Path
     is_writer: bool
     unwritten: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the driver asks for a last checkpoint; for the writer only."""
+        return self.is_writer and (self.directory / STOP).exists()
 
     def notice(self, text: str) -> None:
         """Add a line to the log, which the driver shows."""

@@ -131,8 +131,18 @@ def _checkpoint_activations(causal_lm: PreTrainedModel, every: int) -> None:
 def _shard(
     model: OrpoModel, causal_lm: PreTrainedModel, device: torch.device, config: ORPOConfig
 ) -> None:
-    """FSDP2: every decoder layer a unit, embeddings and head in the root."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    """FSDP2: every decoder layer a unit, embeddings and head in the root.
+
+    With `shard_size` the weights are sharded among so many neighbouring ranks, and the groups of
+    them hold copies: gradients are averaged over both, so over all ranks as without.
+    """
+    world_size = dist.get_world_size()
+    shard_size = config.ray.shard_size or world_size
+    if shard_size == world_size:
+        mesh = init_device_mesh(device.type, (world_size,))
+    else:
+        shape = (world_size // shard_size, shard_size)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy()
     if use_bf16(config, device):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

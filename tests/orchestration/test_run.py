@@ -18,7 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_ray import ORPOConfig, ORPOTrainer
 from orpo_ray.config import ConfigError
-from orpo_ray.orchestration.cluster import set_aside_broken_snapshot, with_cluster
+from orpo_ray.orchestration.cluster import (
+    set_aside_broken_snapshot,
+    with_cluster,
+    workers_that_fit,
+)
 from orpo_ray.training.run_files import TIMING, count_events
 from tests.conftest import ROOT
 
@@ -129,9 +133,28 @@ def test_a_model_and_tokenizer_in_memory_are_taken(trained, ray_cluster, tmp_pat
 
 
 def test_more_workers_than_the_cluster_holds_are_refused(ray_cluster):
-    config = ORPOConfig(num_workers=3, resources_per_worker={"CPU": 1})
-    with pytest.raises(ConfigError, match="3 workers need 3 CPU, the cluster has 2"):
+    """After the wait that was asked for, with what every node has."""
+    config = ORPOConfig(num_workers=3, resources_per_worker={"CPU": 1}, cluster_wait_s=1.5)
+    message = "3 workers need 1 CPU each, the cluster holds 2 after 1.5 s; its nodes have: 2 CPU"
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=message):
         with_cluster(config)
+    assert time.monotonic() - started >= 1.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_fit"),
+    [
+        ({"resources_per_worker": {"CPU": 2}}, 1),
+        ({"resources_per_worker": {"CPU": 1 / 3}}, 6),
+        ({"resources_per_worker": {"CPU": 1}, "placement_strategy": "STRICT_SPREAD"}, 1),
+        ({"resources_per_worker": {"CPU": 1}, "placement_strategy": "STRICT_PACK"}, 2),
+        ({"resources_per_worker": {"CPU": 1}, "accelerator_type": "H100"}, 0),
+        ({"resources_per_worker": {"CPU": 1, "GPU": 0}}, 2),
+    ],
+)
+def test_workers_are_counted_whole_on_a_node(ray_cluster, changes, n_fit):
+    assert workers_that_fit(ORPOConfig(**changes)) == n_fit
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"checkpoint_results": [{"checkpoint_dir_name": 1'])

@@ -127,6 +127,26 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(
         assert resumed == pytest.approx(whole, rel=1e-4, abs=1e-6)
 
 
+def test_copies_of_a_sharded_model_train_as_one(whole_run, inputs, tmp_path):
+    """Two copies of two shards each, saved at step 21, go on as one copy of two shards.
+
+    Sums over four ranks differ from those over two in their last bits.
+    """
+    run = tmp_path / "run"
+    changes = {"num_workers": 4, "shard_size": 2}
+    run_ranks(4, train_small, inputs, run, changes | {"max_steps": 21})
+    run_ranks(2, train_small, inputs, run, {})
+    assert ledger(run) == ledger(whole_run)
+    lines = {line["step"]: line for line in metrics_without_times(run)}
+    for line in metrics_without_times(whole_run):
+        for name in ("loss", "eval_loss", "grad_norm"):
+            if name in line and line["step"] in (5, 10, 15, 20):
+                assert lines[line["step"]][name] == pytest.approx(line[name], rel=1e-4)
+    weights = [AutoModelForCausalLM.from_pretrained(r / "final") for r in (run, whole_run)]
+    for ours, theirs in zip(*(model.parameters() for model in weights), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
 def test_a_finished_run_has_nothing_left_to_do(whole_run, inputs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
