@@ -127,24 +127,28 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(
         assert resumed == pytest.approx(whole, rel=1e-4, abs=1e-6)
 
 
-def test_copies_of_a_sharded_model_train_as_one(whole_run, inputs, tmp_path):
-    """Two copies of two shards each, saved at step 21, go on as one copy of two shards.
+def test_copies_of_a_sharded_model_train_as_one(inputs, tmp_path):
+    """Two copies of two shards each are one rank; what they save goes on as two shards.
 
-    Sums over four ranks differ from those over two in their last bits.
+    The gradient of the first step is the same to rounding. Adam's first update is close to the
+    gradient's sign, which rounding decides where it is near zero: hence 1e-3 after it.
     """
-    run = tmp_path / "run"
-    changes = {"num_workers": 4, "shard_size": 2}
-    run_ranks(4, train_small, inputs, run, changes | {"max_steps": 21})
-    run_ranks(2, train_small, inputs, run, {})
-    assert ledger(run) == ledger(whole_run)
-    lines = {line["step"]: line for line in metrics_without_times(run)}
-    for line in metrics_without_times(whole_run):
-        for name in ("loss", "eval_loss", "grad_norm"):
-            if name in line and line["step"] in (5, 10, 15, 20):
-                assert lines[line["step"]][name] == pytest.approx(line[name], rel=1e-4)
-    weights = [AutoModelForCausalLM.from_pretrained(r / "final") for r in (run, whole_run)]
-    for ours, theirs in zip(*(model.parameters() for model in weights), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+    changes = {
+        "logging_steps": 1,
+        "evaluate": False,
+        "max_steps": 3,
+        "lr_scheduler_type": "constant",
+    }
+    for name, world_size in (("one", 1), ("four", 4)):
+        copies = {"num_workers": 4, "shard_size": 2, "max_steps": 2} if world_size == 4 else {}
+        run_ranks(world_size, train_small, inputs, tmp_path / name, changes | copies)
+    run_ranks(2, train_small, inputs, tmp_path / "four", changes)
+    one, four = (metrics_without_times(tmp_path / name) for name in ("one", "four"))
+    assert [line["step"] for line in four] == [1, 2, 3]
+    assert four[0] == pytest.approx(one[0], rel=1e-5, abs=1e-7)
+    for ours, theirs in zip(four[1:], one[1:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert "resumed at step 2 of 3" in (tmp_path / "four" / "run.log").read_text()
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole_run, inputs, tmp_path):
