@@ -1,8 +1,10 @@
 """The curves of a run, drawn from the lines of its metrics; on the driver."""
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,18 @@ def write_picture(path: Path, lines: Lines) -> None:
     if figure is None:
         return
     temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=110)
+    temporary.write_bytes(_png(figure))
     temporary.replace(path)
 
 
+def _png(figure: Any) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    return content.getvalue()
+
+
 def picture(lines: Lines) -> Any:
-    """All charts as one matplotlib figure; None before the first figures."""
+    """All charts as one matplotlib figure, which a notebook shows; None before the first figures."""
     from matplotlib.figure import Figure
 
     prefixes = all_prefixes(lines)
@@ -94,6 +102,8 @@ def picture(lines: Lines) -> Any:
         axis.set_axis_off()
     for axis, chart in zip(axes, charts, strict=False):
         _draw(axis, chart, lines, prefixes)
+    # Notebooks know figures of pyplot by themselves, and others by this method.
+    figure._repr_png_ = partial(_png, figure)
     return figure
 
 

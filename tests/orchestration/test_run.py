@@ -94,8 +94,10 @@ def test_the_model_is_saved_as_transformers_loads_it(trained, tmp_path):
 def test_a_run_leaves_what_there_is_to_look_at(trained):
     """Every chart but the router loss has points; four rows, each seen in twelve steps."""
     result = trained[0].result
-    titles = [axis.get_title() for axis in result.plot().axes if axis.lines]
+    figure = result.plot()
+    titles = [axis.get_title() for axis in figure.axes if axis.lines]
     assert len(titles) == 10
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     run = Path(result.run_directory)
     suspects = [json.loads(line) for line in (run / "suspects.jsonl").read_text().splitlines()]
     assert sorted((line["row"], line["passes"]) for line in suspects) == [
