@@ -87,7 +87,7 @@ def _png(figure: Any) -> bytes:
 
 
 def picture(lines: Lines) -> Any:
-    """All charts as one matplotlib figure, which a notebook shows; None before the first figures."""
+    """All charts as one matplotlib figure, which notebooks show; None before the first figures."""
     from matplotlib.figure import Figure
 
     prefixes = all_prefixes(lines)
@@ -96,7 +96,7 @@ def picture(lines: Lines) -> Any:
         return None
     n_rows = math.ceil(len(charts) / _COLUMNS)
     size = (_COLUMNS * _WIDTH, n_rows * _HEIGHT)
-    figure = Figure(figsize=size, layout="constrained")
+    figure: Any = Figure(figsize=size, layout="constrained")
     axes = list(figure.subplots(n_rows, _COLUMNS, squeeze=False).flat)
     for axis in axes[len(charts) :]:
         axis.set_axis_off()
