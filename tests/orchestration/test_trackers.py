@@ -110,11 +110,18 @@ def test_mlflow_has_one_run_of_two_drivers_and_a_server_that_is_gone_is_given_up
     artifacts = client.download_artifacts(found.info.run_id, "data_report.json", str(tmp_path))
     assert Path(artifacts).read_text() == '{"rows": 7}'
     text = io.StringIO()
-    with Trackers(ORPOConfig(report_to=["mlflow"]), run, console(text)) as trackers:
-        os.killpg(server.pid, 9)
-        server.wait()
-        for line in LINES:
-            trackers.log(line)
+
+    def lose_the_server() -> None:
+        with Trackers(ORPOConfig(report_to=["mlflow"]), run, console(text)) as trackers:
+            os.killpg(server.pid, 9)
+            server.wait()
+            for line in LINES:
+                trackers.log(line)
+
+    # In a thread, as MLflow would try to end the main thread's run when these tests end.
+    thread = threading.Thread(target=lose_the_server)
+    thread.start()
+    thread.join()
     assert text.getvalue().count("report_to: mlflow is given up: ") == 1
 
 
