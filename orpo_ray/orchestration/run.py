@@ -8,7 +8,7 @@ from typing import Any
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_page import budget_lines, write_data_page
-from orpo_ray.orchestration.data_report import REPORT_NAME, count_trained, save_report
+from orpo_ray.orchestration.data_report import count_trained, save_report
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
@@ -31,7 +31,7 @@ from orpo_ray.orchestration.start import (
 )
 from orpo_ray.orchestration.worker import evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
-from orpo_ray.training.run_files import FINAL, count_events, read_metrics, summary
+from orpo_ray.training.run_files import DATA_REPORT, FINAL, count_events, read_metrics, summary
 from orpo_ray.training.suspects import SUSPECTS, write_suspects
 
 
@@ -148,7 +148,7 @@ def prepare(config: ORPOConfig) -> dict[str, Any]:
         for line in budget_lines(figures):
             console.print(f"{name} {line}", markup=False)
     page = write_data_page(start.run_directory, start.data_report, start.token_sets)
-    console.print(f"data report: {page} and {start.run_directory}/{REPORT_NAME}", markup=False)
+    console.print(f"data report: {page} and {start.run_directory}/{DATA_REPORT}", markup=False)
     return start.data_report
 
 
