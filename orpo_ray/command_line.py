@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import resources
+from pathlib import Path
 
 from orpo_ray.config import SECTIONS, ConfigError, ORPOConfig
 from orpo_ray.config_file import load_config, to_yaml
@@ -36,12 +37,40 @@ def run_job(argv: Sequence[str], description: str, action: Callable[[ORPOConfig]
         return DONE
     for name, value in _QUIET_RAY.items():
         os.environ.setdefault(name, value)
-    try:
+
+    def run() -> None:
         config = read_arguments(arguments.settings)
         if arguments.dry_run:
             _print_plan(config)
         else:
             action(config)
+
+    return _exit_code(run)
+
+
+def run_directory_job(
+    argv: Sequence[str], description: str, action: Callable[[Path, bool], object]
+) -> int:
+    """The same for a command that is about a directory, and may print JSON.
+
+    Args:
+        argv: `RUN_DIR [--json] [--help]`.
+        description: what the command does, for `--help`.
+        action: the one function of the command, given the directory and whether to print JSON.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, usage="python %(prog)s RUN_DIR [options]"
+    )
+    parser.add_argument("directory", type=Path, metavar="RUN_DIR", help="of a run or a sweep")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+    return _exit_code(lambda: action(arguments.directory, arguments.json))
+
+
+def _exit_code(action: Callable[[], object]) -> int:
+    """Run a command's action; what it raises is said on stderr."""
+    try:
+        action()
     except (ConfigError, DataError) as error:
         for line in error.lines:
             print(f"error: {line}", file=sys.stderr)

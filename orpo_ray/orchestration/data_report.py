@@ -17,9 +17,8 @@ from orpo_ray.orchestration.pair_stats import STATS, PairStats
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import ON_REQUEST, Reason
 from orpo_ray.preference.shards import TokenSet, read_shard
-from orpo_ray.training.run_files import LEDGER
+from orpo_ray.training.run_files import DATA_REPORT, LEDGER
 
-REPORT_NAME = "data_report.json"
 QUARANTINE = "quarantine"
 _KINDS = ("prompt", "chosen", "rejected", "longest")
 _SHOWN_ROWS, _SHOWN_TEXT = 3, 200
@@ -78,7 +77,7 @@ def source_label(path: str, part: Mapping[str, Any]) -> str:
 
 def save_report(run_directory: Path, report: Mapping[str, Any]) -> None:
     """Write `data_report.json` atomically."""
-    path = run_directory / REPORT_NAME
+    path = run_directory / DATA_REPORT
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     temporary.replace(path)

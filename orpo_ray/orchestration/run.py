@@ -8,7 +8,6 @@ from typing import Any
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_page import budget_lines, write_data_page
-from orpo_ray.orchestration.data_report import REPORT_NAME as DATA_REPORT
 from orpo_ray.orchestration.data_report import count_trained, save_report
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
@@ -25,7 +24,6 @@ from orpo_ray.orchestration.run_curves import picture
 from orpo_ray.orchestration.run_lock import claimed
 from orpo_ray.orchestration.run_report import REPORT, write_run_report
 from orpo_ray.orchestration.start import (
-    CONFIG,
     make_console,
     run_directory_of,
     start_run,
@@ -35,7 +33,14 @@ from orpo_ray.orchestration.stop import STOPPED, stopping_on_sigterm
 from orpo_ray.orchestration.trackers import Trackers, refuse_missing
 from orpo_ray.orchestration.worker import evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
-from orpo_ray.training.run_files import FINAL, count_events, read_metrics, summary
+from orpo_ray.training.run_files import (
+    CONFIG,
+    DATA_REPORT,
+    FINAL,
+    count_events,
+    read_metrics,
+    summary,
+)
 from orpo_ray.training.suspects import SUSPECTS, write_suspects
 
 

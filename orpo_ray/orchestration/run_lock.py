@@ -1,15 +1,36 @@
-"""One driver at a time on a run directory; on the driver."""
+"""One driver at a time on a run directory; on the driver, and in whoever asks about a run."""
 
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from orpo_ray.config import ConfigError
 
 _LOCK = ".lock"
+# Whoever asks about a run holds its lock for an instant, for which no driver is refused.
+_TRIES, _PAUSE_S = 5, 0.1
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The driver that claimed a run directory last.
+
+    Args:
+        name: its process and machine.
+        since: when it claimed the directory, in seconds since 1970.
+        is_alive: whether it has the directory now; None where this machine cannot tell, since
+            the lock is free here and the driver was on another one.
+    """
+
+    name: str
+    since: float
+    is_alive: bool | None
 
 
 @contextmanager
@@ -21,17 +42,42 @@ def claimed(run_directory: Path) -> Iterator[None]:
     """
     run_directory.mkdir(parents=True, exist_ok=True)
     with (run_directory / _LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _takes(file):
             file.seek(0)
             raise ConfigError(
                 [
                     f"run_name: {run_directory} is in use by {file.read().strip() or 'another run'}"
                     "; wait for it, or choose another run_name"
                 ]
-            ) from None
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def last_driver(run_directory: Path) -> Driver | None:
+    """Who claimed a run directory last, and whether that driver still has it; None for nobody."""
+    try:
+        with (run_directory / _LOCK).open() as file:
+            name, since = file.read().strip(), os.fstat(file.fileno()).st_mtime
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return Driver(name, since, True)
+    except FileNotFoundError:
+        return None
+    is_here = name.endswith(f" on {socket.gethostname()}")
+    return Driver(name, since, False if is_here else None)
+
+
+def _takes(file: IO[str]) -> bool:
+    """Whether the lock is ours, perhaps after a moment."""
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PAUSE_S)
+        else:
+            return True
+    return False

@@ -28,8 +28,7 @@ from orpo_ray.orchestration.run_facts import (
     samples_of,
     time_spent,
 )
-from orpo_ray.orchestration.start import CONFIG
-from orpo_ray.training.run_files import FINAL, count_events, exported_step, read_metrics
+from orpo_ray.training.run_files import CONFIG, FINAL, count_events, exported_step, read_metrics
 from orpo_ray.training.suspects import first_suspects
 
 REPORT = "report.html"

@@ -28,8 +28,8 @@ from orpo_ray.preference.shards import TokenSet
 from orpo_ray.preference.tokenization import Limits
 from orpo_ray.training.errors import ResumeError
 from orpo_ray.training.resume import decisive_settings, newest_manifest, refuse_changes
+from orpo_ray.training.run_files import CONFIG
 
-CONFIG = "config.yaml"
 _FILE_WIDTH = 160
 
 

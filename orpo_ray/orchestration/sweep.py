@@ -36,14 +36,13 @@ from orpo_ray.orchestration.sweep_progress import SweepWatcher, trial_text
 from orpo_ray.orchestration.sweep_report import write_sweep_report
 from orpo_ray.orchestration.sweep_results import Goal, Trial, read_trials, table_rows
 from orpo_ray.orchestration.trial import (
-    TRIALS,
     record_failure,
     run_trial,
     trial_config,
     trial_function,
 )
 from orpo_ray.preference.errors import DataError
-from orpo_ray.training.run_files import FINAL
+from orpo_ray.training.run_files import FINAL, TRIALS
 
 BETA_ZERO = "beta-0"
 CHAMPION, BEST_CONFIG = "champion", "best_config.yaml"

@@ -9,8 +9,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from orpo_ray.config import ORPOConfig
-from orpo_ray.orchestration.trial import RECORD, TRIALS
-from orpo_ray.training.run_files import FINAL, read_metrics
+from orpo_ray.training.run_files import FINAL, TRIAL_RECORD, TRIALS, read_metrics
 
 LOSSES = ("loss", "nll_loss", "aux_loss")
 METRICS = (
@@ -158,7 +157,7 @@ def _longest_first() -> list[str]:
 def read_trials(sweep_directory: Path) -> list[Trial]:
     """All trials of a sweep that were begun, by name."""
     trials = []
-    for path in sorted((sweep_directory / TRIALS).glob(f"*/{RECORD}")):
+    for path in sorted((sweep_directory / TRIALS).glob(f"*/{TRIAL_RECORD}")):
         record = json.loads(path.read_text())
         lines = read_metrics(path.parent)
         trials.append(

@@ -15,11 +15,11 @@ from orpo_ray.config_file import to_yaml
 from orpo_ray.orchestration.cluster import set_aside_broken_snapshot
 from orpo_ray.orchestration.fit import Fit, TrainingError
 from orpo_ray.orchestration.model_card import write_model_card
-from orpo_ray.orchestration.start import CONFIG, Start, make_console, start_run
+from orpo_ray.orchestration.start import Start, make_console, start_run
 from orpo_ray.orchestration.worker import train_worker
 from orpo_ray.preference.errors import DataError
+from orpo_ray.training.run_files import CONFIG, TRIAL_RECORD, TRIALS
 
-TRIALS, RECORD = "trials", "trial.json"
 # Settings that change tokens or the base model: a trial with its own of these ingests for itself.
 _INPUTS = frozenset(
     {
@@ -111,11 +111,11 @@ def _with_found_inputs(config: ORPOConfig, start: Start, values: Mapping[str, An
 
 def record_failure(directory: Path, reason: str) -> None:
     """Say in a trial's folder why it failed, unless it says so itself."""
-    record = json.loads((directory / RECORD).read_text())
+    record = json.loads((directory / TRIAL_RECORD).read_text())
     _write(directory, {"failure": reason} | record)
 
 
 def _write(directory: Path, record: Mapping[str, Any]) -> None:
-    temporary = directory / f"{RECORD}.tmp"
+    temporary = directory / f"{TRIAL_RECORD}.tmp"
     temporary.write_text(json.dumps(record) + "\n")
-    temporary.replace(directory / RECORD)
+    temporary.replace(directory / TRIAL_RECORD)

@@ -5,7 +5,7 @@ the actors that watch over a run, which would wait seconds for it and need nothi
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import ray.train.torch
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.feed import TRAIN
+from orpo_ray.orchestration.gauges import RunGauges
 from orpo_ray.preference.stream import TokenStream
 from orpo_ray.training.errors import (
     EvaluationError,
@@ -79,6 +80,7 @@ def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
         evals=_eval_streams(task),
         device=_device(task),
         report=_report,
+        watch=_watch(task),
         leaving=_leaving,
     )
     # These would come back at every attempt: they are answers, not failures to start again from.
@@ -125,6 +127,13 @@ def _device(task: WorkerTask) -> "torch.device":
         device: torch.device = ray.train.torch.get_device()
         return device
     return torch.device("cpu")
+
+
+def _watch(task: WorkerTask) -> Callable[[Mapping[str, Any]], None]:
+    """What shows this run's logged lines to Prometheus: on rank 0 alone."""
+    if ray.train.get_context().get_world_rank():
+        return lambda line: None
+    return RunGauges(Path(task.run_directory)).show
 
 
 def _report(metrics: Mapping[str, Any]) -> None:

@@ -59,8 +59,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return content
 
 
-def find_damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest, or None: every byte is read."""
+def find_damage(directory: Path, read_files: bool = True) -> str | None:
+    """What is wrong with a checkpoint by its manifest, or None: every byte is read.
+
+    Args:
+        directory: of the checkpoint.
+        read_files: False compares only the sizes of the files that the manifest names, at once.
+    """
     try:
         files = read_manifest(directory)["files"]
     except ValueError as error:
@@ -71,7 +76,7 @@ def find_damage(directory: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if fingerprint(path) != entry:
+        if read_files and fingerprint(path) != entry:
             return f"{name} does not match its checksum"
     return None
 

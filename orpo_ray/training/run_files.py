@@ -12,6 +12,8 @@ from typing import Any
 
 from orpo_ray.preference.groups import RowId
 
+CONFIG = "config.yaml"
+DATA_REPORT = "data_report.json"
 METRICS = "metrics.jsonl"
 LEDGER = "ledger.jsonl"
 EVENTS = "events.jsonl"
@@ -22,6 +24,8 @@ SAMPLES = "samples.jsonl"
 STOP = "stop-requested"
 FINAL = "final"
 RECORD = "orpo_ray.json"
+# Of a sweep: the folder of its trials, and what each of them says of itself.
+TRIALS, TRIAL_RECORD = "trials", "trial.json"
 # What a worker's time goes into; each is a metric of its own, in seconds since the line before.
 PARTS = (
     "data_wait",
