@@ -11,6 +11,7 @@ from pathlib import Path
 
 from orpo_ray.config import SECTIONS, ConfigError, ORPOConfig
 from orpo_ray.config_file import load_config, to_yaml
+from orpo_ray.config_secrets import hide
 from orpo_ray.preference.errors import DataError
 
 # Read when Ray is imported. A sweep's many small processes are no reason for a warning.
@@ -73,13 +74,13 @@ def _exit_code(action: Callable[[], object]) -> int:
         action()
     except (ConfigError, DataError) as error:
         for line in error.lines:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {hide(line)}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("interrupted; the same command with the same run_name goes on", file=sys.stderr)
         return INTERRUPTED
     except Exception:
-        traceback.print_exc()
+        print(hide(traceback.format_exc()), end="", file=sys.stderr)
         return FAILED
     return DONE
 

@@ -13,6 +13,7 @@ from orpo_ray.config import (
     ORPOConfig,
     leaves_into_sections,
 )
+from orpo_ray.config_secrets import take_out_secrets
 
 # What users of other trainers type for settings that are far from ours by letters.
 _OTHER_NAMES = {
@@ -81,7 +82,7 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        values = _resolved(OmegaConf.load(path), findings)
     except FileNotFoundError:
         findings.append(f"{path}: no such config file")
     except (OSError, UnicodeDecodeError) as error:
@@ -101,15 +102,37 @@ def _override_layer(override: str, findings: list[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    name, _, text = override.partition("=")
+    secrets = take_out_secrets({name: text or None})
+    if secrets:
+        findings += secrets  # before anything is said of it that shows it
+        return {}
     if "=" not in override.strip("="):
         findings.append(f"{override}: not a key=value setting")
         return {}
     try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=True)
+        values = _resolved(OmegaConf.from_dotlist([override]), findings)
     except (YAMLError, OmegaConfBaseException) as error:
         findings.append(f"{override}: not valid YAML: {_on_one_line(error)}")
         return {}
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _resolved(read: Any, findings: list[str]) -> Any:
+    """Settings as OmegaConf read them, interpolated; without secrets, for which there are findings.
+
+    What comes from a variable named like a secret is found before it is filled in, and its value
+    wherever else it came from afterwards.
+    """
+    from omegaconf import OmegaConf
+
+    raw: Any = OmegaConf.to_container(read, resolve=False)
+    if not isinstance(raw, dict):
+        return raw
+    findings += take_out_secrets(raw)
+    values: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+    findings += take_out_secrets(values)
+    return values
 
 
 def _merge(target: dict[str, Any], layer: Mapping[str, Any], findings: list[str]) -> None:

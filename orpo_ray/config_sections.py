@@ -1,11 +1,24 @@
 """The sections of a run: every setting with its type, bounds, default and meaning."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from orpo_ray.config_secrets import HIDDEN, find_secrets
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def _some_steps(value: int) -> int:
@@ -23,11 +36,26 @@ def _some_workers(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A frozen group of settings that knows no keys but its own."""
+    """A frozen group of settings that knows no keys but its own, and takes no secrets."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, values: Any) -> Any:
+        findings = find_secrets(values)
+        if findings:
+            # An error of pydantic's own making would show the input.
+            details = [
+                InitErrorDetails(
+                    type=PydanticCustomError("secret", "{text}", {"text": text}), input=HIDDEN
+                )
+                for text in findings
+            ]
+            raise ValidationError.from_exception_data(cls.__name__, details, hide_input=True)
+        return values
 
 
 class ModelSection(Section):
@@ -37,6 +65,9 @@ class ModelSection(Section):
         None, description="Folder or hub id of the base model; unset: the demo's, from scratch."
     )
     model_revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(
+        False, description="Run a model's own code, at the commit hash in model_revision."
+    )
     baseline: str | None = Field(
         None, description="A second model, which jobs/evaluate.py compares with the first."
     )
@@ -57,6 +88,16 @@ class ModelSection(Section):
     merge_adapter: bool = Field(
         False, description="final/ is the merged model; unset: the adapter alone."
     )
+
+    @model_validator(mode="after")
+    def _pinned_code(self) -> Self:
+        if self.trust_remote_code and not _COMMIT.fullmatch(self.model_revision or ""):
+            raise ValueError(
+                "trust_remote_code runs code that comes with a model: set model_revision to the "
+                "full commit hash (40 hex digits) that was read; for a folder, to that of the hub "
+                "model whose code it names"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapters(self) -> Self:

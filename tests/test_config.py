@@ -155,3 +155,31 @@ def test_the_best_of_no_evaluations_is_refused():
             "set eval_steps"
         ]
         load_config(None, [setting, "eval_steps=5"])
+
+
+def test_code_of_a_model_is_run_at_a_commit_only():
+    commit = "0123456789abcdef" * 2 + "01234567"
+    for other in ("main", commit[:-1], commit.upper(), ""):
+        (line,) = refusals("trust_remote_code=true", f"model_revision='{other}'")
+        assert line.startswith("model: trust_remote_code")
+        assert "set model_revision to the full commit hash (40 hex digits)" in line
+    config = load_config(None, ["trust_remote_code=true", f"model_revision={commit}"])
+    assert (config.model.trust_remote_code, config.model.model_revision) == (True, commit)
+    assert ORPOConfig().model.trust_remote_code is False
+
+
+def test_yaml_that_runs_code_is_refused_and_not_run(tmp_path):
+    trace = tmp_path / "trace"
+    text = f"!!python/object/apply:os.system ['touch {trace}']"
+    (tmp_path / "bad.yaml").write_text(f"run_name: {text}\n")
+    assert "not valid YAML" in refusals(path=str(tmp_path / "bad.yaml"))[0]
+    assert "not valid YAML" in refusals(f"run_name={text}")[0]
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "/tmp/x", "a\\b", "x\n", "~", ".x"])
+def test_a_run_name_cannot_leave_the_output_directory(name):
+    with pytest.raises(ValidationError, match=r"output\.run_name"):
+        ORPOConfig(run_name=name)
+    with pytest.raises(ValidationError, match="name"):
+        ORPOConfig(eval_files=[{"path": "a.jsonl", "name": name}])

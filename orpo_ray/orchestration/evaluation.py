@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orpo_ray.config import ORPOConfig
+from orpo_ray.orchestration.inputs import named_model
 from orpo_ray.orchestration.progress import set_name
 from orpo_ray.orchestration.scoring import score_token_set
 from orpo_ray.orchestration.start import Start, make_console, start_run
@@ -72,13 +72,14 @@ def evaluate_model(config: ORPOConfig) -> EvaluationResult:
         DataError: for missing files or models, no evaluation data, and when no row is usable.
     """
     console = make_console()
+    baseline = _baseline(config)
     start = start_run(config, console, only_evals=True)
     if not start.token_sets:
         raise DataError(["eval_files: nothing to evaluate on; name files"])
     sets = {}
     for name in start.token_sets:
         shown = set_name(name) or "eval"
-        sets[shown] = _evaluate_set(start, name, shown, console)
+        sets[shown] = _evaluate_set(start, name, shown, console, baseline)
         for table in _tables(shown, sets[shown]):
             console.print(table)
     result = EvaluationResult(str(start.run_directory), sets)
@@ -90,7 +91,9 @@ def evaluate_model(config: ORPOConfig) -> EvaluationResult:
     return result
 
 
-def _evaluate_set(start: Start, name: str, shown: str, console: Console) -> SetEvaluation:
+def _evaluate_set(
+    start: Start, name: str, shown: str, console: Console, baseline: str | None
+) -> SetEvaluation:
     config, tokens = start.config, start.token_sets[name]
     suffix = "" if shown == "eval" else f"-{shown}"
     path = start.run_directory / f"scores{suffix}.parquet"
@@ -99,9 +102,9 @@ def _evaluate_set(start: Start, name: str, shown: str, console: Console) -> SetE
     found: dict[str, Difference] = {}
     if problem:
         console.print(f"warning: the model computes padded rows: {problem}", markup=False)
-    if config.model.baseline is not None:
+    if baseline is not None:
         other_path = start.run_directory / f"scores{suffix}-baseline.parquet"
-        other, _ = score_token_set(config, _model_path(config.model.baseline), tokens, other_path)
+        other, _ = score_token_set(config, baseline, tokens, other_path)
         found = differences(scores, Scores.of(other))
     return SetEvaluation(
         pairs=len(scores.prompts),
@@ -113,18 +116,18 @@ def _evaluate_set(start: Start, name: str, shown: str, console: Console) -> SetE
     )
 
 
-def _model_path(name: str) -> str:
-    """An absolute path for a folder, as the actors have working folders of their own.
+def _baseline(config: ORPOConfig) -> str | None:
+    """The second model, if there is one.
 
     Raises:
-        DataError: for a path that is no folder.
+        DataError: for a folder that is none, and for a model that would run code.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path.resolve())
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise DataError([f"baseline: {name}: no such folder"])
-    return name
+    problems: list[str] = []
+    name = config.model.baseline
+    source = None if name is None else named_model("baseline", name, config, problems)
+    if problems:
+        raise DataError(problems)
+    return source.model if source else None
 
 
 def _length_groups(scores: Scores) -> Any:

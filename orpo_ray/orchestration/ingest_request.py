@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
+from orpo_ray.training.model_source import ModelSource, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class IngestRequest:
         drop_duplicates: whether a pair that occurred before is left out.
         other_sets: directories of token sets whose prompts are left out.
         subset_column: column that says which part of an evaluation set a row belongs to.
+        trust_remote_code: whether code that comes with the tokenizer may run.
     """
 
     files: tuple[str, ...]
@@ -44,34 +46,31 @@ class IngestRequest:
     drop_duplicates: bool = False
     other_sets: tuple[str, ...] = ()
     subset_column: str | None = None
+    trust_remote_code: bool = False
 
     def pair_tokenizer(self) -> PairTokenizer:
         """The tokenizer with its limits, loaded once a process as long as its files stay."""
         folder = Path(self.tokenizer)
         stats = [path.stat() for path in sorted(folder.iterdir())] if folder.is_dir() else []
         files = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
-        return _load_tokenizer(
-            self.tokenizer, self.revision, self.chat_template, self.limits, files
+        source = ModelSource(
+            self.tokenizer,
+            self.tokenizer,
+            self.revision,
+            self.chat_template,
+            self.trust_remote_code,
         )
+        return _load_tokenizer(source, self.limits, files)
 
 
 @functools.lru_cache(maxsize=8)
 def _load_tokenizer(
-    name: str,
-    revision: str | None,
-    chat_template: str | None,
-    limits: Limits,
-    files: tuple[tuple[int, int], ...],
+    source: ModelSource, limits: Limits, files: tuple[tuple[int, int], ...]
 ) -> PairTokenizer:
     """The tokenizer of a folder or hub id.
 
     Raises:
         DataError: when it cannot be used for pairs.
     """
-    from transformers import AutoTokenizer
-
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a data task has one CPU
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    return PairTokenizer(tokenizer, limits)
+    return PairTokenizer(load_tokenizer(source), limits)

@@ -16,7 +16,7 @@ from orpo_ray.preference.demo_pairs import write_demo_pairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.sources import find_files
 from orpo_ray.preference.templates import template_text
-from orpo_ray.training.model_source import ModelSource
+from orpo_ray.training.model_source import ModelSource, refuse_unsafe
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400
 
@@ -45,7 +45,8 @@ def find_inputs(config: ORPOConfig, output_directory: Path, only_evals: bool = F
         only_evals: nothing is trained, so that no training data is needed.
 
     Raises:
-        DataError: naming every path or pattern with no usable file, and a missing model folder.
+        DataError: naming every path or pattern with no usable file, and a model whose folder is
+            missing or which would run code.
     """
     data = config.data
     if data.dataset_name:
@@ -116,18 +117,31 @@ def _found(
 
 
 def _base_model(config: ORPOConfig, problems: list[str]) -> ModelSource | None:
-    """The base model that the config names, if it does; a folder that is none is a problem."""
+    """The base model that the config names, if it does."""
     name = config.model.model_name_or_path
-    if name is None:
-        return None
+    return None if name is None else named_model("model_name_or_path", name, config, problems)
+
+
+def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]) -> ModelSource:
+    """A model by its folder or hub id.
+
+    A folder is given by its absolute path, as actors have working folders of their own; one that
+    holds no model, or a model that would run code, is added to `problems`.
+    """
     path = Path(name).expanduser()
+    source = ModelSource.of(config.model, str(path.resolve()) if path.is_dir() else name)
     if path.is_dir():
         if not any((path / kind).is_file() for kind in ("config.json", "adapter_config.json")):
-            problems.append(f"model_name_or_path: {name} holds no config.json")
-        return ModelSource(str(path.resolve()), str(path.resolve()))
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        problems.append(f"model_name_or_path: {name}: no such folder")
-    return ModelSource(name, name, config.model.model_revision)
+            problems.append(f"{setting}: {name} holds no config.json")
+            return source
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        problems.append(f"{setting}: {name}: no such folder")
+        return source
+    try:
+        refuse_unsafe(source)
+    except (OSError, ValueError) as error:  # also what transformers says of ids that are none
+        problems.append(f"{setting}: {str(error).splitlines()[0]}")
+    return source
 
 
 def _make_demo(output_directory: Path, seed: int) -> RunInputs:

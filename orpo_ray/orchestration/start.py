@@ -18,6 +18,7 @@ from orpo_ray.orchestration.data_report import (
     refuse_bad_data,
     write_data_report,
 )
+from orpo_ray.orchestration.exposure import exposure_warning
 from orpo_ray.orchestration.feed import TRAIN, FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.ingest import ingest
 from orpo_ray.orchestration.ingest_request import IngestRequest
@@ -121,6 +122,9 @@ def start_run(
     config = _with_batch_size(config, run_directory, console)
     inputs = inputs or find_inputs(config, output_directory, only_evals)
     cluster.connect()
+    warning = exposure_warning()
+    if warning:
+        console.print(warning, markup=False)
     config = cluster.with_cluster(config)
     token_sets = _ingest_all(config, inputs, output_directory, only_evals)
     start = Start(config, inputs, run_directory, token_sets, {})
@@ -216,4 +220,5 @@ def _request(
         special_tokens=data.special_tokens_in_text,
         group_by_prompt=data.group_by_prompt,
         subset_column=data.eval_subset_column,
+        trust_remote_code=inputs.model.trust_remote_code,
     )

@@ -44,6 +44,7 @@ _INPUTS = frozenset(
         "special_tokens_in_text",
         "train_files",
         "truncation",
+        "trust_remote_code",
         "val_set_size",
     }
 )

@@ -1,8 +1,10 @@
 """What a run would take, before it takes it: batch, steps, memory; on the driver, without Ray."""
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.preference.readers import count_rows
 from orpo_ray.preference.sources import find_files
+from orpo_ray.training.errors import UnsupportedModelError
+from orpo_ray.training.model_source import ModelSource, empty_model, load_model_config
 
 _GIB = 2**30
 # fp32 master weight, gradient, and AdamW's two moments.
@@ -16,6 +18,7 @@ def plan_lines(config: ORPOConfig) -> list[str]:
     """The effective batch, the steps and the memory a worker needs, a line each.
 
     Raises:
+        ConfigError: for a model that brings code of its own.
         DataError: for files that are not there.
     """
     train, data = config.train, config.data
@@ -41,11 +44,14 @@ def plan_lines(config: ORPOConfig) -> list[str]:
 def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
     """Memory a worker needs for its shard, one microbatch, and one chunk of logits."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_config = AutoConfig.from_pretrained(model_path, revision=config.model.model_revision)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+    source = ModelSource.of(config.model, model_path)
+    try:
+        model_config = load_model_config(source)
+        with torch.device("meta"):
+            model = empty_model(source, model_config)
+    except UnsupportedModelError as error:
+        raise ConfigError([f"model_name_or_path: {error}"]) from error
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     text_config = model_config.get_text_config()
     layers, width = text_config.num_hidden_layers, text_config.hidden_size

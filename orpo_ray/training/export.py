@@ -7,12 +7,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from orpo_ray.config_sections import ModelSection
 from orpo_ray.training.adapters import save_adapters
 from orpo_ray.training.model import OrpoModel
-from orpo_ray.training.model_source import ModelSource, load_tokenizer
+from orpo_ray.training.model_source import (
+    ModelSource,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+)
 from orpo_ray.training.run_files import RECORD
 
 
@@ -41,7 +46,7 @@ def export_model(
             for name, tensor in weights.items()
             if isinstance(tensor, torch.Tensor)
         }
-        base = AutoConfig.from_pretrained(source.model, revision=source.revision)
+        base = load_model_config(source)
         if adapted:
             _write_adapted(beside, named, source, config)
         else:
@@ -70,10 +75,8 @@ def _write_adapted(
     folder: Path, weights: dict[str, torch.Tensor], source: ModelSource, config: ModelSection
 ) -> None:
     """The adapter, or the base model with the adapter merged into it in fp32."""
-    base = AutoModelForCausalLM.from_pretrained(
-        source.model, revision=source.revision, dtype=torch.float32
-    )
-    dtype = AutoConfig.from_pretrained(source.model, revision=source.revision).dtype
+    base = load_model(source, torch.float32)
+    dtype = load_model_config(source).dtype
     save_adapters(folder, base, config, weights, dtype or torch.float32)
 
 

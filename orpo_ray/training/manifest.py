@@ -70,6 +70,10 @@ def find_damage(directory: Path, read_files: bool = True) -> str | None:
         files = read_manifest(directory)["files"]
     except ValueError as error:
         return str(error)
+    for path in sorted(directory.iterdir()):
+        # What torch would unpickle has to be covered.
+        if path.name not in files and (path.name == ".metadata" or path.suffix == ".distcp"):
+            return f"{path.name} is not in its {MANIFEST}"
     for name, entry in files.items():
         path = directory / name
         if not path.is_file():

@@ -1,7 +1,19 @@
-"""Where a run's base model comes from; as light to import as the driver needs it."""
+"""Where a run's base model comes from, and the one way it is loaded: safetensors, no code unasked.
 
+As light to import as the driver needs it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from orpo_ray.config_sections import ModelSection
+from orpo_ray.training.errors import UnsupportedModelError
+
+_PICKLED = (("model", "pytorch_model"), ("adapter_model", "adapter_model"))
 
 
 @dataclass(frozen=True)
@@ -13,19 +25,146 @@ class ModelSource:
         tokenizer: of its tokenizer, usually the same.
         revision: branch, tag or commit of a hub model.
         chat_template: the text of one, instead of the tokenizer's.
+        trust_remote_code: whether code that comes with it may run.
     """
 
     model: str
     tokenizer: str
     revision: str | None = None
     chat_template: str | None = None
+    trust_remote_code: bool = False
+
+    @staticmethod
+    def of(config: ModelSection, path: str) -> "ModelSource":
+        """A model with its tokenizer, read as the config says."""
+        return ModelSource(
+            path, path, config.model_revision, trust_remote_code=config.trust_remote_code
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every `from_pretrained` is told.
+
+        Unless it is told no, transformers asks on a terminal whether code may run. Code may lie in
+        another repository than the model: it is of the same commit, or it is not found.
+        """
+        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return options | ({"code_revision": self.revision} if self.trust_remote_code else {})
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer with the run's chat template."""
+    """The tokenizer with the run's chat template.
+
+    Raises:
+        UnsupportedModelError: for one that is code of its own.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, revision=source.revision)
+    with _as_refusals(source.tokenizer):
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, **source.options)
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
     return tokenizer
+
+
+def load_model_config(source: ModelSource) -> Any:
+    """The base model's config.
+
+    Raises:
+        UnsupportedModelError: for one that is code of its own.
+    """
+    from transformers import AutoConfig
+
+    with _as_refusals(source.model):
+        return AutoConfig.from_pretrained(source.model, **source.options)
+
+
+def load_model(source: ModelSource, dtype: Any) -> Any:
+    """The base model with its weights, on the host.
+
+    Raises:
+        UnsupportedModelError: for code of its own, and for weights that are no safetensors.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # Else transformers takes weights that a service on the hub converted, of no revision named.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    with _as_refusals(source.model):
+        return AutoModelForCausalLM.from_pretrained(
+            source.model, use_safetensors=True, dtype=dtype, **source.options
+        )
+
+
+def empty_model(source: ModelSource, model_config: Any, **options: Any) -> Any:
+    """A model of a config, its weights not read.
+
+    Raises:
+        UnsupportedModelError: for one that is code of its own.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    if source.trust_remote_code:
+        known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+        is_loaded = known is not None and not known.__module__.startswith("transformers.")
+        has_code = AutoModelForCausalLM.__name__ in (getattr(model_config, "auto_map", None) or {})
+        if has_code and not is_loaded:
+            options["code_revision"] = source.revision
+    with _as_refusals(source.model):
+        return AutoModelForCausalLM.from_config(
+            model_config, trust_remote_code=source.trust_remote_code, **options
+        )
+
+
+def refuse_unsafe(source: ModelSource) -> None:
+    """Look before a run starts whether a model would have to run code or to unpickle weights.
+
+    Nothing that comes with the model is executed here.
+
+    Raises:
+        UnsupportedModelError: saying what it has, and the fix.
+    """
+    folder = Path(source.model)
+    for wanted, pickled in _PICKLED:
+        if any(folder.glob(f"{pickled}*.bin")) and not any(folder.glob(f"{wanted}*.safetensors")):
+            raise UnsupportedModelError(_no_safetensors(source.model))
+    if source.trust_remote_code:
+        return
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    values: dict[str, Any] = {}
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        values, _ = PreTrainedConfig.get_config_dict(source.model, revision=source.revision)
+    code = values.get("auto_map") or {}  # which many have whom transformers knows by now
+    known = not code or type(load_model_config(source)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if "AutoModelForCausalLM" in code and not known:
+        raise UnsupportedModelError(_own_code(source.model))
+    if "auto_map" in get_tokenizer_config(source.tokenizer, revision=source.revision):
+        load_tokenizer(source)
+
+
+@contextlib.contextmanager
+def _as_refusals(name: str) -> Iterator[None]:
+    """Say in our words what transformers refuses to load."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(_own_code(name)) from None
+        if "safetensors" in str(error) and "file named" in str(error):
+            raise UnsupportedModelError(_no_safetensors(name)) from None
+        raise
+
+
+def _own_code(name: str) -> str:
+    return (
+        f"{name} brings code of its own, which is not run; read it, and set trust_remote_code=true "
+        "with model_revision at the commit that was read"
+    )
+
+
+def _no_safetensors(name: str) -> str:
+    return (
+        f"{name} has no safetensors weights, and pickled ones (*.bin) can run code and are never "
+        "read; where its origin is trusted, load it with transformers and save_pretrained() it"
+    )

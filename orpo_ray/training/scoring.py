@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.objective.head import LossScale
@@ -16,6 +15,7 @@ from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.packing import balanced_bins, pack
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
+from orpo_ray.training.model_source import ModelSource, load_model
 from orpo_ray.training.pair_scores import SCHEMA, PairScores
 from orpo_ray.training.sharding import attention_path, refuse_unknown_heads, use_bf16
 from orpo_ray.training.verify import COMPARED, disagreement
@@ -52,14 +52,12 @@ class PairScorer:
             sample: pairs on which a model of an unknown family is compared with padded rows.
 
         Raises:
-            UnsupportedModelError: for heads that are more than a matrix product.
+            UnsupportedModelError: for heads that are more than a matrix product, code of the
+                model's own, and weights that are no safetensors.
         """
         bf16 = use_bf16(config, device)
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=config.model.model_revision,
-            dtype=torch.bfloat16 if bf16 else torch.float32,
-        )
+        source = ModelSource.of(config.model, path)
+        causal_lm = load_model(source, torch.bfloat16 if bf16 else torch.float32)
         refuse_unknown_heads(causal_lm.config)
         attention = attention_path(config, causal_lm)
         model = OrpoModel(causal_lm.to(device), attention, config.orpo.router_aux_loss_coef).eval()

@@ -1,6 +1,7 @@
 """Building a sharded model: meta device, FSDP2, then weights from rank 0; in training workers."""
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,18 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.training.adapters import add_adapters
 from orpo_ray.training.errors import UnsupportedModelError
 from orpo_ray.training.model import AttentionPath, OrpoModel
+from orpo_ray.training.model_source import (
+    ModelSource,
+    empty_model,
+    load_model,
+    load_model_config,
+)
 
 # Settings under which logits are not `head(hidden)`; silently ignoring them would train wrongly.
 _UNKNOWN_HEADS = {"logit_scale": 1.0, "logits_scaling": 1.0}
@@ -37,16 +44,17 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
         device: of this rank.
 
     Raises:
-        UnsupportedModelError: for heads that are more than a matrix product.
+        UnsupportedModelError: for heads that are more than a matrix product, code of the model's
+            own, and weights that are no safetensors.
     """
-    revision = config.model.model_revision
-    model_config = AutoConfig.from_pretrained(model_path, revision=revision)
+    origin = ModelSource.of(config.model, model_path)
+    model_config = load_model_config(origin)
     refuse_unknown_heads(model_config)
     if config.model.disable_dropout:
         _without_dropout(model_config)
     # Buffers stay real: rotary frequencies are computed, not loaded.
     with init_empty_weights(include_buffers=False):
-        causal_lm = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        causal_lm = empty_model(origin, model_config, dtype=torch.float32)
         if config.model.lora_r:
             add_adapters(causal_lm, config.model, config.train.seed)
     attention = attention_path(config, causal_lm)
@@ -55,18 +63,34 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
         _checkpoint_activations(causal_lm, config.train.gradient_checkpointing_every)
     _shard(model, causal_lm, device, config)
     _materialise(model, torch.device("cpu") if _offloads(config, device) else device)
-    weights = {}
-    if dist.get_rank() == 0:
-        source = AutoModelForCausalLM.from_pretrained(
-            model_path, revision=revision, dtype=torch.float32
-        )
-        if config.model.lora_r:
-            add_adapters(source, config.model, config.train.seed)
-        weights = {f"causal_lm.{name}": tensor for name, tensor in source.state_dict().items()}
+    weights = _weights(config, origin)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
     causal_lm.tie_weights()
     return model
+
+
+def _weights(config: ORPOConfig, origin: ModelSource) -> dict[str, Any]:
+    """All weights on rank 0, nothing on the others; what cannot be read ends all ranks alike.
+
+    Raises:
+        UnsupportedModelError: for weights that are no safetensors.
+    """
+    weights: dict[str, Any] = {}
+    problem = [""]
+    if dist.get_rank() == 0:
+        try:
+            source = load_model(origin, torch.float32)
+        except UnsupportedModelError as error:
+            problem = [str(error)]
+        else:
+            if config.model.lora_r:
+                add_adapters(source, config.model, config.train.seed)
+            weights = {f"causal_lm.{name}": tensor for name, tensor in source.state_dict().items()}
+    dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise UnsupportedModelError(problem[0])
+    return weights
 
 
 def use_bf16(config: ORPOConfig, device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import resource
 import shutil
 import threading
@@ -76,16 +77,35 @@ def test_a_killed_run_with_a_damaged_checkpoint_ends_byte_identical(whole_run, i
     assert "resumed at step 14 of 24" in log
 
 
+class Planted:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
 def test_a_torn_newest_checkpoint_is_set_aside(whole_run, inputs, tmp_path):
-    """As a full disk or a lost node leaves it: half a shard, and a save that never ended."""
+    """As a full disk or a lost node leaves it: half a shard, and a save that never ended.
+
+    A pickle that was planted in both would leave a trace when it is read; it is not.
+    """
     run = interrupted_copy(whole_run, tmp_path / "run", last_step=24)
     (run / "checkpoints" / "step-00000024" / "MANIFEST.json").unlink()
     shard = run / "checkpoints" / "step-00000021" / "__0_0.distcp"
     os.truncate(shard, shard.stat().st_size // 2)
+    planted, trace = pickle.dumps(Planted(tmp_path / "trace")), tmp_path / "trace"
+    for step in (21, 24):
+        (run / "checkpoints" / f"step-{step:08d}" / ".metadata").write_bytes(planted)
     run_ranks(2, train_small, inputs, run, {})
     assert weights_digest(run) == weights_digest(whole_run)
     assert metrics_without_times(run) == metrics_without_times(whole_run)
     assert count_events(run) == {"checkpoints_set_aside": 2, "resumed": 1, "steps_redone": 10}
+    assert not trace.exists()
+    pickle.loads(planted)
+    assert trace.exists()
 
 
 def ledger(run: Path) -> list[dict[str, Any]]:

@@ -108,3 +108,12 @@ def test_the_best_that_has_a_checkpoint_stays_among_the_newest(tmp_path, limit, 
     keep_newest(str(tmp_path), limit, ranking)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [f"step-{step:08d}" for step in kept]
+
+
+@pytest.mark.parametrize("name", [".metadata", "__1_0.distcp"])
+def test_what_torch_would_unpickle_has_to_be_covered(tmp_path, name):
+    directory = commit(tmp_path, 7)
+    (directory / "notes.txt").write_text("of a person")
+    assert find_damage(directory) is None
+    (directory / name).write_bytes(b"planted")
+    assert find_damage(directory) == f"{name} is not in its MANIFEST.json"
