@@ -372,6 +372,7 @@ def test_more_bad_rows_than_allowed_stop_before_any_worker(
     assert "starting" not in done.stdout
 
 
+@pytest.mark.slow
 def test_real_data_in_a_mixture_adds_up(shared_data, tmp_path, run_command, ray_cluster) -> None:
     """hh-rlhf and both ShareGPT files, 20 steps on two workers; one with half its weight."""
     (tmp_path / "template.jinja").write_text(TEMPLATE)

@@ -147,6 +147,7 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(
         assert resumed == pytest.approx(whole, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_copies_of_a_sharded_model_train_as_one(inputs, tmp_path):
     """Two copies of two shards each are one rank; what they save goes on as two shards.
 
