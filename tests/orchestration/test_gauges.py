@@ -42,6 +42,7 @@ def served(ray_node: dict[str, object]) -> dict[tuple[str, ...], float]:
     return samples
 
 
+@pytest.mark.slow
 def test_a_logged_line_is_served_at_the_nodes_endpoint(ray_cluster, tmp_path):
     """The checkpoint was committed 100 s before the line."""
     import ray

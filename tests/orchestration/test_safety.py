@@ -128,6 +128,7 @@ def hits(folders: list[Path], values: list[str]) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_secret_is_shown(folder, run_command, ray_cluster, monkeypatch):
     """Canaries in the environment of the driver; its workers read them in that of the cluster."""
     import ray
