@@ -7,6 +7,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from orpo_ray.orchestration import gauges
 from orpo_ray.training.manifest import checkpoint_directory, fingerprint, write_manifest
 from tests.conftest import ROOT
