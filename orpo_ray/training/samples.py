@@ -103,11 +103,14 @@ class Sampler:
         model(nothing, LossScale(nll=0.0, pair=0.0, beta=0.0))
         # Embeddings and head belong to the root, whose own forward pass is not run in `generate`.
         root.unshard()
+        # A router loss over a cached token and the mask of all tokens is more than models compute.
+        options = {"output_router_logits": False} if model.has_router else {}
         output: Any = model.causal_lm.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=self._settings(model),
             synced_gpus=dist.get_world_size() > 1,
+            **options,
         )
         root.reshard()
         model.train()
