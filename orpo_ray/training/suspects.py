@@ -92,6 +92,8 @@ def write_suspects(run_directory: Path, sources: Sequence[str]) -> Path:
     with temporary.open("w", encoding="utf-8") as file:
         columns = (found.places.tolist(), found.mean, found.spread, found.count.tolist())
         for (source, row), mean, spread, count in zip(*columns, strict=True):
+            if source >= len(sources):
+                continue  # of earlier, other data, with which the run began
             line = {
                 "file": sources[source],
                 "row": row,

@@ -62,5 +62,13 @@ def test_a_step_whose_margins_are_missing_is_passed_over(tmp_path):
     assert (line["margin_mean"], line["passes"]) == (1.5, 2)
 
 
+def test_rows_of_earlier_other_data_are_left_out(tmp_path):
+    """As the ledger of a run holds them that went on with fewer files (resume_changed)."""
+    files = RunFiles(tmp_path, is_writer=True)
+    files.ledger(1, 0, [RowId(0, 0), RowId(1, 0)], ())
+    files.margins(1, [0.5, -0.5])
+    assert [(line["file"], line["row"]) for line in suspects(tmp_path)] == [("pairs.jsonl", 1)]
+
+
 def test_a_run_without_margins_has_no_suspects(tmp_path):
     assert suspects(tmp_path) == []
