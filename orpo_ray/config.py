@@ -6,16 +6,9 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from orpo_ray.config_cluster import OutputSection, RaySection, TuneSection
 from orpo_ray.config_data import DataSection
-from orpo_ray.config_sections import (
-    ModelSection,
-    OrpoSection,
-    OutputSection,
-    RaySection,
-    Section,
-    TrainSection,
-    TuneSection,
-)
+from orpo_ray.config_sections import ModelSection, OrpoSection, Section, TrainSection
 
 
 class ConfigError(ValueError):

@@ -13,11 +13,11 @@ from tests.conftest import ROOT
 TRAIN = "jobs/train.py"
 
 
-def imported_by(*arguments: str) -> tuple[int, set[str]]:
+def imported_by(job: str, *arguments: str) -> tuple[int, set[str]]:
     """Exit code of a command line, and the top-level modules it imported."""
     script = (
         "import runpy, sys\n"
-        f"sys.argv = {[str(ROOT / TRAIN), *arguments]!r}\n"
+        f"sys.argv = {[str(ROOT / job), *arguments]!r}\n"
         "code = 0\n"
         "try:\n"
         "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -36,7 +36,7 @@ def imported_by(*arguments: str) -> tuple[int, set[str]]:
     ("arguments", "code"), [(["--help"], 0), (["--print-schema"], 0), (["bta=1", "beta=-1"], 2)]
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(arguments, code):
-    got, modules = imported_by(*arguments)
+    got, modules = imported_by(TRAIN, *arguments)
     assert got == code
     assert not modules & {"torch", "ray", "transformers", "pyarrow", "datasets"}
 

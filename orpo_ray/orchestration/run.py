@@ -1,5 +1,6 @@
 """The commands' one function each: from a config to a trained model; on the driver."""
 
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -109,7 +110,7 @@ def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
     steps_per_epoch = plans[TRAIN].order.n_batches(plans[TRAIN].plan.batch_groups)
     n_steps = config.total_steps(steps_per_epoch)
     refresh = partial(write_run_report, run_directory, config, start.data_report)
-    with Trackers(config, run_directory, console) as trackers:
+    with closing(Trackers(config, run_directory, console)) as trackers:
         with RunWatcher(run_directory, n_steps, console, refresh, trackers.log):
             fit = Fit(config, start.inputs.model, run_directory, plans)
             with stopping_on_sigterm(run_directory):

@@ -9,10 +9,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
@@ -33,8 +31,8 @@ _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOU
 _NOT_LOGGED = ("step", "time")
 
 
-class Trackers(AbstractContextManager["Trackers"]):
-    """The trackers of a run; goes on with the runs that an earlier driver began there.
+class Trackers:
+    """The trackers of a run, to be closed; goes on with what an earlier driver began there.
 
     Args:
         config: of the run; `report_to` names them.
@@ -71,16 +69,9 @@ class Trackers(AbstractContextManager["Trackers"]):
         if self._trackers:
             (run_directory / _STATE).write_text(json.dumps(self._state) + "\n")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End what is tracked."""
         self._each(lambda _, tracker: tracker.finish())
-
-    def __enter__(self) -> Self:
-        return self
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Log a line of `metrics.jsonl` under its step; what is not finite is left out."""

@@ -19,7 +19,7 @@ from orpo_ray.orchestration.run_status import RunStatus, SweepStatus, read_statu
 from orpo_ray.orchestration.status import show_status, span
 from orpo_ray.training.manifest import checkpoint_directory, fingerprint, write_manifest
 from orpo_ray.training.run_files import RunFiles
-from tests.conftest import ROOT
+from tests.test_command_line import imported_by
 
 LONG_AGO_S = 1000.0
 
@@ -312,17 +312,6 @@ def test_what_is_no_run_is_one_line_and_exit_2(run_command, tmp_path):
 
 def test_it_imports_neither_ray_nor_torch(tmp_path):
     write_run(tmp_path)
-    script = (
-        "import runpy, sys\n"
-        f"sys.argv = ['jobs/status.py', {str(tmp_path)!r}]\n"
-        "try:\n"
-        "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as end:\n"
-        "    code = end.code\n"
-        "names = {name.split('.')[0] for name in sys.modules}\n"
-        "print(code, sorted(names & {'torch', 'ray', 'transformers', 'pyarrow', 'matplotlib'}))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert done.stdout.splitlines()[-1] == "0 []"
+    code, modules = imported_by("jobs/status.py", str(tmp_path))
+    assert code == 0
+    assert not modules & {"torch", "ray", "transformers", "pyarrow", "matplotlib"}

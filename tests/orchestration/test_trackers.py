@@ -36,7 +36,7 @@ def log_some(name: str, run: Path, lines: list[dict]) -> str:
     text = io.StringIO()
     run.mkdir(exist_ok=True)
     config = ORPOConfig(report_to=[name], beta=0.25, run_name=run.name)
-    with Trackers(config, run, console(text)) as trackers:
+    with contextlib.closing(Trackers(config, run, console(text))) as trackers:
         thread = threading.Thread(target=lambda: [trackers.log(line) for line in lines])
         thread.start()
         thread.join()
@@ -112,7 +112,8 @@ def test_mlflow_has_one_run_of_two_drivers_and_a_server_that_is_gone_is_given_up
     text = io.StringIO()
 
     def lose_the_server() -> None:
-        with Trackers(ORPOConfig(report_to=["mlflow"]), run, console(text)) as trackers:
+        config = ORPOConfig(report_to=["mlflow"])
+        with contextlib.closing(Trackers(config, run, console(text))) as trackers:
             os.killpg(server.pid, 9)
             server.wait()
             for line in LINES:
