@@ -9,11 +9,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from orpo_ray.command_line import run_directory_job
 
 
-def action(directory: Path, as_json: bool) -> None:
+def action(directory: str, as_json: bool) -> None:
     """Print it; reads files only, and imports neither Ray nor torch."""
+    from orpo_ray.bucket import VIEWS, local
     from orpo_ray.orchestration.status import show_status
 
-    show_status(directory, as_json)
+    show_status(local(directory, VIEWS), as_json)
 
 
 if __name__ == "__main__":

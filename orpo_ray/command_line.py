@@ -7,7 +7,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import resources
-from pathlib import Path
 
 from orpo_ray.config import SECTIONS, ConfigError, ORPOConfig
 from orpo_ray.config_file import load_config, to_yaml
@@ -50,7 +49,7 @@ def run_job(argv: Sequence[str], description: str, action: Callable[[ORPOConfig]
 
 
 def run_directory_job(
-    argv: Sequence[str], description: str, action: Callable[[Path, bool], object]
+    argv: Sequence[str], description: str, action: Callable[[str, bool], object]
 ) -> int:
     """The same for a command that is about a directory, and may print JSON.
 
@@ -62,7 +61,7 @@ def run_directory_job(
     parser = argparse.ArgumentParser(
         description=description, usage="python %(prog)s RUN_DIR [options]"
     )
-    parser.add_argument("directory", type=Path, metavar="RUN_DIR", help="of a run or a sweep")
+    parser.add_argument("directory", metavar="RUN_DIR", help="folder or URL of a run or a sweep")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     return _exit_code(lambda: action(arguments.directory, arguments.json))

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from orpo_ray.config_sections import PositiveInt, Section
+from orpo_ray.config_sections import Place, PositiveInt, Section
 
 
 def _some_workers(value: Any) -> Any:
@@ -71,7 +71,9 @@ class RaySection(Section):
 class OutputSection(Section):
     """Where the run directory goes: <output_dir>/<run_name>."""
 
-    output_dir: str = Field("runs", min_length=1, description="Parent of run directories.")
+    output_dir: Place = Field(
+        "runs", min_length=1, description="Parent of run directories: a path, s3:// or gs://."
+    )
     run_name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",

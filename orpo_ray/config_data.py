@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from orpo_ray.config_sections import PositiveInt, Section, Share
+from orpo_ray.config_sections import Place, PositiveInt, Section, Share
 
 
 class DataSource(Section):
@@ -79,7 +79,7 @@ class DataSection(Section):
         16, description="Token shards whose rows are shuffled together, and held in memory."
     )
     shard_rows: PositiveInt = Field(4096, description="Source rows in one token shard.")
-    token_cache_dir: str | None = Field(
+    token_cache_dir: Place | None = Field(
         None, description="Where token shards are cached; unset: <output_dir>/token_cache."
     )
 

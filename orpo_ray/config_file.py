@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from orpo_ray.bucket import URLS, VIEWS, local
 from orpo_ray.config import (
     SECTION_OF,
     SECTIONS,
@@ -14,6 +15,7 @@ from orpo_ray.config import (
     leaves_into_sections,
 )
 from orpo_ray.config_secrets import take_out_secrets
+from orpo_ray.storage import fetch
 
 # What users of other trainers type for settings that are far from ours by letters.
 _OTHER_NAMES = {
@@ -82,7 +84,8 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        values = _resolved(OmegaConf.load(path), findings)
+        file = fetch(local(path, VIEWS)) if path.startswith(URLS) else path
+        values = _resolved(OmegaConf.load(file), findings)
     except FileNotFoundError:
         findings.append(f"{path}: no such config file")
     except (OSError, UnicodeDecodeError) as error:

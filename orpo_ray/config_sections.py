@@ -13,6 +13,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from orpo_ray.bucket import PROTOCOLS
 from orpo_ray.config_secrets import HIDDEN, find_secrets
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -24,6 +25,16 @@ def _some_steps(value: int) -> int:
     if value == 0:
         raise ValueError("0 steps: give a number of steps, or -1 to go by epochs")
     return value
+
+
+def _known_place(value: str) -> str:
+    protocol, is_url, rest = value.partition("://")
+    if is_url and (protocol not in PROTOCOLS or not rest.strip("/")):
+        raise ValueError("give a path, s3://bucket/folder or gs://bucket/folder")
+    return value.rstrip("/") if is_url else value
+
+
+Place = Annotated[str, AfterValidator(_known_place)]
 
 
 class Section(BaseModel):

@@ -17,7 +17,9 @@ from ray.train import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from orpo_ray.bucket import address
 from orpo_ray.config import ConfigError, ORPOConfig
+from orpo_ray.storage import rename
 
 _KIND = "accelerator_type:"
 _LOOK_S = 1.0
@@ -168,7 +170,7 @@ def run_settings(
     """Where Ray Train keeps its state of the run, and what it does about failures."""
     return RunConfig(
         name=run_directory.name,
-        storage_path=str(run_directory.parent),
+        storage_path=address(run_directory.parent),
         failure_config=FailureConfig(
             max_failures=config.ray.max_failures, controller_failure_limit=10
         ),
@@ -201,5 +203,5 @@ def set_aside_broken_snapshot(run_directory: Path) -> str | None:
         if not gone:
             return None
         problem = f"{gone[0]} is gone"
-    path.replace(path.with_suffix(".set_aside.json"))
+    rename(path, path.with_suffix(".set_aside.json"))
     return f"Ray Train's {_SNAPSHOT} was set aside: {problem}"

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orpo_ray.bucket import address
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.dropping import load_keys
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.ingest import LENGTHS, first_refused, nothing_usable
-from orpo_ray.orchestration.pair_stats import STATS, PairStats
+from orpo_ray.orchestration.pair_stats import PairStats
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import ON_REQUEST, Reason
 from orpo_ray.preference.shards import TokenSet, read_shard
+from orpo_ray.storage import fetch_once
 from orpo_ray.training.run_files import DATA_REPORT, LEDGER
 
 QUARANTINE = "quarantine"
@@ -91,12 +93,13 @@ def _list_refused(run_directory: Path, name: str, tokens: TokenSet) -> None:
     listed.parent.mkdir(exist_ok=True)
     with listed.open("w", encoding="utf-8") as file:
         for source in tokens.report["quarantine"]:
-            file.write(Path(tokens.directory, source).read_text(encoding="utf-8"))
+            part = fetch_once(Path(tokens.directory, source))
+            file.write(part.read_text(encoding="utf-8"))
 
 
 def length_tallies(tokens: TokenSet) -> dict[str, Tally]:
     """How many pairs have a prompt, a chosen or a rejected answer, a longer side of n tokens."""
-    with np.load(Path(tokens.directory, LENGTHS)) as arrays:
+    with np.load(fetch_once(Path(tokens.directory, LENGTHS))) as arrays:
         return {kind: arrays[kind] for kind in _KINDS}
 
 
@@ -209,7 +212,7 @@ def refuse_bad_data(
         problems += nothing_usable(tokens)
         if not report["rows_read"] or not tokens.n_pairs:
             continue
-        listed = f"all in {run_directory}/{QUARANTINE}/{shown}.jsonl"
+        listed = f"all in {address(run_directory)}/{QUARANTINE}/{shown}.jsonl"
         bad = {reason: n for reason, n in report["refused"].items() if reason not in ON_REQUEST}
         share = sum(bad.values()) / report["rows_read"]
         if share > config.data.max_bad_fraction:
@@ -279,7 +282,7 @@ class _RowMarks:
 
 def _kept_rows(tokens: TokenSet, source: int) -> npt.NDArray[np.int64]:
     """The rows of a file that are trained on, from 0, and those that were left out on request."""
-    names = [path.stem for path in Path(tokens.directory, STATS).glob(f"{source:05d}-*.npz")]
+    names = [n for n in PairStats.names(tokens.directory) if n.startswith(f"{source:05d}-")]
     parts = [PairStats.load(tokens.directory, name) for name in names]
     rows = [part.rows[~part.held] for part in parts]
     return np.unique(np.concatenate([np.empty(0, np.int64), *rows]))

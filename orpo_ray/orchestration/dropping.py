@@ -9,10 +9,11 @@ import numpy as np
 
 from orpo_ray.orchestration.grouping import NewShards, Place, by_prompt, rewrite
 from orpo_ray.orchestration.ingest_request import IngestRequest
-from orpo_ray.orchestration.pair_stats import STATS, PairStats
+from orpo_ray.orchestration.pair_stats import PairStats
 from orpo_ray.orchestration.tokenize_task import QUARANTINE
 from orpo_ray.preference.records import Reason
 from orpo_ray.preference.shards import Shard
+from orpo_ray.storage import publish
 
 
 def stats_of(directory: str, summaries: Sequence[Mapping[str, Any]]) -> Iterator[PairStats]:
@@ -22,8 +23,7 @@ def stats_of(directory: str, summaries: Sequence[Mapping[str, Any]]) -> Iterator
 
 def load_keys(directory: str, name: str) -> Any:
     """One kind of keys of all pairs of a token set, in no order."""
-    paths = Path(directory, STATS).glob("*.npz")  # and not what a killed task left half written
-    parts = [PairStats.load(directory, path.stem) for path in paths]
+    parts = [PairStats.load(directory, stem) for stem in PairStats.names(directory)]
     return np.concatenate([np.empty(0, np.uint64), *(getattr(part, name) for part in parts)])
 
 
@@ -52,6 +52,7 @@ def dropped_pairs(
     if lines:
         path = Path(directory, QUARANTINE, "dropped.jsonl")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        publish(path)
     return masks
 
 

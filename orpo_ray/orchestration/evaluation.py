@@ -10,11 +10,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from orpo_ray.bucket import address
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.inputs import named_model
 from orpo_ray.orchestration.progress import set_name
+from orpo_ray.orchestration.run_copy import working_on
 from orpo_ray.orchestration.scoring import score_token_set
-from orpo_ray.orchestration.start import Start, make_console, start_run
+from orpo_ray.orchestration.start import (
+    Start,
+    make_console,
+    run_directory_of,
+    start_run,
+    with_run_name,
+)
 from orpo_ray.preference.errors import DataError
 from orpo_ray.training.statistics import (
     Difference,
@@ -56,7 +64,7 @@ class EvaluationResult:
     """A finished evaluation.
 
     Args:
-        run_directory: absolute path; `evaluation.json` in it holds the same.
+        run_directory: absolute path or URL; `evaluation.json` in it holds the same.
         sets: by name of the evaluation set; `eval` where it has none.
     """
 
@@ -73,6 +81,13 @@ def evaluate_model(config: ORPOConfig) -> EvaluationResult:
     """
     console = make_console()
     baseline = _baseline(config)
+    config = with_run_name(config)
+    with working_on(run_directory_of(config)):
+        return _evaluate_sets(config, baseline, console)
+
+
+def _evaluate_sets(config: ORPOConfig, baseline: str | None, console: Console) -> EvaluationResult:
+    """`evaluate_model` in a run directory that is kept in step."""
     start = start_run(config, console, only_evals=True)
     if not start.token_sets:
         raise DataError(["eval_files: nothing to evaluate on; name files"])
@@ -82,10 +97,10 @@ def evaluate_model(config: ORPOConfig) -> EvaluationResult:
         sets[shown] = _evaluate_set(start, name, shown, console, baseline)
         for table in _tables(shown, sets[shown]):
             console.print(table)
-    result = EvaluationResult(str(start.run_directory), sets)
+    result = EvaluationResult(address(start.run_directory), sets)
     path = start.run_directory / RESULT
     path.write_text(json.dumps(asdict(result), indent=1) + "\n")
-    console.print(f"evaluation: {path}", markup=False)
+    console.print(f"evaluation: {address(path)}", markup=False)
     for part in sets.values():
         console.print(f"a row a pair: {part.scores}", markup=False)
     return result
@@ -112,7 +127,7 @@ def _evaluate_set(
         subsets=_by_group(scores, np.array(table["subset"].to_pylist())),
         lengths=_by_group(scores, _length_groups(scores)),
         differences=found,
-        scores=str(path),
+        scores=address(path),
     )
 
 

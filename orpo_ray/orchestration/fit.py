@@ -7,10 +7,13 @@ from pathlib import Path
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from orpo_ray.bucket import WORKERS, of_side
 from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.feed import TRAIN, FeedPlan, PlannedFeed
+from orpo_ray.orchestration.run_copy import from_workers
 from orpo_ray.orchestration.worker import WorkerAnswer, WorkerTask
+from orpo_ray.storage import fetch_folder
 from orpo_ray.training.model_source import ModelSource
 
 Work = Callable[[dict[str, WorkerTask]], WorkerAnswer]
@@ -49,7 +52,7 @@ class Fit:
         task = WorkerTask(
             config=self.config,
             model=self.model,
-            run_directory=str(self.run_directory),
+            run_directory=str(of_side(self.run_directory, WORKERS)),
             evals=tuple(name for name in self.plans if name != TRAIN),
         )
         cluster.ask_for_timeouts(self.config)
@@ -65,7 +68,10 @@ class Fit:
             datasets={name: plan.shard_list() for name, plan in self.plans.items()},
             dataset_config=PlannedFeed(self.plans),
         )
-        answer: WorkerAnswer = trainer.fit().return_value
+        try:
+            answer: WorkerAnswer = trainer.fit().return_value
+        finally:
+            fetch_folder(self.run_directory, from_workers)
         if answer.refusal:
             raise ConfigError(answer.refusal.splitlines())
         if answer.failure:

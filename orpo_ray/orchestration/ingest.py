@@ -7,7 +7,6 @@ shards does not depend on scheduling. The manifest, written last, makes the set 
 
 import dataclasses
 import json
-import shutil
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -19,16 +18,17 @@ import xxhash
 from orpo_ray.orchestration.data_tasks import each
 from orpo_ray.orchestration.dropping import dropped_pairs, rewritten, stats_of
 from orpo_ray.orchestration.ingest_request import IngestRequest
-from orpo_ray.orchestration.pair_stats import STATS
 from orpo_ray.orchestration.tokenize_task import (
     DONE,
     QUARANTINE,
     SplitFile,
     TokenizeSplit,
+    make_folders,
 )
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shards import Shard, TokenSet
 from orpo_ray.preference.sources import identity
+from orpo_ray.storage import fetch_once, publish, remove, sizes
 
 # Raised whenever the same input would give other tokens or another report.
 CODE_VERSION = 5
@@ -49,15 +49,14 @@ def ingest(request: IngestRequest) -> TokenSet:
     directory = Path(request.cache_directory) / _cache_key(request)
     found = TokenSet.load(str(directory))
     if found is None:
-        for name in (QUARANTINE, DONE, STATS):
-            (directory / name).mkdir(parents=True, exist_ok=True)
+        make_folders(str(directory))
         found = _gathered(request, str(directory), _run_tasks(request, str(directory)))
         found.save()
-        shutil.rmtree(directory / DONE)
+        remove(directory / DONE)
         kept = {shard.name for shard in (*found.shards, *found.held_out)}
-        for path in directory.glob("*.parquet"):  # shards that were written anew
-            if path.name not in kept:
-                path.unlink()
+        for name in sizes(directory):
+            if name.endswith(".parquet") and name not in kept:  # a shard that was written anew
+                remove(directory / name)
     return found
 
 
@@ -172,6 +171,7 @@ def _length_figures(
         equal += int((chosen == rejected).sum())
     with Path(directory, LENGTHS).open("wb") as file:
         np.savez(file, allow_pickle=False, **tallies)
+    publish(Path(directory, LENGTHS))
     return {"pairs_chosen_longer": longer, "pairs_equally_long": equal}
 
 
@@ -193,7 +193,7 @@ def first_refused(
     """The first refused rows, of some reasons or of any, a line each."""
     lines: list[str] = []
     for part in tokens.report["quarantine"]:
-        with Path(tokens.directory, part).open(encoding="utf-8") as file:
+        with fetch_once(Path(tokens.directory, part)).open(encoding="utf-8") as file:
             for text in file:
                 row = json.loads(text)
                 if reasons is None or row["reason"] in reasons:

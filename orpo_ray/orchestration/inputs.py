@@ -10,12 +10,14 @@ from typing import Any
 
 import xxhash
 
+from orpo_ray.bucket import PROTOCOLS, address, local, make_folder
 from orpo_ray.config import ORPOConfig
 from orpo_ray.config_data import DataSource
 from orpo_ray.preference.demo_pairs import write_demo_pairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.sources import find_files
 from orpo_ray.preference.templates import template_text
+from orpo_ray.storage import fetch_folder, light, publish
 from orpo_ray.training.model_source import ModelSource, refuse_unsafe
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400
@@ -128,13 +130,17 @@ def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]
     A folder is given by its absolute path, as actors have working folders of their own; one that
     holds no model, or a model that would run code, is added to `problems`.
     """
-    path = Path(name).expanduser()
+    is_url = "://" in name
+    path = local(name) if is_url else Path(name).expanduser()
+    if is_url and (problem := _unfetched(name, path)):
+        problems.append(f"{setting}: {problem}")
+        return ModelSource.of(config.model, name)
     source = ModelSource.of(config.model, str(path.resolve()) if path.is_dir() else name)
     if path.is_dir():
         if not any((path / kind).is_file() for kind in ("config.json", "adapter_config.json")):
             problems.append(f"{setting}: {name} holds no config.json")
             return source
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    elif is_url or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         problems.append(f"{setting}: {name}: no such folder")
         return source
     try:
@@ -144,26 +150,40 @@ def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]
     return source
 
 
+def _unfetched(name: str, path: Path) -> str | None:
+    """Fetch all of a model in a bucket but its weights; says why that cannot be done."""
+    if name.partition("://")[0] not in PROTOCOLS:
+        return f"{name}: give a folder, a hub id, s3:// or gs://"
+    try:
+        fetch_folder(path, light)
+    except OSError as error:
+        return f"{name}: cannot be read: {' '.join(str(error).split())}"
+    return None
+
+
 def _make_demo(output_directory: Path, seed: int) -> RunInputs:
     """The demo's pairs, tokenizer and random base model, made once below the output directory."""
     home = output_directory / f"demo-{seed}"
     model = home / "base-model"
     train, evals = home / "train.jsonl", home / "eval.jsonl"
+    fetch_folder(home)
     if not (model / "config.json").exists():
         from transformers.utils.logging import disable_progress_bar
 
         from orpo_ray.training.demo_model import make_demo_model
 
         disable_progress_bar()
-        home.mkdir(parents=True, exist_ok=True)
+        make_folder(home)
         write_demo_pairs(str(home), DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS, seed)
         texts = []
         for line in train.read_text().splitlines():
             pair = json.loads(line)
             texts += [pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]]
         make_demo_model(str(model), texts, seed)
+        publish(train, evals, model)
     source = ModelSource(str(model), str(model))
-    return RunInputs(as_sources([str(train)]), {"eval_": as_sources([str(evals)])}, source)
+    files, eval_files = as_sources([address(train)]), as_sources([address(evals)])
+    return RunInputs(files, {"eval_": eval_files}, source)
 
 
 def _from_hub(config: ORPOConfig, output_directory: Path) -> RunInputs:
@@ -198,7 +218,7 @@ def keep_dataset(dataset: Any, directory: Path) -> str:
         directory: where; made if missing.
 
     Returns:
-        The file's path.
+        The file's path, or its URL.
 
     Raises:
         DataError: for any other type.
@@ -207,7 +227,7 @@ def keep_dataset(dataset: Any, directory: Path) -> str:
     import pandas
     import ray.data
 
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     if isinstance(dataset, ray.data.Dataset):
         return _keep_ray_dataset(dataset, directory)
     if isinstance(dataset, pandas.DataFrame):
@@ -226,7 +246,8 @@ def keep_dataset(dataset: Any, directory: Path) -> str:
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         dataset.to_parquet(str(temporary))
         temporary.replace(path)
-    return str(path)
+    publish(path)
+    return address(path)
 
 
 def _keep_ray_dataset(dataset: Any, directory: Path) -> str:
@@ -255,4 +276,5 @@ def _keep_ray_dataset(dataset: Any, directory: Path) -> str:
             digest.update(block)
     path = directory / f"{digest.hexdigest()}.parquet"
     temporary.replace(path)
-    return str(path)
+    publish(path)
+    return address(path)

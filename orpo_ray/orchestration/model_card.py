@@ -12,6 +12,7 @@ from orpo_ray.config import ORPOConfig
 from orpo_ray.config_file import to_yaml
 from orpo_ray.orchestration.run_curves import CURVES
 from orpo_ray.orchestration.run_facts import HEADLINE, evaluations_until, facts, headline
+from orpo_ray.storage import publish
 from orpo_ray.training.run_files import FINAL, exported_step, read_metrics
 
 _CARD = """---
@@ -109,7 +110,7 @@ def write_model_card(
     final = run_directory / FINAL
     lines = read_metrics(run_directory)
     name = config.model.model_name_or_path
-    is_hub_id = name is not None and not Path(name).expanduser().exists()
+    is_hub_id = name is not None and "://" not in name and not Path(name).expanduser().exists()
     curves = run_directory / CURVES
     if curves.exists():
         shutil.copyfile(curves, final / CURVES)
@@ -134,6 +135,7 @@ def write_model_card(
     )
     path = final / "README.md"
     card.save(path)
+    publish(*(final / name for name in (CURVES, path.name) if (final / name).exists()))
     return path
 
 

@@ -10,6 +10,7 @@ import xxhash
 
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.templates import PairText
+from orpo_ray.storage import fetch_folder, fetch_once, publish
 
 STATS = "stats"
 _SCALE = float(1 << 64)
@@ -47,12 +48,18 @@ class PairStats:
         with temporary.open("wb") as file:
             np.savez(file, **vars(self))
         temporary.replace(path)
+        publish(path)
 
     @staticmethod
     def load(directory: str, name: str) -> "PairStats":
         """Read what `save` wrote."""
-        with np.load(Path(directory, STATS, f"{name}.npz")) as arrays:
+        with np.load(fetch_once(Path(directory, STATS, f"{name}.npz"))) as arrays:
             return PairStats(**arrays)
+
+    @staticmethod
+    def names(directory: str) -> list[str]:
+        """Those under which `save` wrote, in no order; not what a killed task left half written."""
+        return [path.stem for path in fetch_folder(Path(directory, STATS)).glob("*.npz")]
 
 
 @dataclass

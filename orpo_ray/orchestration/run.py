@@ -3,9 +3,9 @@
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from orpo_ray.bucket import address, local
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_page import budget_lines, write_data_page
@@ -21,6 +21,7 @@ from orpo_ray.orchestration.progress import (
     set_name,
     write_or_say,
 )
+from orpo_ray.orchestration.run_copy import working_on
 from orpo_ray.orchestration.run_curves import picture
 from orpo_ray.orchestration.run_lock import claimed
 from orpo_ray.orchestration.run_report import REPORT, write_run_report
@@ -50,7 +51,7 @@ class TrainResult:
     """A finished run.
 
     Args:
-        run_directory: absolute path; the README says what is in it.
+        run_directory: absolute path or URL; the README says what is in it.
         model_directory: the trained model, for `AutoModelForCausalLM.from_pretrained`.
         metrics: last logged training metrics and last evaluation.
         metrics_before: the evaluation before the first step; empty without evaluation data.
@@ -67,7 +68,7 @@ class TrainResult:
 
     def plot(self) -> Any:
         """The curves of `report.html` as a matplotlib figure, which a notebook shows."""
-        return picture(read_metrics(Path(self.run_directory)))
+        return picture(read_metrics(local(self.run_directory)))
 
 
 def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
@@ -88,7 +89,8 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
         SystemExit: when this process got SIGTERM, once a checkpoint was saved.
     """
     config = with_run_name(config)
-    with claimed(run_directory_of(config)):
+    run_directory = run_directory_of(config)
+    with claimed(run_directory), working_on(run_directory):
         return _train(config, inputs)
 
 
@@ -103,7 +105,7 @@ def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
     if problem:
         console.print(problem, markup=False)
     console.print(
-        f"run directory: {run_directory}\n"
+        f"run directory: {address(run_directory)}\n"
         f"starting {_workers_text(config)} worker(s) with {config.ray.resources_per_worker}",
         markup=False,
     )
@@ -127,8 +129,8 @@ def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
         trackers.log_texts({path.name: path.read_text() for path in texts})
     figures = summary(run_directory)
     result = TrainResult(
-        run_directory=str(run_directory),
-        model_directory=str(run_directory / FINAL),
+        run_directory=address(run_directory),
+        model_directory=address(run_directory / FINAL),
         metrics=figures["after"] | figures["train"],
         metrics_before=figures["before"],
         data_report=report,
@@ -163,12 +165,15 @@ def prepare(config: ORPOConfig) -> dict[str, Any]:
         DataError: for missing files and when no usable row is left.
     """
     console = make_console()
-    start = start_run(config, console)
-    for name, figures in start.data_report.items():
-        for line in budget_lines(figures):
-            console.print(f"{name} {line}", markup=False)
-    page = write_data_page(start.run_directory, start.data_report, start.token_sets)
-    console.print(f"data report: {page} and {start.run_directory}/{DATA_REPORT}", markup=False)
+    config = with_run_name(config)
+    with working_on(run_directory_of(config)):
+        start = start_run(config, console)
+        for name, figures in start.data_report.items():
+            for line in budget_lines(figures):
+                console.print(f"{name} {line}", markup=False)
+        page = write_data_page(start.run_directory, start.data_report, start.token_sets)
+    shown = f"{address(page)} and {address(start.run_directory)}/{DATA_REPORT}"
+    console.print(f"data report: {shown}", markup=False)
     return start.data_report
 
 

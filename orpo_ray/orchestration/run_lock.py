@@ -5,12 +5,15 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from orpo_ray.config import ConfigError
+from orpo_ray.bucket import is_copy, make_folder
+from orpo_ray.orchestration.run_copy import in_use
+from orpo_ray.orchestration.run_lease import LEASE, STALE_S, leased, read_lease
+from orpo_ray.storage import age_s
 
 _LOCK = ".lock"
 # Whoever asks about a run holds its lock for an instant, for which no driver is refused.
@@ -38,26 +41,33 @@ def claimed(run_directory: Path) -> Iterator[None]:
     """Hold a run directory; the system lets go of it when this process ends, however it does.
 
     Raises:
-        ConfigError: when another driver has it.
+        ConfigError: when another driver has it, and when its bucket cannot be used.
     """
-    run_directory.mkdir(parents=True, exist_ok=True)
+    make_folder(run_directory)
+    name = f"process {os.getpid()} on {socket.gethostname()}"
     with (run_directory / _LOCK).open("a+") as file:
         if not _takes(file):
             file.seek(0)
-            raise ConfigError(
-                [
-                    f"run_name: {run_directory} is in use by {file.read().strip() or 'another run'}"
-                    "; wait for it, or choose another run_name"
-                ]
-            )
+            raise in_use(run_directory, file.read().strip() or "another run")
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"{name}\n")
         file.flush()
-        yield
+        with leased(run_directory, name) if is_copy(run_directory) else nullcontext():
+            yield
 
 
 def last_driver(run_directory: Path) -> Driver | None:
     """Who claimed a run directory last, and whether that driver still has it; None for nobody."""
+    if is_copy(run_directory):
+        lease = read_lease(run_directory / LEASE)
+        if not lease:
+            return None
+        age = age_s(run_directory / LEASE)
+        return Driver(
+            lease["driver"],
+            lease["since"],
+            not lease.get("ended") and age is not None and age < STALE_S,
+        )
     try:
         with (run_directory / _LOCK).open() as file:
             name, since = file.read().strip(), os.fstat(file.fileno()).st_mtime

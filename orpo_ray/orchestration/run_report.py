@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray import __version__
+from orpo_ray.bucket import address
 from orpo_ray.config import ORPOConfig
 from orpo_ray.config_file import to_yaml
 from orpo_ray.orchestration.page import render_page
@@ -163,7 +164,7 @@ def write_run_report(
     shown = evaluations_until(lines, ended)
     events = events_of(run_directory)
     met = sorted(count_events(run_directory).items())
-    again = (str(run_directory / CONFIG), f"run_name={run_directory.name}-again")
+    again = (address(run_directory / CONFIG), f"run_name={run_directory.name}-again")
     page = render_page(
         _BODY,
         run_directory.name,

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.bucket import address, is_copy
 from orpo_ray.config import ConfigError
 from orpo_ray.orchestration.progress import eval_prefixes, set_name
+from orpo_ray.orchestration.run_copy import refresh
 from orpo_ray.orchestration.run_lock import last_driver
 from orpo_ray.orchestration.run_state import Line, RunView, read_json
 from orpo_ray.training.manifest import MANIFEST, checkpoint_directories, find_damage
@@ -115,8 +117,10 @@ def read_status(directory: Path) -> RunStatus | SweepStatus:
     Raises:
         ConfigError: when it is neither.
     """
+    if is_copy(directory):
+        refresh(directory)
     if not directory.is_dir():
-        raise ConfigError([f"{directory}: no such folder"])
+        raise ConfigError([f"{address(directory)}: no such folder"])
     directory = directory.resolve()
     driver = last_driver(directory)
     if (directory / TRIALS).is_dir():
@@ -124,11 +128,11 @@ def read_status(directory: Path) -> RunStatus | SweepStatus:
         trials = [_status(RunView(folder, driver)) for folder in folders]
         alive = driver.is_alive if driver else None
         name = driver.name if driver else None
-        return SweepStatus(directory.name, str(directory), name, alive, trials)
+        return SweepStatus(directory.name, address(directory), name, alive, trials)
     marks = (CONFIG, METRICS, DATA_REPORT, TRIAL_RECORD)
     if driver is None and not any((directory / name).exists() for name in marks):
         missing = " nor ".join(marks)
-        raise ConfigError([f"{directory}: not a run directory: it has neither {missing}"])
+        raise ConfigError([f"{address(directory)}: not a run directory: it has neither {missing}"])
     if (directory / TRIAL_RECORD).exists() and driver is None:
         driver = last_driver(directory.parent.parent)
     return _status(RunView(directory, driver))
@@ -141,10 +145,10 @@ def _status(run: RunView) -> RunStatus:
     report = read_json(run.directory / DATA_REPORT)
     model = None
     if run.exported is not None:
-        model = {"step": run.exported, "folder": str(run.directory / FINAL)}
+        model = {"step": run.exported, "folder": address(run.directory / FINAL)}
     return RunStatus(
         name=run.directory.name,
-        directory=str(run.directory),
+        directory=address(run.directory),
         state=state,
         driver=run.driver.name if run.driver else None,
         quiet_s=run.quiet_s() if state in ("training", "starting") else None,
@@ -196,7 +200,7 @@ def _checkpoints(run: RunView) -> tuple[dict[str, Any] | None, list[dict[str, An
         except FileNotFoundError:
             continue  # it was deleted just now
         if damage is None:
-            about = {"step": step, "age_s": run.age(committed), "folder": str(directory)}
+            about = {"step": step, "age_s": run.age(committed), "folder": address(directory)}
             return about | {"checked": "manifest and sizes"}, passed_over
         if not (directory / MANIFEST).exists():
             damage = f"it has no {MANIFEST}: it is being written, or its save was cut off"

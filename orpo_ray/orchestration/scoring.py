@@ -1,7 +1,6 @@
 """Scoring a token set with Ray Data: actors with a model each, a file of scores a shard; driver."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import ActorPoolStrategy
 
+from orpo_ray.bucket import make_folder
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.cluster import HOST_MEMORY
 from orpo_ray.orchestration.data_tasks import each
-from orpo_ray.orchestration.pair_stats import STATS, PairStats
+from orpo_ray.orchestration.pair_stats import PairStats
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.shards import TokenSet, read_shard
+from orpo_ray.storage import fetch_folder, publish, remove
 
 _PARTS = "parts"
 _TASK_GROUPS = 512
@@ -46,7 +47,9 @@ class _ScoreGroups:
             self._open_shard = item["shard"], self._read(item["shard"])
         groups = self._open_shard[1][item["first"] : item["first"] + _TASK_GROUPS]
         path = self._folder / f"{item['number']:08d}.parquet"
+        make_folder(self._folder)
         pq.write_table(self._scorer.score(groups), path)
+        publish(path)
         answer = {"name": path.name, "problem": self._scorer.problem}
         return [{"item": json.dumps(answer)}]
 
@@ -67,7 +70,7 @@ def score_token_set(
         subset; and why the model computes padded rows, if it does so.
     """
     folder = path.parent / _PARTS
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     folder.mkdir(parents=True)
     stretches = [
         (shard.name, first)
@@ -89,11 +92,12 @@ def score_token_set(
         resources=resources,
         runtime_env=None if config.ray.use_gpu else {"env_vars": HOST_MEMORY},
     )
+    fetch_folder(folder)
     tables = [pq.read_table(folder / name) for name in sorted(answer["name"] for answer in found)]
     subsets = _subsets(tokens) if config.data.eval_subset_column else {}
     scores = _with_places(pa.concat_tables(tables), tokens, subsets)
     pq.write_table(scores, path)
-    shutil.rmtree(folder)
+    remove(folder)
     return scores, next((a["problem"] for a in found if a["problem"]), None)
 
 
@@ -114,9 +118,9 @@ def _with_places(
 def _subsets(tokens: TokenSet) -> dict[tuple[int, int], str]:
     """What every row that says so belongs to, by source and row."""
     found: dict[tuple[int, int], str] = {}
-    for path in Path(tokens.directory, STATS).glob("*.npz"):
-        stats = PairStats.load(tokens.directory, path.stem)
-        source = int(path.stem.partition("-")[0])
+    for name in PairStats.names(tokens.directory):
+        stats = PairStats.load(tokens.directory, name)
+        source = int(name.partition("-")[0])
         for row, subset in zip(stats.rows.tolist(), stats.subsets.tolist(), strict=True):
             if subset:
                 found[source, row] = subset

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from orpo_ray.bucket import local, make_folder
 from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.config_data import DataSource
 from orpo_ray.config_file import load_config, to_yaml
@@ -99,8 +100,8 @@ def with_run_name(config: ORPOConfig) -> ORPOConfig:
 
 
 def run_directory_of(config: ORPOConfig) -> Path:
-    """Absolute path of a named run."""
-    return Path(config.output.output_dir).expanduser().resolve() / str(config.output.run_name)
+    """Absolute path at which a named run is worked on."""
+    return local(config.output.output_dir) / str(config.output.run_name)
 
 
 def start_run(
@@ -129,7 +130,7 @@ def start_run(
     token_sets = _ingest_all(config, inputs, output_directory, only_evals)
     start = Start(config, inputs, run_directory, token_sets, {})
     start.refuse_another_run()
-    run_directory.mkdir(parents=True, exist_ok=True)
+    make_folder(run_directory)
     report = write_data_report(run_directory, token_sets, config, _names(inputs))
     for name, figures in report.items():
         for line in data_lines(name, figures):
@@ -205,7 +206,7 @@ def _request(
     output_directory: Path,
 ) -> IngestRequest:
     data = config.data
-    cache = Path(data.token_cache_dir or output_directory / "token_cache")
+    cache = local(data.token_cache_dir or output_directory / "token_cache")
     return IngestRequest(
         files=tuple(source.path for source in sources),
         tokenizer=inputs.model.tokenizer,
@@ -214,7 +215,7 @@ def _request(
             data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation
         ),
         shard_rows=data.shard_rows,
-        cache_directory=str(cache.expanduser().resolve()),
+        cache_directory=str(cache),
         reader=RowReader(tuple((data.column_mapping or {}).items()), data.min_score_gap),
         chat_template=inputs.model.chat_template,
         special_tokens=data.special_tokens_in_text,

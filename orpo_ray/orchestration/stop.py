@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from orpo_ray.storage import remove
 from orpo_ray.training.run_files import STOP
 
 STOPPED = 128 + signal.SIGTERM  # the exit code of a process that ended on this signal
@@ -21,7 +22,7 @@ def stopping_on_sigterm(run_directory: Path) -> Iterator[None]:
         run_directory: where the workers look for the request.
     """
     request = run_directory / STOP
-    request.unlink(missing_ok=True)
+    remove(request)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -30,4 +31,4 @@ def stopping_on_sigterm(run_directory: Path) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        request.unlink(missing_ok=True)
+        remove(request)

@@ -19,10 +19,12 @@ from ray.tune.schedulers import (
 )
 from rich.console import Console
 
+from orpo_ray.bucket import address
 from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.config_file import to_yaml
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.feed import TRAIN
+from orpo_ray.orchestration.run_copy import TUNE_STATE, refresh, working_on
 from orpo_ray.orchestration.run_lock import claimed
 from orpo_ray.orchestration.search_space import search_space
 from orpo_ray.orchestration.start import (
@@ -42,11 +44,11 @@ from orpo_ray.orchestration.trial import (
     trial_function,
 )
 from orpo_ray.preference.errors import DataError
+from orpo_ray.storage import fetch_folder, publish, remove
 from orpo_ray.training.run_files import FINAL, TRIALS
 
 BETA_ZERO = "beta-0"
 CHAMPION, BEST_CONFIG = "champion", "best_config.yaml"
-_STATE = "ray_tune"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class SweepResult:
     """A finished sweep.
 
     Args:
-        directory: absolute path; the README says what is in it.
+        directory: absolute path or URL; the README says what is in it.
         best: the best trial, or None when none is left under the guard.
         trials: all trials, the best first.
         model_directory: the best trial's model.
@@ -102,7 +104,8 @@ def tune(config: ORPOConfig, space: Mapping[str, Any] | None = None) -> SweepRes
         seed = config.train.seed
         space["seed"] = ray_tune.grid_search(list(range(seed, seed + config.tune.repeats)))
     config = with_run_name(config)
-    with claimed(run_directory_of(config)):
+    run_directory = run_directory_of(config)
+    with claimed(run_directory), working_on(run_directory):
         return _search(config, space, goal)
 
 
@@ -159,9 +162,9 @@ def _tuner(start: Start, space: Mapping[str, Any], goal: Goal) -> ray_tune.Tuner
     # A trial's actor only waits. A share of a CPU, however small, would be one that no worker
     # could have whole; none at all is refused by Ray; a byte is neither.
     trainable = ray_tune.with_resources(trial_function(start), {"memory": 1})
-    state = start.run_directory / _STATE
-    if ray_tune.Tuner.can_restore(str(state)):
-        return ray_tune.Tuner.restore(str(state), trainable, resume_unfinished=True)
+    state = address(start.run_directory / TUNE_STATE)
+    if ray_tune.Tuner.can_restore(state):
+        return ray_tune.Tuner.restore(state, trainable, resume_unfinished=True)
     config = start.config.tune
     return ray_tune.Tuner(
         trainable,
@@ -176,7 +179,7 @@ def _tuner(start: Start, space: Mapping[str, Any], goal: Goal) -> ray_tune.Tuner
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=ray_tune.RunConfig(
-            name=_STATE, storage_path=str(start.run_directory), verbose=0
+            name=TUNE_STATE, storage_path=address(start.run_directory), verbose=0
         ),
     )
 
@@ -231,6 +234,7 @@ def _scheduler(start: Start) -> TrialScheduler:
 def _conclude(start: Start, goal: Goal, console: Console) -> SweepResult:
     """The tables, the best trial's model and config, the report."""
     directory = start.run_directory
+    refresh(directory)
     trials = goal.ranked([t for t in read_trials(directory) if t.name != BETA_ZERO])
     best = goal.best(trials)
     baseline = _beta_zero(start, best, console) if best else None
@@ -245,12 +249,13 @@ def _conclude(start: Start, goal: Goal, console: Console) -> SweepResult:
         settings = trial_config(start.config, best.values).replace(run_name=None)
         (directory / BEST_CONFIG).write_text(to_yaml(settings))
         champion = directory / CHAMPION
-        shutil.rmtree(champion, ignore_errors=True)
-        shutil.copytree(best.directory / FINAL, champion)
+        remove(champion)
+        shutil.copytree(fetch_folder(best.directory / FINAL), champion)
+        publish(champion)
     report = write_sweep_report(directory, trials, goal, baseline)
     console.print(_end_text(trials, goal, best, directory), markup=False)
-    console.print(f"report: {report}", markup=False)
-    return SweepResult(str(directory), best, trials, str(champion) if champion else None)
+    console.print(f"report: {address(report)}", markup=False)
+    return SweepResult(address(directory), best, trials, address(champion) if champion else None)
 
 
 def _beta_zero(start: Start, best: Trial, console: Console) -> Trial | None:
@@ -267,7 +272,7 @@ def _plan_text(start: Start, space: Mapping[str, Any], goal: Goal) -> str:
     config = start.config.tune
     at_a_time = _concurrent(start.config)
     return (
-        f"sweep directory: {start.run_directory}\n"
+        f"sweep directory: {address(start.run_directory)}\n"
         f"searching {', '.join(space)}: {config.num_samples} samples, {at_a_time} at a time, "
         f"by {config.search_algorithm} search and {config.trial_scheduler}; "
         f"best {goal.mode} {goal.metric}"
@@ -287,7 +292,7 @@ def _end_text(trials: list[Trial], goal: Goal, best: Trial | None, directory: Pa
         return "\n".join([*lines, "no finished trial is left to choose"])
     lines += [
         f"best: {trial_text(best, goal)}",
-        f"champion: {directory / CHAMPION}",
-        f"next: python jobs/train.py {directory / BEST_CONFIG}",
+        f"champion: {address(directory / CHAMPION)}",
+        f"next: python jobs/train.py {address(directory / BEST_CONFIG)}",
     ]
     return "\n".join(lines)

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.bucket import make_folder
 from orpo_ray.orchestration.ingest_request import IngestRequest
-from orpo_ray.orchestration.pair_stats import StatsOfPairs
+from orpo_ray.orchestration.pair_stats import STATS, StatsOfPairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.readers import read_split, split_file
@@ -20,9 +21,16 @@ from orpo_ray.preference.rows import RawRow, Split
 from orpo_ray.preference.shards import write_shard
 from orpo_ray.preference.templates import PairText, empty_answer, render, special_token_in
 from orpo_ray.preference.tokenization import TokenizedPair
+from orpo_ray.storage import fetch_once, publish
 
 QUARANTINE, DONE = "quarantine", "done"
 _BATCH_ROWS = 256
+
+
+def make_folders(directory: str) -> None:
+    """Make the folders of a token set on this node."""
+    for name in (QUARANTINE, DONE, STATS):
+        make_folder(Path(directory, name))
 
 
 def _problems_as_answers(
@@ -75,11 +83,13 @@ class TokenizeSplit:
     def _write_chunk(self, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
         """The summary of one shard, which an ingest that was killed may have written already."""
         name = f"{source:05d}-{chunk[0].number:010d}"
-        done = Path(self.directory, DONE, f"{name}.json")
+        done = fetch_once(Path(self.directory, DONE, f"{name}.json"))
         if not done.exists():
+            make_folders(self.directory)
             temporary = done.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps(self._tokenize_chunk(name, source, chunk)))
             temporary.replace(done)
+            publish(done)
         summary: dict[str, Any] = json.loads(done.read_text())
         return summary
 
@@ -137,6 +147,7 @@ class TokenizeSplit:
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
         temporary.replace(target)
+        publish(target)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from orpo_ray.bucket import address, local
 from orpo_ray.config import ORPOConfig
 from orpo_ray.config_data import DataSource
 from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
 from orpo_ray.orchestration.run import TrainResult, evaluate, train
+from orpo_ray.orchestration.start import run_directory_of
 from orpo_ray.preference.sources import find_files
+from orpo_ray.storage import fetch_folder, publish
 from orpo_ray.training.model_source import ModelSource
 from orpo_ray.training.run_files import FINAL
 
@@ -46,15 +49,14 @@ class ORPOTrainer:
         config = args or ORPOConfig()
         if config.output.run_name is None:
             config = config.replace(run_name=time.strftime("orpo-%Y%m%d-%H%M%S"))
-        output_directory = Path(config.output.output_dir).expanduser().resolve()
-        self._run_directory = output_directory / str(config.output.run_name)
+        self._run_directory = run_directory_of(config)
         self._kept = self._run_directory / "inputs"
         if model is not None:
             name = model if isinstance(model, str) else self._keep_model(model)
             config = config.replace(model_name_or_path=name)
         if train_dataset is not None:
             config = config.replace(train_files=self._files(train_dataset), dataset_name=None)
-        inputs = find_inputs(config, output_directory)
+        inputs = find_inputs(config, self._run_directory.parent)
         if eval_dataset is not None:
             inputs = dataclasses.replace(inputs, eval_files=self._eval_files(eval_dataset))
         if processing_class is not None:
@@ -78,7 +80,8 @@ class ORPOTrainer:
         """
         inputs = self._inputs
         if self.result is not None:
-            trained = dataclasses.replace(inputs.model, model=self.result.model_directory)
+            model = str(local(self.result.model_directory))
+            trained = dataclasses.replace(inputs.model, model=model)
             inputs = dataclasses.replace(inputs, model=trained)
         return evaluate(self.args, inputs)
 
@@ -93,9 +96,10 @@ class ORPOTrainer:
         """
         final = self._run_directory / FINAL
         if not final.is_dir():
-            raise FileNotFoundError(f"{final}: no trained model yet; call train() first")
+            raise FileNotFoundError(f"{address(final)}: no trained model yet; call train() first")
         if output_dir is None:
-            return str(final)
+            return address(final)
+        fetch_folder(final)
         shutil.copytree(final, output_dir, dirs_exist_ok=True)
         return output_dir
 
@@ -122,12 +126,14 @@ class ORPOTrainer:
         """Write a model held in memory into the run directory."""
         folder = self._kept / "model"
         model.save_pretrained(folder)
-        return str(folder)
+        publish(folder)
+        return address(folder)
 
     def _keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase, inputs: RunInputs) -> ModelSource:
         """Write a tokenizer held in memory into the run directory."""
         folder = self._kept / "tokenizer"
         tokenizer.save_pretrained(folder)
+        publish(folder)
         return dataclasses.replace(inputs.model, tokenizer=str(folder))
 
 

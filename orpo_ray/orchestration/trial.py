@@ -10,6 +10,7 @@ import ray.tune
 from ray.train import TrainingFailedError
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from orpo_ray.bucket import address, make_folder
 from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.config_file import to_yaml
 from orpo_ray.orchestration.cluster import set_aside_broken_snapshot
@@ -18,6 +19,7 @@ from orpo_ray.orchestration.model_card import write_model_card
 from orpo_ray.orchestration.start import Start, make_console, start_run
 from orpo_ray.orchestration.worker import train_worker
 from orpo_ray.preference.errors import DataError
+from orpo_ray.storage import publish
 from orpo_ray.training.run_files import CONFIG, TRIAL_RECORD, TRIALS
 
 # Settings that change tokens or the base model: a trial with its own of these ingests for itself.
@@ -69,20 +71,21 @@ def run_trial(
     """
     trials = start.run_directory / TRIALS
     directory = trials / name
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     record = {"trial": name, "values": dict(values)}
     _write(directory, record)
     try:
         config = trial_config(start.config, values).replace(
             run_name=name,
-            output_dir=str(trials),
+            output_dir=address(trials),
             token_cache_dir=start.config.data.token_cache_dir
-            or str(start.run_directory.parent / "token_cache"),
+            or address(start.run_directory.parent / "token_cache"),
         )
         trial = dataclasses.replace(start, config=config, run_directory=directory)
         if _INPUTS & values.keys():
             trial = start_run(_with_found_inputs(config, start, values), make_console())
         (directory / CONFIG).write_text(to_yaml(trial.config))
+        publish(directory / CONFIG)
         set_aside_broken_snapshot(directory)
         Fit(trial.config, trial.inputs.model, directory, trial.plans(), callbacks).run(train_worker)
         write_model_card(directory, trial.config, trial.data_report)
@@ -120,3 +123,4 @@ def _write(directory: Path, record: Mapping[str, Any]) -> None:
     temporary = directory / f"{TRIAL_RECORD}.tmp"
     temporary.write_text(json.dumps(record) + "\n")
     temporary.replace(directory / TRIAL_RECORD)
+    publish(directory / TRIAL_RECORD)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.storage import fetch, fetch_once, publish
 
 _IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -90,11 +91,12 @@ class TokenSet:
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1))
         temporary.replace(path)
+        publish(path)
 
     @staticmethod
     def load(directory: str) -> "TokenSet | None":
         """Read the token set in `directory`, or None when no complete one is there."""
-        path = Path(directory) / MANIFEST_NAME
+        path = fetch(Path(directory) / MANIFEST_NAME)
         if not path.exists():
             return None
         fields = json.loads(path.read_text())
@@ -120,6 +122,7 @@ def write_shard(path: str, groups: Sequence[PromptGroup], source: int = -1) -> S
     temporary = f"{path}.{os.getpid()}.tmp"
     pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd")
     os.replace(temporary, path)
+    publish(Path(path))
     return Shard(
         name=os.path.basename(path),
         n_groups=len(groups),
@@ -145,7 +148,7 @@ def _digest(groups: Sequence[PromptGroup]) -> str:
 
 def read_shard(path: str) -> list[PromptGroup]:
     """Read all prompt groups of one shard, in file order."""
-    table = pq.read_table(path, schema=SCHEMA).combine_chunks()
+    table = pq.read_table(fetch_once(Path(path)), schema=SCHEMA).combine_chunks()
     prompts = _list_column(table, "prompt")
     flat = _values(table, "completions")
     inner = _split(flat.values.to_numpy(), flat.offsets.to_numpy())

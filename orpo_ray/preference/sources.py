@@ -21,6 +21,8 @@ PARQUET, ARROW = (".parquet",), (".arrow", ".feather")
 KINDS = (*LINES, *ARRAYS, *TABLES, *PARQUET, *ARROW)
 # pyarrow brings these file systems; every other protocol is fsspec's.
 _PYARROW_PROTOCOLS = ("s3", "gs", "gcs")
+_PYARROW_URLS = tuple(f"{protocol}://" for protocol in _PYARROW_PROTOCOLS)
+_BUFFER_BYTES = 4 << 20
 # Not every server of these gives a part of a file.
 STREAMED = ("http://", "https://")
 
@@ -158,6 +160,9 @@ def opened(path: str, seekable: bool = False) -> Iterator[Any]:
         if "://" in path:
             system, inner = _filesystem(path)
             raw: Any = stack.enter_context(system.open(inner, "rb"))
+            if path.startswith(_PYARROW_URLS) and not seekable:
+                # Else a line is read byte by byte, and each of them is a request.
+                raw = stack.enter_context(io.BufferedReader(raw.stream, _BUFFER_BYTES))
         else:
             raw = stack.enter_context(open(path, "rb"))
         packed = PurePosixPath(path).suffix

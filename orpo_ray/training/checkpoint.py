@@ -1,8 +1,9 @@
 """Sharded checkpoints, written beside the steps that follow; in training workers."""
 
+import contextlib
 import dataclasses
 import json
-import shutil
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,13 +25,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from orpo_ray.bucket import is_copy
+from orpo_ray.storage import HEAVY, fetch_folder, publish, remove
 from orpo_ray.training.manifest import (
+    checkpoint_directories,
     checkpoint_directory,
     fingerprint,
     keep_newest,
     write_json,
     write_manifest,
 )
+from orpo_ray.training.run_files import WRITTEN_BY_WORKERS
 
 # What is frozen is the base model's, and read from there again.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -136,7 +141,7 @@ class CheckpointSaver:
         files: dict[str, Any] = {}
         try:
             if rank == 0:
-                shutil.rmtree(directory, ignore_errors=True)  # a torn save of the same step
+                remove(directory)  # a torn save of the same step
                 directory.mkdir(parents=True)
                 write_json(directory / _STATE, dataclasses.asdict(state))
         except OSError as error:
@@ -148,6 +153,7 @@ class CheckpointSaver:
                     staged, checkpoint_id=str(directory), process_group=self._group
                 )
                 files = _own_files(directory)
+                publish(*(directory / name for name in files))
             except (CheckpointException, OSError) as error:
                 problem = _reason(error)
             problem = self._first_problem(problem)
@@ -155,7 +161,10 @@ class CheckpointSaver:
         dist.all_gather_object(parts, files, group=self._group)
         if rank == 0:
             problem = self._commit(directory, problem, about, parts, keep)
-        return self._first_problem(problem)
+        problem = self._first_problem(problem)
+        if problem is None:
+            _forget_others(directory)
+        return problem
 
     def _commit(
         self,
@@ -169,12 +178,15 @@ class CheckpointSaver:
         if problem is None:
             try:
                 files = {name: entry for part in parts for name, entry in part.items()}
+                texts = (Path(self._run_directory, name) for name in WRITTEN_BY_WORKERS)
+                publish(*(path for path in texts if path.exists()))
                 write_manifest(directory, about, files)
                 keep()
             except OSError as error:
                 problem = str(error)
         if problem is not None:
-            shutil.rmtree(directory, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(directory)
         return problem
 
     def _first_problem(self, problem: str | None) -> str | None:
@@ -191,7 +203,7 @@ def load_checkpoint(
 
     The number of ranks may differ from the one that wrote it.
     """
-    directory = checkpoint_directory(run_directory, step)
+    directory = _on_this_node(checkpoint_directory(run_directory, step))
     tensors = _tensors(model, optimizer)
     state_dict_loader.load(tensors, checkpoint_id=str(directory))
     set_state_dict(
@@ -208,9 +220,27 @@ def load_checkpoint(
 def load_weights(run_directory: str, step: int, model: nn.Module) -> None:
     """Read the weights alone of a verified checkpoint into a sharded model."""
     weights = _trained(model, get_model_state_dict(model, options=_OPTIONS))
-    directory = checkpoint_directory(run_directory, step)
+    directory = _on_this_node(checkpoint_directory(run_directory, step))
     state_dict_loader.load({"model": weights}, checkpoint_id=str(directory))
     set_model_state_dict(model, weights, options=_OPTIONS)
+
+
+def _on_this_node(directory: Path) -> Path:
+    """Fetch a checkpoint to every node; a collective. With another number of ranks all is read."""
+    if is_copy(directory):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            fetch_folder(directory)
+        dist.barrier()
+    return directory
+
+
+def _forget_others(directory: Path) -> None:
+    """Leave the tensors of one checkpoint alone on this node's disk; the bucket has the others."""
+    if is_copy(directory):
+        for other in checkpoint_directories(directory.parent.parent):
+            for path in other.iterdir() if other != directory and other.exists() else ():
+                if path.name.endswith(HEAVY):
+                    path.unlink(missing_ok=True)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedConfig
 
 from orpo_ray.config_sections import ModelSection
+from orpo_ray.storage import publish, remove
 from orpo_ray.training.adapters import save_adapters
 from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.model_source import (
@@ -55,8 +56,11 @@ def export_model(
             _restore_config(beside / "config.json", base)
         load_tokenizer(source).save_pretrained(beside)
         (beside / RECORD).write_text(json.dumps({"step": step}) + "\n")
-        shutil.rmtree(directory, ignore_errors=True)
-        beside.rename(directory)
+        final = Path(directory)
+        remove(final)
+        beside.rename(final)
+        publish(*(path for path in final.rglob("*") if path.is_file() and path.name != RECORD))
+        publish(final / RECORD)  # by which it is known to be whole
     dist.barrier()
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from orpo_ray.storage import fetch_folder
 from orpo_ray.training.best import Evaluations
 from orpo_ray.training.checkpoint import load_weights
 from orpo_ray.training.export import export_model
@@ -49,7 +50,8 @@ def _choose(evaluations: Evaluations, files: RunFiles, step: int) -> int | None:
     for candidate in (*ranking, step):
         damage = None
         if candidate not in (step, done):
-            damage = find_damage(checkpoint_directory(files.directory, candidate))
+            directory = fetch_folder(checkpoint_directory(files.directory, candidate))
+            damage = find_damage(directory)
         if damage is None:
             break
         lost = lost or f"the checkpoint of the best evaluation, step {candidate}, is lost: {damage}"

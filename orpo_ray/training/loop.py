@@ -6,6 +6,8 @@ goes to a function, so it runs under torchrun as well.
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.stream import StepBatch
+from orpo_ray.storage import fetch_folder, kept_in_step, light
 from orpo_ray.training.best import Evaluations
 from orpo_ray.training.checkpoint import TrainState
 from orpo_ray.training.errors import NonFiniteError, StoppedError
@@ -26,7 +29,7 @@ from orpo_ray.training.keeper import CheckpointKeeper, position, run_files
 from orpo_ray.training.margins import MarginLog
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.resume import decisive_settings
-from orpo_ray.training.run_files import read_metrics, summary
+from orpo_ray.training.run_files import STOP, WRITTEN_BY_WORKERS, read_metrics, summary
 from orpo_ray.training.samples import Sampler
 from orpo_ray.training.sharding import build_model, use_bf16
 from orpo_ray.training.statistics import Scores, estimates
@@ -51,12 +54,25 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
         # Read by cuBLAS when it is first used, which is not before a model is there.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    loop = _Loop(job)
-    loop.settle_attention()  # by the base model: a resumed run has to decide the same
-    loop.restore()
-    loop.run()
-    loop.finish()
+    with _files_in_step(Path(job.run_directory)):
+        loop = _Loop(job)
+        loop.settle_attention()  # by the base model: a resumed run has to decide the same
+        loop.restore()
+        loop.run()
+        loop.finish()
     return summary(Path(job.run_directory))
+
+
+@contextmanager
+def _files_in_step(directory: Path) -> Iterator[None]:
+    """Where the run directory is in a bucket: begin with its files, and keep up with the driver."""
+    if dist.get_rank():
+        yield
+        return
+    fetch_folder(directory, light)
+    written, asked = frozenset(WRITTEN_BY_WORKERS), frozenset({STOP})
+    with kept_in_step(directory, written.__contains__, asked.__contains__):
+        yield
 
 
 @dataclass

@@ -5,12 +5,13 @@ Runs in training workers and on the driver; needs no torch.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from orpo_ray.storage import fetch_folder, publish, remove, rename, sizes
 
 MANIFEST = "MANIFEST.json"
 FOLDER = "checkpoints"
@@ -31,11 +32,12 @@ def write_manifest(directory: Path, about: Mapping[str, Any], files: Mapping[str
     """Commit a checkpoint whose other files are written.
 
     Args:
-        directory: of the checkpoint.
+        directory: of the checkpoint; what is of it in other places has to be published.
         about: what else the manifest says (step, epoch, position, world size, settings).
         files: `fingerprint` of every file by name.
     """
     write_json(directory / MANIFEST, _sealed({**about, "files": dict(files)}))
+    publish(directory / MANIFEST)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -70,17 +72,17 @@ def find_damage(directory: Path, read_files: bool = True) -> str | None:
         files = read_manifest(directory)["files"]
     except ValueError as error:
         return str(error)
-    for path in sorted(directory.iterdir()):
+    there = sizes(directory)
+    for name in sorted(there):
         # What torch would unpickle has to be covered.
-        if path.name not in files and (path.name == ".metadata" or path.suffix == ".distcp"):
-            return f"{path.name} is not in its {MANIFEST}"
+        if name not in files and (name == ".metadata" or name.endswith(".distcp")):
+            return f"{name} is not in its {MANIFEST}"
     for name, entry in files.items():
-        path = directory / name
-        if not path.is_file():
+        if name not in there:
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if read_files and fingerprint(path) != entry:
+        if there[name] != entry["bytes"]:
+            return f"{name} has {there[name]} bytes instead of {entry['bytes']}"
+        if read_files and fingerprint(directory / name) != entry:
             return f"{name} does not match its checksum"
     return None
 
@@ -95,14 +97,17 @@ def newest_checkpoint(run_directory: str, set_aside: Callable[[str, str], None])
         set_aside: told the name of every checkpoint that was, and why.
     """
     for directory in checkpoint_directories(run_directory):
+        if not fetch_folder(directory).exists():
+            continue  # a copy of one that was deleted
         damage = find_damage(directory)
         if damage is None:
             return int(directory.name.removeprefix("step-"))
         aside = directory.parent / SET_ASIDE
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         aside.mkdir()
-        directory.rename(aside / directory.name)
+        rename(directory, aside / directory.name)
         (aside / "REASON").write_text(f"{directory.name}: {damage}\n")
+        publish(aside / "REASON")
         set_aside(directory.name, damage)
     return None
 
@@ -127,8 +132,8 @@ def keep_newest(run_directory: str, limit: int | None, ranking: Sequence[int] = 
     for directory in directories:
         if directory in kept:
             continue
-        (directory / MANIFEST).unlink(missing_ok=True)  # from here on it is none
-        shutil.rmtree(directory, ignore_errors=True)
+        remove(directory / MANIFEST)  # from here on it is none
+        remove(directory)
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

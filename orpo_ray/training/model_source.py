@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.config_sections import ModelSection
+from orpo_ray.storage import fetch_folder, light
 from orpo_ray.training.errors import UnsupportedModelError
 
 _PICKLED = (("model", "pytorch_model"), ("adapter_model", "adapter_model"))
@@ -61,6 +62,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     with _as_refusals(source.tokenizer):
+        fetch_folder(Path(source.tokenizer), light)
         tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, **source.options)
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
@@ -76,6 +78,7 @@ def load_model_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     with _as_refusals(source.model):
+        fetch_folder(Path(source.model), light)
         return AutoConfig.from_pretrained(source.model, **source.options)
 
 
@@ -90,6 +93,7 @@ def load_model(source: ModelSource, dtype: Any) -> Any:
     # Else transformers takes weights that a service on the hub converted, of no revision named.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     with _as_refusals(source.model):
+        fetch_folder(Path(source.model))
         return AutoModelForCausalLM.from_pretrained(
             source.model, use_safetensors=True, dtype=dtype, **source.options
         )

@@ -40,6 +40,8 @@ SECONDS = "seconds/"
 TIMING = ("time", "pairs_per_s", "tokens_per_s", *(SECONDS + part for part in PARTS))
 # Files whose lines belong to a step, besides the ledger.
 _BY_STEP = (METRICS, MARGINS, EVALUATIONS, SAMPLES)
+# What rank 0 writes beside checkpoints and `final/`, and nobody else.
+WRITTEN_BY_WORKERS = (*_BY_STEP, LEDGER, EVENTS, LOG)
 
 
 @dataclass(frozen=True)

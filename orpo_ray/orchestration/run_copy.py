@@ -1,0 +1,79 @@
+"""The copy of a run or a sweep in a bucket; does nothing for one on a disk; on the driver."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from orpo_ray.bucket import address
+from orpo_ray.config import ConfigError
+from orpo_ray.storage import fetch_folder, kept_in_step, light
+from orpo_ray.training.manifest import FOLDER
+from orpo_ray.training.run_files import (
+    FINAL,
+    RECORD,
+    TRIAL_RECORD,
+    TRIALS,
+    WRITTEN_BY_WORKERS,
+)
+
+# Of Ray Tune: its own state of a sweep, which it keeps in the bucket by itself.
+TUNE_STATE = "ray_tune"
+# Folders whose writers publish what they write, and where the driver does so file by file.
+_OF_OTHERS = (FOLDER, FINAL, TRIALS, TUNE_STATE)
+_FROM_WORKERS = frozenset({*WRITTEN_BY_WORKERS, TRIAL_RECORD, f"{FINAL}/{RECORD}"})
+
+
+@contextmanager
+def working_on(run_directory: Path) -> Iterator[None]:
+    """Begin with what the bucket has of a run, and keep the copy in step as long as this lasts.
+
+    Raises:
+        ConfigError: when the bucket cannot be read.
+    """
+    refresh(run_directory)
+    with kept_in_step(run_directory, _by_driver, from_workers):
+        yield
+
+
+def refresh(run_directory: Path) -> None:
+    """Bring a copy to what the bucket has, but for weights.
+
+    Raises:
+        ConfigError: when the bucket cannot be read.
+    """
+    try:
+        fetch_folder(run_directory, _of_interest)
+    except OSError as error:
+        raise unusable(run_directory, error) from error
+
+
+def unusable(run_directory: Path, error: OSError) -> ConfigError:
+    """What to say of a bucket that cannot be used."""
+    reason = " ".join(str(error).split())
+    return ConfigError([f"output_dir: {address(run_directory.parent)} cannot be used: {reason}"])
+
+
+def in_use(run_directory: Path, driver: str) -> ConfigError:
+    """What to say of a run directory that another driver has."""
+    return ConfigError(
+        [
+            f"run_name: {address(run_directory)} is in use by {driver}; wait for it, or choose "
+            "another run_name"
+        ]
+    )
+
+
+def from_workers(name: str) -> bool:
+    """Whether a file of a run or a sweep is one that workers or trials write as they go on."""
+    parts = PurePosixPath(name).parts
+    inner = parts[2:] if parts[0] == TRIALS else parts
+    return "/".join(inner) in _FROM_WORKERS
+
+
+def _by_driver(name: str) -> bool:
+    first = PurePosixPath(name).parts[0]
+    return first not in _OF_OTHERS and not first.startswith(".") and not from_workers(name)
+
+
+def _of_interest(name: str) -> bool:
+    return light(name) and PurePosixPath(name).parts[0] != TUNE_STATE
