@@ -19,9 +19,11 @@ PROTOCOLS = ("s3", "gs")
 URLS = tuple(f"{protocol}://" for protocol in PROTOCOLS)
 DRIVER, WORKERS, VIEWS = "driver", "workers", "views"
 _COPIES = "orpo_ray-copies"
-# Files of a copy that are this node's own, besides temporary ones.
-_OWN = (".lock", ".fetching")
+# Files of a copy that are this node's own.
+FETCHING = ".fetching"
+_OWN = (".tmp", ".lock", FETCHING)
 _BLOCK = 8 << 20
+_UPLOADING: dict[Path, threading.Lock] = {}
 
 
 def local(place: str | Path, side: str = DRIVER) -> Path:
@@ -73,6 +75,12 @@ def upload(path: Path) -> tuple[int, int]:
     The copy gets the time of what is stored, by which it is known to be the same.
     """
     system, key = remote(path)
+    # Else the older one of two uploads of a file that grows might be the one that stays.
+    with _UPLOADING.setdefault(path, threading.Lock()):
+        return _upload(system, key, path)
+
+
+def _upload(system: Any, key: str, path: Path) -> tuple[int, int]:
     before = stamp(path)
     with path.open("rb") as source, system.open_output_stream(key) as target:
         shutil.copyfileobj(source, target, _BLOCK)
@@ -101,9 +109,9 @@ def download(system: Any, info: Any, path: Path) -> None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder but temporary ones and those of this module."""
+    """All files below a folder but this node's own."""
     for path in folder.rglob("*"):
-        if path.suffix != ".tmp" and path.name not in _OWN and path.is_file():
+        if not path.name.endswith(_OWN) and path.is_file():
             yield path
 
 

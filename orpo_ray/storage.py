@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from orpo_ray.bucket import (
+    FETCHING,
     download,
     files_below,
     is_copy,
@@ -87,7 +88,7 @@ def fetch_folder(folder: Path, wanted: Names = everything) -> Path:
     if not is_copy(folder):
         return folder
     make_folder(folder)
-    with (folder / ".fetching").open("w") as lock:
+    with (folder.parent / f".{folder.name}{FETCHING}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         there = listed(folder)
         if not there:

@@ -1,13 +1,16 @@
 """What all tests share: where things are, and the environment of commands run as a user would."""
 
 import gc
+import logging
 import os
 import secrets
 import subprocess
 import sys
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +25,40 @@ def ray_token(tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("token") / "token"
     path.write_text(secrets.token_hex(32))
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A server on this machine that speaks S3; gives its address."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: str, tmp_path_factory) -> Iterator[Any]:
+    """The bucket `bucket`, empty; gives a client of its server.
+
+    Processes that are started meanwhile find the server by their environment.
+    """
+    import boto3
+
+    urllib.request.urlopen(f"{s3_server}/moto-api/reset", data=b"").close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "key")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", s3_server)
+        patch.setenv("ORPO_RAY_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        yield client
+        client.close()
 
 
 @pytest.fixture(scope="module")

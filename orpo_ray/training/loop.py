@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from orpo_ray.bucket import make_folder
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.stream import StepBatch
@@ -70,6 +71,7 @@ def _files_in_step(directory: Path) -> Iterator[None]:
         yield
         return
     fetch_folder(directory, light)
+    make_folder(directory)
     written, asked = frozenset(WRITTEN_BY_WORKERS), frozenset({STOP})
     with kept_in_step(directory, written.__contains__, asked.__contains__):
         yield

@@ -12,14 +12,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import boto3
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.readers import count_rows, read_split, split_file
@@ -193,51 +191,46 @@ def test_a_url_is_read_as_a_file_is(tmp_path: Path, served: str) -> None:
         find_files([f"{served}/gone.jsonl"])
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A bucket of a server on this machine that speaks S3, and its client."""
-    keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key"}
-    for name, value in (keys | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
-        monkeypatch.setenv(name, value)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-    client.create_bucket(Bucket="pairs")
-    yield client
-    client.close()
-    server.stop()
-
-
 def test_a_bucket_is_read_as_a_folder_is(tmp_path: Path, bucket: Any) -> None:
     """Plain lines are cut into parts there too; a file that changes has another identity."""
     for name in ("rows.jsonl", "rows.jsonl.gz", "rows.parquet"):
         WRITERS[name](tmp_path / name)
-        bucket.put_object(Bucket="pairs", Key=f"deep/{name}", Body=(tmp_path / name).read_bytes())
-    bucket.put_object(Bucket="pairs", Key="deep/notes.txt", Body=b"text")
-    found = find_files(["s3://pairs/deep"])
+        bucket.put_object(Bucket="bucket", Key=f"deep/{name}", Body=(tmp_path / name).read_bytes())
+    bucket.put_object(Bucket="bucket", Key="deep/notes.txt", Body=b"text")
+    found = find_files(["s3://bucket/deep"])
     assert found == [
-        "s3://pairs/deep/rows.jsonl",
-        "s3://pairs/deep/rows.jsonl.gz",
-        "s3://pairs/deep/rows.parquet",
+        "s3://bucket/deep/rows.jsonl",
+        "s3://bucket/deep/rows.jsonl.gz",
+        "s3://bucket/deep/rows.parquet",
     ]
-    assert find_files(["s3://pairs/*/*.jsonl*"]) == found[:2]
+    assert find_files(["s3://bucket/*/*.jsonl*"]) == found[:2]
     for url, n_splits in zip(found, (3, 1, 3), strict=True):
         splits = split_file(url, 3)
         assert len(splits) == n_splits
         assert [raw.record for split in splits for raw in read_split(split)] == ROWS
     before = identity(found[0])
     assert identity(found[0]) == before
-    bucket.put_object(Bucket="pairs", Key="deep/rows.jsonl", Body=b'{"a": 1}\n')
+    bucket.put_object(Bucket="bucket", Key="deep/rows.jsonl", Body=b'{"a": 1}\n')
     assert identity(found[0]) != before
     with pytest.raises(DataError) as caught:
-        find_files(["s3://pairs/gone.jsonl", "s3://none/a.jsonl", "s3://pairs/deep/notes.txt"])
+        find_files(["s3://bucket/gone.jsonl", "s3://none/a.jsonl", "s3://bucket/deep/notes.txt"])
     gone, none, notes = caught.value.lines
-    assert gone == "s3://pairs/gone.jsonl: no such file or folder"
+    assert gone == "s3://bucket/gone.jsonl: no such file or folder"
     assert none.startswith("s3://none/a.jsonl: ")
-    assert notes.startswith("s3://pairs/deep/notes.txt: not a kind of file")
+    assert notes.startswith("s3://bucket/deep/notes.txt: not a kind of file")
+
+
+def test_lines_in_a_bucket_are_read_in_blocks(
+    bucket: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server logs every request; a file object of pyarrow reads a line byte by byte."""
+    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(1000)]
+    bucket.put_object(Bucket="bucket", Key="many.jsonl", Body=as_lines(rows))
+    with caplog.at_level(logging.INFO, logger="werkzeug"):
+        read = list(read_split(Split("s3://bucket/many.jsonl")))
+    requests = [record for record in caplog.records if record.name == "werkzeug"]
+    assert [row.record for row in read] == rows
+    assert 1 <= len(requests) <= 10
 
 
 @pytest.mark.parametrize("name", ["odd.jsonl", "odd.jsonl.gz"])
