@@ -1,8 +1,7 @@
 """A run's figures for Prometheus, through Ray's own metrics; on rank 0.
 
 Ray serves them on every node (`MetricsExportPort`), with `ray_` before the names. They are tagged
-with the run's name, those of an evaluation also with its set. There is no MFU among them: it takes
-the peak of the accelerator, which nothing here knows.
+with the run's name, those of an evaluation also with its set.
 """
 
 import json
@@ -23,6 +22,7 @@ TRAINED = {
     "step": ("orpo_step", "Optimizer steps done, as last logged."),
     "pairs_per_s": ("orpo_pairs_per_s", "Preference pairs trained a second, over all workers."),
     "tokens_per_s": ("orpo_tokens_per_s", "Tokens computed a second, over all workers."),
+    "mfu": ("orpo_mfu", "Share of a timed matrix product's rate that useful tokens reach."),
     "loss": ("orpo_loss", "Training loss, in nats."),
     "nll_loss": ("orpo_nll_loss", "NLL of the training loss, in nats a token."),
     "rewards/margins": ("orpo_reward_margin", "Mean reward margin of the trained pairs."),

@@ -47,7 +47,11 @@ LEARNING = (
     Chart("learning rate", ("learning_rate",)),
     Chart("gradient norm before clipping", ("grad_norm",)),
 )
-THROUGHPUT = (Chart("pairs/s", ("pairs_per_s",)), Chart("tokens/s", ("tokens_per_s",)))
+THROUGHPUT = (
+    Chart("pairs/s", ("pairs_per_s",)),
+    Chart("tokens/s", ("tokens_per_s",)),
+    Chart("MFU, of a timed matrix product", ("mfu",)),
+)
 
 
 def all_prefixes(lines: Lines) -> list[str]:

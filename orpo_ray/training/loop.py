@@ -25,6 +25,7 @@ from orpo_ray.training.checkpoint import TrainState
 from orpo_ray.training.errors import NonFiniteError, StoppedError
 from orpo_ray.training.evaluation import evaluate_streams
 from orpo_ray.training.finish import write_final
+from orpo_ray.training.flops import Work, matmul_rate
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.keeper import CheckpointKeeper, position, run_files
 from orpo_ray.training.margins import MarginLog
@@ -100,7 +101,10 @@ class _Loop:
             device=job.device,
         )
         weights = OrpoWeights(config.orpo.beta, model.router_coef)
-        self.log = StepLog(self.files, weights, job.device, job.watch)
+        dtype = torch.bfloat16 if use_bf16(config, job.device) else torch.float32
+        peak_flops = dist.get_world_size() * matmul_rate(job.device, dtype)
+        work = Work.of(model.causal_lm)
+        self.log = StepLog(self.files, weights, job.device, job.watch, work, peak_flops)
         self.margins = MarginLog(self.files)
         self.sampler = Sampler.of(job, model, self.files)
         settings = decisive_settings(config, job.train.data_digest)

@@ -37,7 +37,7 @@ PARTS = (
 )
 SECONDS = "seconds/"
 # What differs between two runs that are otherwise the same to the byte.
-TIMING = ("time", "pairs_per_s", "tokens_per_s", *(SECONDS + part for part in PARTS))
+TIMING = ("time", "pairs_per_s", "tokens_per_s", "mfu", *(SECONDS + part for part in PARTS))
 # Files whose lines belong to a step, besides the ledger.
 _BY_STEP = (METRICS, MARGINS, EVALUATIONS, SAMPLES)
 # What rank 0 writes beside checkpoints and `final/`, and nobody else.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.preference.stream import StepBatch
+from orpo_ray.training.flops import Work
 from orpo_ray.training.job import Report
 from orpo_ray.training.run_files import PARTS, SECONDS, RunFiles
 
@@ -31,6 +32,8 @@ class StepLog:
         weights: between the terms of the loss.
         device: of this rank.
         watch: shown every line that is written, on rank 0.
+        work: of a forward and backward pass.
+        peak_flops: of all ranks together, a second.
         sums: (10,) of `batch_sums` since the last logged step, of this rank.
         steps: optimizer steps since then.
         latest: the last logged value of every metric.
@@ -40,6 +43,8 @@ class StepLog:
     weights: OrpoWeights
     device: torch.device
     watch: Report
+    work: Work
+    peak_flops: float
     sums: Tensor = field(init=False)
     steps: int = 0
     latest: dict[str, Any] = field(default_factory=dict)
@@ -47,6 +52,7 @@ class StepLog:
     _seconds: float = 0.0
     _tokens: int = 0
     _pairs: int = 0
+    _flops: float = 0.0
     _spent: dict[str, float] = field(default_factory=dict)
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
@@ -56,7 +62,7 @@ class StepLog:
     def _clear(self) -> None:
         self.sums = torch.zeros(N_SUMS, dtype=torch.float64, device=self.device)
         self.steps = self._tokens = self._pairs = 0
-        self._seconds = 0.0
+        self._seconds = self._flops = 0.0
         self._norm = None
 
     def restore(self, sums: tuple[tuple[float, ...], ...], steps: int) -> None:
@@ -86,6 +92,8 @@ class StepLog:
         self._tokens += batch.n_tokens
         self._pairs += batch.n_pairs
         self._seconds += seconds
+        # Ranks carry about equal tokens, so this one's share stands for the others'.
+        self._flops += dist.get_world_size() * sum(map(self.work.flops, batch.rows))
         self._norm = norm if norm is not None else self._norm
 
     def spend(self, part: str, seconds: float) -> None:
@@ -107,6 +115,7 @@ class StepLog:
             "grad_norm": float(self._norm) if self._norm is not None else None,
             "pairs_per_s": self._pairs / self._seconds,
             "tokens_per_s": self._tokens / self._seconds,
+            "mfu": self._flops / self._seconds / self.peak_flops,
         }
         self._clear()
         return figures

@@ -25,7 +25,13 @@ Line = dict[str, float | None]
 def line() -> Line:
     """As the loop logs one with two evaluation sets; of one the NLL is not finite any more."""
     learned = {"loss": 2.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75}
-    trained = {"step": 30, "pairs_per_s": 12.5, "tokens_per_s": 640.0, "nll_loss": 2.25} | learned
+    trained = {
+        "step": 30,
+        "pairs_per_s": 12.5,
+        "tokens_per_s": 640.0,
+        "mfu": 0.5,
+        "nll_loss": 2.25,
+    } | learned
     easy = {f"eval_easy_{name}": value + 1 for name, value in learned.items()}
     hard = {f"eval_hard_{name}": value + 2 for name, value in learned.items()}
     return trained | easy | hard | {"eval_easy_nll_loss": 1.5, "eval_hard_nll_loss": None}
@@ -79,6 +85,7 @@ def test_a_logged_line_is_served_at_the_nodes_endpoint(ray_cluster, tmp_path):
         ("orpo_step", "a-run"): 30.0,
         ("orpo_pairs_per_s", "a-run"): 12.5,
         ("orpo_tokens_per_s", "a-run"): 640.0,
+        ("orpo_mfu", "a-run"): 0.5,
         ("orpo_nll_loss", "a-run"): 2.25,
         ("orpo_eval_nll_loss", "a-run", "easy"): 1.5,
         ("orpo_refused_rows", "a-run", "train", "empty_chosen"): 2.0,
