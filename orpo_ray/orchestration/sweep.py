@@ -37,6 +37,7 @@ from orpo_ray.orchestration.start import (
 from orpo_ray.orchestration.sweep_progress import SweepWatcher, trial_text
 from orpo_ray.orchestration.sweep_report import write_sweep_report
 from orpo_ray.orchestration.sweep_results import Goal, Trial, read_trials, table_rows
+from orpo_ray.orchestration.trackers import refuse_missing
 from orpo_ray.orchestration.trial import (
     record_failure,
     run_trial,
@@ -92,6 +93,7 @@ def tune(config: ORPOConfig, space: Mapping[str, Any] | None = None) -> SweepRes
         ConfigError: for a search or a goal that makes no sense, and what `train` refuses.
         DataError: for missing files, no usable row, and no evaluation data.
     """
+    refuse_missing(config.output.report_to)
     goal, problems = Goal.of(config), []
     try:
         space = dict(space or search_space(config))

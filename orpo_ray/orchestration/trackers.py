@@ -59,7 +59,8 @@ class Trackers:
             tracker.main_process_only = False
             try:
                 tracker.start()
-                if name not in self._state:  # MLflow refuses other values than a run began with
+                # MLflow refuses other values than a run began with; trackio forgets them.
+                if name not in self._state or name == "trackio":
                     tracker.store_init_configuration(_flat(config))
             except Exception as error:
                 reason = " ".join(str(error).split())
@@ -102,6 +103,11 @@ class Trackers:
 
                 for title, text in texts.items():
                     tracker.log({title: wandb.Html(text)})
+            elif name == "trackio":
+                import trackio
+
+                for title, text in texts.items():
+                    tracker.log({title: trackio.Markdown(f"```\n{text}\n```")})
             elif name == "tensorboard":
                 for title, text in texts.items():
                     tracker.log({title: f"```\n{text}\n```"})

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray.tune
 from ray.train import TrainingFailedError
 from ray.tune.integration.ray_train import TuneReportCallback
+from rich.console import Console
 
 from orpo_ray.bucket import address, make_folder
 from orpo_ray.config import ConfigError, ORPOConfig
@@ -16,7 +18,10 @@ from orpo_ray.config_file import to_yaml
 from orpo_ray.orchestration.cluster import set_aside_broken_snapshot
 from orpo_ray.orchestration.fit import Fit, TrainingError
 from orpo_ray.orchestration.model_card import write_model_card
+from orpo_ray.orchestration.progress import RunWatcher
+from orpo_ray.orchestration.run_copy import working_on
 from orpo_ray.orchestration.start import Start, make_console, start_run
+from orpo_ray.orchestration.trackers import Trackers
 from orpo_ray.orchestration.worker import train_worker
 from orpo_ray.preference.errors import DataError
 from orpo_ray.storage import publish
@@ -87,11 +92,28 @@ def run_trial(
         (directory / CONFIG).write_text(to_yaml(trial.config))
         publish(directory / CONFIG)
         set_aside_broken_snapshot(directory)
-        Fit(trial.config, trial.inputs.model, directory, trial.plans(), callbacks).run(train_worker)
+        fit = Fit(trial.config, trial.inputs.model, directory, trial.plans(), callbacks)
+        with _tracked(fit):
+            fit.run(train_worker)
         write_model_card(directory, trial.config, trial.data_report)
     except (ConfigError, DataError, TrainingError, TrainingFailedError) as error:
         _write(directory, record | {"failure": str(error).strip().splitlines()[0]})
         raise
+
+
+@contextmanager
+def _tracked(fit: Fit) -> Iterator[None]:
+    """Send a trial's metrics to the trackers that it reports to, each as a run of its own."""
+    if not fit.config.output.report_to:
+        yield
+        return
+    console = Console(quiet=True)
+    with (
+        working_on(fit.run_directory),
+        closing(Trackers(fit.config, fit.run_directory, console)) as trackers,
+        RunWatcher(fit.run_directory, 0, console, log=trackers.log),
+    ):
+        yield
 
 
 def trial_config(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:

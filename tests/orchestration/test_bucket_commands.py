@@ -124,6 +124,7 @@ def test_a_sweep_its_champion_and_an_evaluation(bucket, ray_cluster, run_command
         "num_workers=1",
         "tune.num_samples=2",
         "tune.compare_beta_zero=false",
+        "report_to=[tensorboard]",
         "run_name=sweep",
         timeout_s=600,
     )
@@ -136,6 +137,7 @@ def test_a_sweep_its_champion_and_an_evaluation(bucket, ray_cluster, run_command
     weights = (sweep / "champion" / "model.safetensors").read_bytes()
     trials = [path.read_bytes() for path in sweep.glob("trials/*/final/model.safetensors")]
     assert weights in trials
+    assert len({path.parts[-3] for path in sweep.glob("trials/*/tensorboard/events*")}) == 2
     assert "scratch" not in (sweep / "best_config.yaml").read_text()
     status = run_command(tmp_path, "jobs/status.py", "s3://bucket/runs/sweep", "--json")
     assert [t["state"] for t in json.loads(status.stdout)["trials"]] == ["finished", "finished"]
