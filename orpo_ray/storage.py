@@ -128,6 +128,13 @@ def remove(path: Path) -> None:
                 system.delete_dir(key)
 
 
+def forget_heavy(folder: Path) -> None:
+    """Delete the large files of a copy, which the bucket has, from this node's disk."""
+    for path in files_below(folder) if is_copy(folder) else ():
+        if not light(path.name):
+            path.unlink(missing_ok=True)
+
+
 def rename(path: Path, target: Path) -> None:
     """Move a file or a folder to where there is none, here and in the bucket."""
     path.rename(target)

@@ -1,5 +1,6 @@
 """One Ray Train run: workers, feed and settings put together; on the driver."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,11 @@ class Fit:
         )
         try:
             answer: WorkerAnswer = trainer.fit().return_value
-        finally:
-            fetch_folder(self.run_directory, from_workers)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                fetch_folder(self.run_directory, from_workers)
+            raise
+        fetch_folder(self.run_directory, from_workers)
         if answer.refusal:
             raise ConfigError(answer.refusal.splitlines())
         if answer.failure:

@@ -147,12 +147,14 @@ def evaluate(config: ORPOConfig, inputs: RunInputs | None = None) -> dict[str, f
         ConfigError: for settings that the cluster cannot meet.
         DataError: for missing files, no evaluation data, and when no usable row is left.
     """
-    start = start_run(config, make_console(), inputs, only_evals=True)
-    if not start.token_sets:
-        raise DataError(["eval_files: nothing to evaluate on; name files"])
-    folder = start.run_directory / "evaluation"
-    fit = Fit(start.config, start.inputs.model, folder, start.plans())
-    return fit.run(evaluate_worker).figures["after"]
+    config = with_run_name(config)
+    with working_on(run_directory_of(config)):
+        start = start_run(config, make_console(), inputs, only_evals=True)
+        if not start.token_sets:
+            raise DataError(["eval_files: nothing to evaluate on; name files"])
+        folder = start.run_directory / "evaluation"
+        fit = Fit(start.config, start.inputs.model, folder, start.plans())
+        return fit.run(evaluate_worker).figures["after"]
 
 
 def prepare(config: ORPOConfig) -> dict[str, Any]:

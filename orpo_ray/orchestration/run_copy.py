@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from orpo_ray.bucket import address
 from orpo_ray.config import ConfigError
-from orpo_ray.storage import fetch_folder, kept_in_step, light
+from orpo_ray.storage import fetch_folder, forget_heavy, kept_in_step, light
 from orpo_ray.training.manifest import FOLDER
 from orpo_ray.training.run_files import (
     FINAL,
@@ -33,6 +33,7 @@ def working_on(run_directory: Path) -> Iterator[None]:
     refresh(run_directory)
     with kept_in_step(run_directory, _by_driver, from_workers):
         yield
+    forget_heavy(run_directory)
 
 
 def refresh(run_directory: Path) -> None:

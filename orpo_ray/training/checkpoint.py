@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from orpo_ray.bucket import is_copy
-from orpo_ray.storage import HEAVY, fetch_folder, publish, remove
+from orpo_ray.storage import fetch_folder, forget_heavy, publish, remove
 from orpo_ray.training.manifest import (
     checkpoint_directories,
     checkpoint_directory,
@@ -235,12 +235,10 @@ def _on_this_node(directory: Path) -> Path:
 
 
 def _forget_others(directory: Path) -> None:
-    """Leave the tensors of one checkpoint alone on this node's disk; the bucket has the others."""
-    if is_copy(directory):
-        for other in checkpoint_directories(directory.parent.parent):
-            for path in other.iterdir() if other != directory and other.exists() else ():
-                if path.name.endswith(HEAVY):
-                    path.unlink(missing_ok=True)
+    """Leave the tensors of one checkpoint alone on this node's disk."""
+    for other in checkpoint_directories(directory.parent.parent):
+        if other != directory:
+            forget_heavy(other)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

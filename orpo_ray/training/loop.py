@@ -19,7 +19,7 @@ from orpo_ray.bucket import make_folder
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.stream import StepBatch
-from orpo_ray.storage import fetch_folder, kept_in_step, light
+from orpo_ray.storage import fetch_folder, forget_heavy, kept_in_step, light
 from orpo_ray.training.best import Evaluations
 from orpo_ray.training.checkpoint import TrainState
 from orpo_ray.training.errors import NonFiniteError, StoppedError
@@ -62,6 +62,7 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
         loop.restore()
         loop.run()
         loop.finish()
+        forget_heavy(Path(job.run_directory))
     return summary(Path(job.run_directory))
 
 
