@@ -145,12 +145,14 @@ def remote(path: Path) -> tuple[Any, str]:
     if parts is None:
         raise ValueError(f"{path} is no copy")
     _, protocol, rest = parts
-    return _file_system(protocol, rest.partition("/")[0]), rest
+    bucket, _, inner = rest.partition("/")
+    system, name = _file_system(protocol, bucket)
+    return system, f"{name}/{inner}"
 
 
 @functools.lru_cache(maxsize=16)
-def _file_system(protocol: str, bucket: str) -> Any:
-    """Of one bucket; region, credentials and address come from the environment.
+def _file_system(protocol: str, bucket: str) -> tuple[Any, str]:
+    """Of one bucket, and its name without `anonymous@`; region, credentials and address come from the environment.
 
     Raises:
         OSError: when there is no such bucket.
@@ -159,4 +161,5 @@ def _file_system(protocol: str, bucket: str) -> Any:
 
     # One request for a file that fits into one part, instead of three.
     options = "?allow_delayed_open=true" if protocol == "s3" else ""
-    return FileSystem.from_uri(f"{protocol}://{bucket}{options}")[0]
+    system, name = FileSystem.from_uri(f"{protocol}://{bucket}{options}")
+    return system, name
