@@ -152,7 +152,9 @@ def remote(path: Path) -> tuple[Any, str]:
 
 @functools.lru_cache(maxsize=16)
 def _file_system(protocol: str, bucket: str) -> tuple[Any, str]:
-    """Of one bucket, and its name without `anonymous@`; region, credentials and address come from the environment.
+    """Of one bucket, and its name there, which is without `anonymous@`.
+
+    Region, credentials and address come from the environment.
 
     Raises:
         OSError: when there is no such bucket.
