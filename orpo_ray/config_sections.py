@@ -65,6 +65,9 @@ class ModelSection(Section):
     attention: Literal["auto", "packed", "padded"] = Field(
         "auto", description="auto packs where that is exact for the model, and says what it chose."
     )
+    attention_kernel: Literal["auto", "varlen", "flash_attn", "flex", "sdpa"] = Field(
+        "auto", description="Of packed rows; auto takes the first of these that can run."
+    )
     disable_dropout: bool = Field(True, description="Set every dropout of the model to 0.")
     torch_compile: bool = Field(False, description="Compile the decoder layers.")
     lora_r: PositiveInt | None = Field(

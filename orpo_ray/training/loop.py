@@ -118,7 +118,7 @@ class _Loop:
         job, model = self.job, self.trainee.model
         bf16 = use_bf16(job.config, job.device)
         settle_attention(model, job.train, job.device, bf16, self.files.notice)
-        self.files.notice(f"attention: {model.attention}; {self.n_steps} steps")
+        self.files.notice(f"attention: {model.attention_text}; {self.n_steps} steps")
 
     def run(self) -> None:
         """All steps from here to the end."""

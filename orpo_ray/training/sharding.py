@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from orpo_ray.config import ORPOConfig
 from orpo_ray.training.adapters import add_adapters
 from orpo_ray.training.errors import UnsupportedModelError
+from orpo_ray.training.kernels import Kernel, choose_kernel, circumstances
 from orpo_ray.training.model import AttentionPath, OrpoModel
 from orpo_ray.training.model_source import (
     ModelSource,
@@ -58,7 +59,8 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
         if config.model.lora_r:
             add_adapters(causal_lm, config.model, config.train.seed)
     attention = attention_path(config, causal_lm)
-    model = OrpoModel(causal_lm, attention, config.orpo.router_aux_loss_coef)
+    kernel = packed_kernel(config, model_config, device)
+    model = OrpoModel(causal_lm, attention, config.orpo.router_aux_loss_coef, kernel)
     if config.train.gradient_checkpointing:
         _checkpoint_activations(causal_lm, config.train.gradient_checkpointing_every)
     _shard(model, causal_lm, device, config)
@@ -98,6 +100,18 @@ def use_bf16(config: ORPOConfig, device: torch.device) -> bool:
     if config.train.bf16 is not None:
         return config.train.bf16
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def packed_kernel(
+    config: ORPOConfig, model_config: PreTrainedConfig, device: torch.device
+) -> Kernel:
+    """What a packed row's attention goes through on this device.
+
+    Raises:
+        UnsupportedModelError: when the kernel that was asked for cannot run here.
+    """
+    there = circumstances(model_config, device, use_bf16(config, device))
+    return choose_kernel(config.model.attention_kernel, there)
 
 
 def attention_path(config: ORPOConfig, causal_lm: PreTrainedModel) -> AttentionPath:
