@@ -138,8 +138,10 @@ class TrainSection(Section):
         None, description="Pairs an optimizer step; unset: the two above x num_workers."
     )
     per_device_eval_batch_size: PositiveInt = Field(16, description="Pairs a worker and pass.")
-    max_tokens_per_microbatch: PositiveInt | None = Field(
-        None, description="Tokens one pass holds; unset: a worker's batch size x max_length."
+    max_tokens_per_microbatch: PositiveInt | Literal["auto"] | None = Field(
+        None,
+        description="Tokens one pass holds; unset: a worker's batch size x max_length; auto: "
+        "what fits on the GPU.",
     )
     head_chunk_tokens: PositiveInt = Field(
         1024, description="Positions whose logits exist at the same time."
