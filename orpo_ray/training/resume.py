@@ -46,6 +46,7 @@ _FREE = {
     "save_steps",
     "save_total_limit",
     "torch_compile",
+    "use_liger_kernel",
 }
 _DATA = ("shuffle", "shuffle_window_shards")
 

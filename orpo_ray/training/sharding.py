@@ -21,6 +21,7 @@ from orpo_ray.config import ORPOConfig
 from orpo_ray.training.adapters import add_adapters
 from orpo_ray.training.errors import UnsupportedModelError
 from orpo_ray.training.kernels import Kernel, choose_kernel, circumstances
+from orpo_ray.training.liger import use_liger_kernels
 from orpo_ray.training.model import AttentionPath, OrpoModel
 from orpo_ray.training.model_source import (
     ModelSource,
@@ -58,6 +59,8 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
         causal_lm = empty_model(origin, model_config, dtype=torch.float32)
         if config.model.lora_r:
             add_adapters(causal_lm, config.model, config.train.seed)
+    if config.model.use_liger_kernel:
+        use_liger_kernels(causal_lm, device)
     attention = attention_path(config, causal_lm)
     kernel = packed_kernel(config, model_config, device)
     model = OrpoModel(causal_lm, attention, config.orpo.router_aux_loss_coef, kernel)
