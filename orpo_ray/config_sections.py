@@ -81,7 +81,9 @@ class ModelSection(Section):
     lora_target_modules: tuple[str, ...] | None = Field(
         None, description="Names of adapted linear layers; unset: all but the head."
     )
-    load_in_4bit: bool = Field(False, description="QLoRA: not in this version; refused.")
+    load_in_4bit: bool = Field(
+        False, description="QLoRA, on GPUs: the base model in 4 bits, a copy on every worker."
+    )
     merge_adapter: bool = Field(
         False, description="final/ is the merged model; unset: the adapter alone."
     )
@@ -98,8 +100,8 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _adapters(self) -> Self:
-        if self.load_in_4bit:
-            raise ValueError("load_in_4bit: 4-bit base weights are not in this version")
+        if self.load_in_4bit and self.lora_r is None:
+            raise ValueError("load_in_4bit: weights in 4 bits are not trained: set lora_r")
         if self.lora_r is None and (self.merge_adapter or self.lora_target_modules):
             raise ValueError("merge_adapter and lora_target_modules are for LoRA: set lora_r")
         return self

@@ -79,8 +79,8 @@ def load_model_config(source: ModelSource) -> Any:
         return AutoConfig.from_pretrained(source.model, **source.options)
 
 
-def load_model(source: ModelSource, dtype: Any) -> Any:
-    """The base model with its weights, on the host.
+def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
+    """The base model with its weights, on the host unless the options say otherwise.
 
     Raises:
         UnsupportedModelError: for code of its own, and for weights that are no safetensors.
@@ -91,7 +91,7 @@ def load_model(source: ModelSource, dtype: Any) -> Any:
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     with _as_refusals(source.model):
         return AutoModelForCausalLM.from_pretrained(
-            source.model, use_safetensors=True, dtype=dtype, **source.options
+            source.model, use_safetensors=True, dtype=dtype, **source.options, **options
         )
 
 
