@@ -5,6 +5,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
                     assert saver.finish() is None
             yield metrics_from_sums(sums.tolist(), weights)["loss"]
 
-    _answer(line, steps(), work)
+    _answer(line, model.attention_text, steps(), work)
     dist.destroy_process_group()
 
 
@@ -87,6 +88,7 @@ def trl_side(work: Work, line: Connection) -> None:
 
     cuda = work.device == "cuda"
     n_steps = work.steps * (work.rounds + 1)
+    attention = "flash_attention_2" if cuda and find_spec("flash_attn") else "sdpa"
     losses: list[float] = []
 
     class Rounds(TrainerCallback):  # type: ignore[misc]
@@ -112,7 +114,9 @@ def trl_side(work: Work, line: Connection) -> None:
         def _done(self) -> None:
             if cuda:
                 torch.cuda.synchronize()
-            line.send({"seconds": time.perf_counter() - self.started, "losses": losses})
+            seconds = time.perf_counter() - self.started
+            leave_room(work.device)
+            line.send({"seconds": seconds, "losses": losses})
 
     arguments = ORPOConfig(
         output_dir=f"{work.folder}/trl",
@@ -134,27 +138,35 @@ def trl_side(work: Work, line: Connection) -> None:
         model=AutoModelForCausalLM.from_pretrained(
             f"{work.folder}/model",
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation=attention,
         ),
         args=arguments,
         train_dataset=Dataset.from_dict(json.loads(Path(work.folder, "pairs.json").read_text())),
         processing_class=AutoTokenizer.from_pretrained(f"{work.folder}/model"),
         callbacks=[Rounds()],
     )
-    line.send("ready")
+    line.send(attention)
     trainer.train()
     line.send(peak_memory_bytes(work.device))
 
 
-def _answer(line: Connection, losses: Iterator[float], work: Work) -> None:
-    """Take one round each time the other end asks for it; then say what memory it took."""
-    line.send("ready")
+def _answer(line: Connection, attention: str, losses: Iterator[float], work: Work) -> None:
+    """Say how it attends, take one round each time it is asked to, and say what memory it took."""
+    line.send(attention)
     for _ in range(work.rounds + 1):
         line.recv()
         started = time.perf_counter()
         done = [next(losses) for _ in range(work.steps)]
-        line.send({"seconds": time.perf_counter() - started, "losses": done})
+        seconds = time.perf_counter() - started
+        leave_room(work.device)
+        line.send({"seconds": seconds, "losses": done})
     line.send(peak_memory_bytes(work.device))
+
+
+def leave_room(device: str) -> None:
+    """Give back what the allocator keeps of a round: the other side is on the same GPU."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -8,7 +8,6 @@ the others the median does. `--through-ray` compares `jobs/train.py` with the ba
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -17,9 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,11 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
-from orpo_ray.preference.packing import pack
-from orpo_ray.preference.shards import read_shard
-from sides import LEARNING_RATE, run_side
+from flops import matmul_flops_per_s, useful_work
+from sides import LEARNING_RATE
+from turns import SideFailedError, in_turn
 from workload import (
     MAX_LENGTH,
     PAIRS_OF_4,
@@ -41,24 +38,19 @@ from workload import (
     Work,
     make_folder,
     make_ranking_folder,
-    padded_tokens,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data" / "hh_rlhf_harmless.jsonl"
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """What one side did: seconds of the rounds that count, first losses, most memory held."""
-
-    seconds: list[float]
-    losses: list[float]
-    peak_memory_bytes: int
+BATCH = {"cpu": 8, "cuda": 32}
+BUDGET_TOKENS = {"cpu": 8192, "cuda": 16_384}
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse the command line and run every comparison it asks for."""
+    # On several GPUs transformers' Trainer would spread TRL's batch over all of them.
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = first
     args = parser().parse_args(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(highlight=False, soft_wrap=True)
@@ -74,12 +66,12 @@ def main(arguments: Sequence[str]) -> None:
             work = Work(
                 model=size,
                 vocabulary=vocabulary,
-                batch=args.batch * (PAIRS_OF_4 if args.ranking else 1),
+                batch=(args.batch or BATCH[device]) * (PAIRS_OF_4 if args.ranking else 1),
                 steps=args.steps or (10 if size == "5m" and vocabulary == "16k" else 4),
                 rounds=args.rounds,
                 device=device,
                 folder=folder,
-                budget_tokens=args.budget_tokens,
+                budget_tokens=args.budget_tokens or BUDGET_TOKENS[device],
                 gradient_checkpointing=args.trl_gradient_checkpointing,
             )
             if args.ranking:
@@ -99,11 +91,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--model", action="append", help="5m, 50m, 0.5b, 1b, or one with :128k")
     found.add_argument("--vocabulary", choices=VOCABULARIES, default="16k")
     found.add_argument("--data", default=str(DATA), help="a file of pairs")
-    found.add_argument("--batch", type=int, default=8, help="pairs a step")
+    found.add_argument("--batch", type=int, help="pairs a step: 8, on a GPU 32")
     found.add_argument("--steps", type=int, help="steps a round")
     found.add_argument("--rounds", type=int, default=3, help="rounds that count")
     found.add_argument("--device", choices=("cpu", "cuda"))
-    found.add_argument("--budget-tokens", type=int, default=8192, help="a microbatch's")
+    found.add_argument("--budget-tokens", type=int, help="a microbatch's: 8192, on a GPU 16384")
     found.add_argument("--through-ray", action="store_true", help="jobs/train.py, bare step")
     found.add_argument("--ranking", action="store_true", help="grouped by prompt, pairs apart")
     found.add_argument("--saving", action="store_true", help="with and without checkpoints")
@@ -112,8 +104,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def against_trl(work: Work) -> dict[str, Any]:
-    """Rounds of both sides in turn, and what follows from them."""
-    ours, theirs = in_turn(("orpo_ray", work), ("trl", work))
+    """Rounds of both sides in turn, and what follows from them.
+
+    TRL recomputes activations only where it was asked to, or does not fit without.
+    """
+    try:
+        ours, theirs = in_turn(("orpo_ray", work), ("trl", work))
+    except SideFailedError as error:
+        if error.side != "trl" or not error.out_of_memory or work.gradient_checkpointing:
+            raise
+        print(
+            "TRL does not fit without gradient checkpointing: both once more with its", flush=True
+        )
+        return against_trl(dataclasses.replace(work, gradient_checkpointing=True))
     peak = matmul_flops_per_s(work.device)
     counts = useful_work(work)
     pairs = work.batch * work.steps
@@ -131,94 +134,11 @@ def against_trl(work: Work) -> dict[str, Any]:
         "largest_loss_difference": max(differences),
         "matmul_peak_tflops_per_s": peak / 1e12,
         "mfu": counts["flops"] / work.rounds / ours_s / peak,
+        "orpo_ray_attention": ours.attention,
+        "trl_attention": theirs.attention,
         "orpo_ray_round_s": ours.seconds,
         "trl_round_s": theirs.seconds,
     }
-
-
-def in_turn(*sides: tuple[str, Work]) -> list[Rounds]:
-    """Start the sides and let them take their rounds one after the other."""
-    context = multiprocessing.get_context("spawn")
-    lines, processes = [], []
-    for name, work in sides:
-        here, there = context.Pipe()
-        process = context.Process(target=run_side, args=(name, work, there), daemon=True)
-        process.start()
-        there.close()
-        lines.append(here)
-        processes.append(process)
-    for line in lines:
-        _received(line)
-    answers: list[list[dict[str, Any]]] = [[] for _ in sides]
-    for _ in range(sides[0][1].rounds + 1):
-        for line, answer in zip(lines, answers, strict=True):
-            line.send("go")
-            answer.append(_received(line))
-    found = [
-        Rounds([a["seconds"] for a in answer[1:]], answer[0]["losses"], _received(line))
-        for line, answer in zip(lines, answers, strict=True)
-    ]
-    for process in processes:
-        process.join()
-    return found
-
-
-def _received(line: Connection) -> Any:
-    """The next thing a side says.
-
-    Raises:
-        SystemExit: with its traceback, when it failed.
-    """
-    answer = line.recv()
-    if isinstance(answer, dict) and "error" in answer:
-        raise SystemExit(answer["error"])
-    return answer
-
-
-def matmul_flops_per_s(device: str) -> float:
-    """The rate of one large matrix product, the best of several: fp32 on a CPU, bf16 on a GPU."""
-    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
-    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        left @ right
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best
-
-
-def useful_work(work: Work) -> dict[str, float]:
-    """Tokens and floating-point operations of the rounds that count.
-
-    6 operations for a weight and token it multiplies (2 forward, 4 backward), the head's only
-    where it predicts something; and 12 for a query, key and width of head, for those that see one
-    another.
-    """
-    config = AutoConfig.from_pretrained(f"{work.folder}/model")
-    width, layers = config.hidden_size, config.num_hidden_layers
-    head_width = width // config.num_attention_heads
-    attention = 2 * width * head_width * (config.num_attention_heads + config.num_key_value_heads)
-    block = attention + 3 * width * config.intermediate_size
-    groups = read_shard(f"{work.tokens}/0.parquet")[work.batch * work.steps :]
-    tokens = padded = flops = 0
-    for first in range(0, len(groups), work.batch):
-        batch = groups[first : first + work.batch]
-        row = pack(batch, 1 << 30, True)
-        tokens += len(row.token_ids)
-        padded += padded_tokens(batch)
-        seen = sum(
-            len(g.prompt) * (len(g.prompt) + 1) // 2
-            + sum(len(c) * len(g.prompt) + len(c) * (len(c) + 1) // 2 for c in g.completions)
-            for g in batch
-        )
-        flops += 6 * layers * block * len(row.token_ids)
-        flops += 6 * config.vocab_size * width * len(row.positions)
-        flops += 12 * layers * width * seen
-    return {"useful_tokens": tokens, "padded_tokens": padded, "flops": flops}
 
 
 def grouped_against_apart(work: Work) -> dict[str, Any]:

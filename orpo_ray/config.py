@@ -60,14 +60,17 @@ class ORPOConfig(Section):
     @property
     def microbatch_tokens(self) -> int:
         """Tokens that one forward and backward pass may hold; a longer group comes alone."""
-        per_device = self.train.per_device_train_batch_size
-        return self.train.max_tokens_per_microbatch or per_device * self.data.max_length
+        return self._microbatch_tokens(self.train.per_device_train_batch_size)
 
     @property
     def eval_microbatch_tokens(self) -> int:
         """The same of a forward pass in evaluation."""
-        per_device = self.train.per_device_eval_batch_size
-        return self.train.max_tokens_per_microbatch or per_device * self.data.max_length
+        return self._microbatch_tokens(self.train.per_device_eval_batch_size)
+
+    def _microbatch_tokens(self, per_device: int) -> int:
+        """As asked; what `auto` comes to is not known before the workers have measured."""
+        asked = self.train.max_tokens_per_microbatch
+        return asked if isinstance(asked, int) else per_device * self.data.max_length
 
     def replace(self, **leaves: Any) -> Self:
         """The same run with some leaves changed, checked like a new one."""

@@ -76,8 +76,14 @@ class ModelSection(Section):
     attention: Literal["auto", "packed", "padded"] = Field(
         "auto", description="auto packs where that is exact for the model, and says what it chose."
     )
+    attention_kernel: Literal["auto", "varlen", "flash_attn", "flex", "sdpa"] = Field(
+        "auto", description="Of packed rows; auto takes the first of these that can run."
+    )
     disable_dropout: bool = Field(True, description="Set every dropout of the model to 0.")
     torch_compile: bool = Field(False, description="Compile the decoder layers.")
+    use_liger_kernel: bool = Field(
+        False, description="On GPUs: Liger's norms, MLPs and rotary positions."
+    )
     lora_r: PositiveInt | None = Field(
         None, description="Rank of LoRA adapters; unset: all weights are trained."
     )
@@ -86,7 +92,9 @@ class ModelSection(Section):
     lora_target_modules: tuple[str, ...] | None = Field(
         None, description="Names of adapted linear layers; unset: all but the head."
     )
-    load_in_4bit: bool = Field(False, description="QLoRA: not in this version; refused.")
+    load_in_4bit: bool = Field(
+        False, description="QLoRA, on GPUs: the base model in 4 bits, a copy on every worker."
+    )
     merge_adapter: bool = Field(
         False, description="final/ is the merged model; unset: the adapter alone."
     )
@@ -103,8 +111,8 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _adapters(self) -> Self:
-        if self.load_in_4bit:
-            raise ValueError("load_in_4bit: 4-bit base weights are not in this version")
+        if self.load_in_4bit and self.lora_r is None:
+            raise ValueError("load_in_4bit: weights in 4 bits are not trained: set lora_r")
         if self.lora_r is None and (self.merge_adapter or self.lora_target_modules):
             raise ValueError("merge_adapter and lora_target_modules are for LoRA: set lora_r")
         return self
@@ -146,8 +154,10 @@ class TrainSection(Section):
         None, description="Pairs an optimizer step; unset: the two above x num_workers."
     )
     per_device_eval_batch_size: PositiveInt = Field(16, description="Pairs a worker and pass.")
-    max_tokens_per_microbatch: PositiveInt | None = Field(
-        None, description="Tokens one pass holds; unset: a worker's batch size x max_length."
+    max_tokens_per_microbatch: PositiveInt | Literal["auto"] | None = Field(
+        None,
+        description="Tokens one pass holds; unset: a worker's batch size x max_length; auto: "
+        "what fits on the GPU.",
     )
     head_chunk_tokens: PositiveInt = Field(
         1024, description="Positions whose logits exist at the same time."

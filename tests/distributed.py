@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 
-def run_ranks(n_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(
+    n_ranks: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
+) -> list[Any]:
     """Run `function(*args)` in `n_ranks` processes that share a process group.
 
     Args:
         n_ranks: processes, each with one thread.
         function: importable by name; its return value must be picklable.
         args: handed to every rank.
+        backend: of the process group; `nccl` on GPUs.
 
     Returns:
         What each rank returned, by rank.
@@ -28,7 +31,9 @@ def run_ranks(n_ranks: int, function: Callable[..., Any], *args: Any) -> list[An
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_rank, args=(rank, n_ranks, port, folder, function, args))
+            context.Process(
+                target=_rank, args=(rank, n_ranks, port, backend, folder, function, args)
+            )
             for rank in range(n_ranks)
         ]
         for rank in ranks:
@@ -51,7 +56,13 @@ class _Failure:
 
 
 def _rank(
-    rank: int, n_ranks: int, port: int, folder: str, function: Callable[..., Any], args: Any
+    rank: int,
+    n_ranks: int,
+    port: int,
+    backend: str,
+    folder: str,
+    function: Callable[..., Any],
+    args: Any,
 ) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -65,7 +76,7 @@ def _rank(
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend)
         answer = function(*args)
         dist.destroy_process_group()
     except Exception:

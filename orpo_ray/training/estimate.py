@@ -1,5 +1,7 @@
 """What a run would take, before it takes it: batch, steps, memory; on the driver, without Ray."""
 
+from typing import Any
+
 from orpo_ray.config import ConfigError, ORPOConfig
 from orpo_ray.preference.readers import count_rows
 from orpo_ray.preference.sources import find_files
@@ -9,6 +11,9 @@ from orpo_ray.training.model_source import ModelSource, empty_model, load_model_
 _GIB = 2**30
 # fp32 master weight, gradient, and AdamW's two moments.
 _BYTES_PER_PARAMETER = 16
+_BYTES_FROZEN = 4
+# NF4 has half a byte and a constant a 64 weights, itself in 8 bits; what is no linear layer bf16.
+_BYTES_IN_4_BITS, _BYTES_BESIDE = 0.516, 2
 # Per token and layer, in units of the hidden width: inputs of norms, q, k, v, attention output,
 # and three times the MLP's width (gate, up, product), about 8/3 x hidden each.
 _ACTIVATIONS_PER_TOKEN = 6 + 3 * 8 / 3
@@ -52,20 +57,44 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
             model = empty_model(source, model_config)
     except UnsupportedModelError as error:
         raise ConfigError([f"model_name_or_path: {error}"]) from error
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    state, state_text = _state(config, model)
     text_config = model_config.get_text_config()
     layers, width = text_config.num_hidden_layers, text_config.hidden_size
     value_bytes = 2 if config.train.bf16 else 4
     kept_layers = 1 if config.train.gradient_checkpointing else layers
     per_token = kept_layers * _ACTIVATIONS_PER_TOKEN + (layers - kept_layers)
-    state = n_parameters * _BYTES_PER_PARAMETER / config.ray.max_workers
     activations = config.microbatch_tokens * per_token * width * value_bytes
     logits = 2 * 4 * config.train.head_chunk_tokens * text_config.vocab_size
     total = state + activations + logits
     return [
-        f"memory a worker: about {total / _GIB:.2f} GiB = {state / _GIB:.2f} weights, gradients "
-        f"and AdamW ({n_parameters:,} parameters x 16 bytes / {config.ray.max_workers} workers) + "
+        f"memory a worker: about {total / _GIB:.2f} GiB = {state / _GIB:.2f} {state_text} + "
         f"{activations / _GIB:.2f} activations of {config.microbatch_tokens} tokens + "
         f"{logits / _GIB:.2f} logits of {config.train.head_chunk_tokens} positions and their "
         "gradient"
     ]
+
+
+def _state(config: ORPOConfig, model: Any) -> tuple[float, str]:
+    """Bytes on a worker of weights, and of what is trained of them; and how they come about."""
+    from torch import nn
+
+    n_parameters, workers = sum(p.numel() for p in model.parameters()), config.ray.max_workers
+    if config.model.load_in_4bit:
+        head = model.get_output_embeddings()
+        linear = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+        n_linear = sum(module.weight.numel() for module in linear)
+        state = n_linear * _BYTES_IN_4_BITS + (n_parameters - n_linear) * _BYTES_BESIDE
+        return (
+            state,
+            f"weights in 4 bits ({n_parameters:,} parameters on every worker; no adapters)",
+        )
+    if config.model.lora_r:
+        return (
+            n_parameters * _BYTES_FROZEN / workers,
+            f"weights ({n_parameters:,} parameters x 4 bytes / {workers} workers; no adapters)",
+        )
+    return (
+        n_parameters * _BYTES_PER_PARAMETER / workers,
+        f"weights, gradients and AdamW ({n_parameters:,} parameters x 16 bytes / {workers} "
+        "workers)",
+    )

@@ -21,6 +21,7 @@ from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.stream import StepBatch
 from orpo_ray.storage import fetch_folder, forget_heavy, kept_in_step, light
 from orpo_ray.training.best import Evaluations
+from orpo_ray.training.budget import settle_budget
 from orpo_ray.training.checkpoint import TrainState
 from orpo_ray.training.errors import NonFiniteError, StoppedError
 from orpo_ray.training.evaluation import evaluate_streams
@@ -137,11 +138,12 @@ class _Loop:
             self.files.notice(text)
 
     def settle_attention(self) -> None:
-        """Decide between packed and padded rows, and say which."""
+        """Decide between packed and padded rows and how long they are, and say so."""
         job, model = self.job, self.trainee.model
         bf16 = use_bf16(job.config, job.device)
         settle_attention(model, job.train, job.device, bf16, self.files.notice)
-        self.files.notice(f"attention: {model.attention}; {self.n_steps} steps")
+        self.files.notice(f"attention: {model.attention_text}; {self.n_steps} steps")
+        self.job = settle_budget(job, self.trainee, self.files.notice)
 
     def run(self) -> None:
         """All steps from here to the end."""

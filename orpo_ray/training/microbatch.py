@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orpo_ray.objective.head import Chunk, Targets
 from orpo_ray.preference.packing import PackedRow
-from orpo_ray.training.attention import PackedLayout
+from orpo_ray.training.layout import PackedLayout, to_device
 
 
 class Microbatch:
@@ -23,10 +23,7 @@ class Microbatch:
 
     def __init__(self, row: PackedRow, device: torch.device) -> None:
         def move(array: npt.NDArray[np.generic]) -> Tensor:
-            host = torch.from_numpy(array)
-            if device.type != "cuda":
-                return host
-            return host.pin_memory().to(device, non_blocking=True)
+            return to_device(torch.from_numpy(array), device)
 
         self.token_ids: Int[Tensor, " tokens"] = move(row.token_ids)
         self.position_ids: Int[Tensor, " tokens"] = move(row.position_ids)

@@ -11,6 +11,7 @@ from orpo_ray.objective.head import HeadOutput, LossScale, orpo_head
 from orpo_ray.objective.metrics import N_SUMS, batch_sums
 from orpo_ray.objective.router import router_loss
 from orpo_ray.training.attention import PACKED_ATTENTION
+from orpo_ray.training.kernels import Kernel
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.padded import pad_rows
 
@@ -43,10 +44,15 @@ class OrpoModel(nn.Module):
     """
 
     def __init__(
-        self, causal_lm: PreTrainedModel, attention: AttentionPath, router_coef: float | None
+        self,
+        causal_lm: PreTrainedModel,
+        attention: AttentionPath,
+        router_coef: float | None,
+        kernel: Kernel = "sdpa",
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.kernel = kernel
         config = causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.experts_per_token: int = getattr(config, "num_experts_per_tok", 0) or 0
@@ -59,13 +65,14 @@ class OrpoModel(nn.Module):
     def use_attention(self, attention: AttentionPath) -> None:
         """Choose between the packed row and padded rows; both give the same numbers."""
         self.attention = attention
-        implementation = PACKED_ATTENTION
-        if attention == "padded":
+        packed, implementation = attention == "packed", PACKED_ATTENTION
+        if not packed:
             # Capped scores are more than SDPA computes.
             config = self.causal_lm.config.get_text_config()
             capped = getattr(config, "attn_logit_softcapping", None) is not None
             sdpa = getattr(self.causal_lm, "_supports_sdpa", False) and not capped
             implementation = "sdpa" if sdpa else "eager"
+        self.attention_text = f"{attention} ({self.kernel if packed else implementation})"
         self.causal_lm.set_attn_implementation(implementation)
 
     def forward(self, batch: Microbatch, scale: LossScale) -> OrpoOutput:
@@ -85,6 +92,7 @@ class OrpoModel(nn.Module):
                 position_ids=batch.position_ids[None],
                 use_cache=False,
                 packed_layout=batch.layout,
+                packed_kernel=self.kernel,
                 **options,
             )
             hidden = result.last_hidden_state[0]

@@ -82,8 +82,8 @@ def load_model_config(source: ModelSource) -> Any:
         return AutoConfig.from_pretrained(source.model, **source.options)
 
 
-def load_model(source: ModelSource, dtype: Any) -> Any:
-    """The base model with its weights, on the host.
+def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
+    """The base model with its weights, on the host unless the options say otherwise.
 
     Raises:
         UnsupportedModelError: for code of its own, and for weights that are no safetensors.
@@ -95,7 +95,7 @@ def load_model(source: ModelSource, dtype: Any) -> Any:
     with _as_refusals(source.model):
         fetch_folder(Path(source.model))
         return AutoModelForCausalLM.from_pretrained(
-            source.model, use_safetensors=True, dtype=dtype, **source.options
+            source.model, use_safetensors=True, dtype=dtype, **source.options, **options
         )
 
 

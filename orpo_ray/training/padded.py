@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from orpo_ray.training.layout import to_device
 from orpo_ray.training.microbatch import Microbatch
 
 
@@ -51,5 +52,5 @@ def pad_rows(batch: Microbatch) -> PaddedRows:
         if row in first_rows:
             where[prompt.start : prompt.stop] = own[: len(prompt)]
     device = batch.token_ids.device
-    mask = mask.to(device)
-    return PaddedRows(batch.token_ids[source.to(device)] * mask, mask, where.to(device))
+    source, mask, where = (to_device(t, device) for t in (source, mask, where))
+    return PaddedRows(batch.token_ids[source] * mask, mask, where)

@@ -18,6 +18,7 @@ from orpo_ray.training.manifest import checkpoint_directories, read_manifest
 # and which of the models is exported. The schedule of a longer run is the longer run's.
 _FREE = {
     "attention",
+    "attention_kernel",
     "baseline",
     "cpu_offload",
     "early_stopping_patience",
@@ -45,6 +46,7 @@ _FREE = {
     "save_steps",
     "save_total_limit",
     "torch_compile",
+    "use_liger_kernel",
 }
 _DATA = ("shuffle", "shuffle_window_shards")
 

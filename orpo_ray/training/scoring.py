@@ -17,7 +17,12 @@ from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.model_source import ModelSource, load_model
 from orpo_ray.training.pair_scores import SCHEMA, PairScores
-from orpo_ray.training.sharding import attention_path, refuse_unknown_heads, use_bf16
+from orpo_ray.training.sharding import (
+    attention_path,
+    packed_kernel,
+    refuse_unknown_heads,
+    use_bf16,
+)
 from orpo_ray.training.verify import COMPARED, disagreement
 
 _SAMPLE_GROUPS = 4
@@ -60,7 +65,9 @@ class PairScorer:
         causal_lm = load_model(source, torch.bfloat16 if bf16 else torch.float32)
         refuse_unknown_heads(causal_lm.config)
         attention = attention_path(config, causal_lm)
-        model = OrpoModel(causal_lm.to(device), attention, config.orpo.router_aux_loss_coef).eval()
+        kernel = packed_kernel(config, causal_lm.config, device)
+        coef = config.orpo.router_aux_loss_coef
+        model = OrpoModel(causal_lm.to(device), attention, coef, kernel).eval()
         problem = None
         if model.attention == "packed" and causal_lm.config.model_type not in COMPARED:
             row = pack(list(sample[:_SAMPLE_GROUPS]), config.train.head_chunk_tokens, True)

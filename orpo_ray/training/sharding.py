@@ -20,6 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from orpo_ray.config import ORPOConfig
 from orpo_ray.training.adapters import add_adapters
 from orpo_ray.training.errors import UnsupportedModelError
+from orpo_ray.training.kernels import Kernel, choose_kernel, circumstances
+from orpo_ray.training.liger import use_liger_kernels
 from orpo_ray.training.model import AttentionPath, OrpoModel
 from orpo_ray.training.model_source import (
     ModelSource,
@@ -27,6 +29,7 @@ from orpo_ray.training.model_source import (
     load_model,
     load_model_config,
 )
+from orpo_ray.training.quantized import load_quantized, refuse_quantization
 
 # Settings under which logits are not `head(hidden)`; silently ignoring them would train wrongly.
 _UNKNOWN_HEADS = {"logit_scale": 1.0, "logits_scaling": 1.0}
@@ -52,21 +55,51 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
     refuse_unknown_heads(model_config)
     if config.model.disable_dropout:
         _without_dropout(model_config)
+    if config.model.load_in_4bit:
+        refuse_quantization(device)
+        return build_quantized(config, origin, model_config, device)
     # Buffers stay real: rotary frequencies are computed, not loaded.
     with init_empty_weights(include_buffers=False):
         causal_lm = empty_model(origin, model_config, dtype=torch.float32)
         if config.model.lora_r:
             add_adapters(causal_lm, config.model, config.train.seed)
-    attention = attention_path(config, causal_lm)
-    model = OrpoModel(causal_lm, attention, config.orpo.router_aux_loss_coef)
-    if config.train.gradient_checkpointing:
-        _checkpoint_activations(causal_lm, config.train.gradient_checkpointing_every)
-    _shard(model, causal_lm, device, config)
+    model = _sharded(causal_lm, device, config, ignored=set())
     _materialise(model, torch.device("cpu") if _offloads(config, device) else device)
     weights = _weights(config, origin)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
     causal_lm.tie_weights()
+    return model
+
+
+def build_quantized(
+    config: ORPOConfig, origin: ModelSource, model_config: PreTrainedConfig, device: torch.device
+) -> OrpoModel:
+    """Build adapters, which are sharded, on a base in 4 bits, of which every rank has a copy.
+
+    The adapters' first weights are the same on all ranks by their seed.
+    """
+    causal_lm = load_quantized(origin, model_config, use_bf16(config, device), device)
+    add_adapters(causal_lm, config.model, config.train.seed)
+    frozen = {p for p in causal_lm.parameters() if not p.requires_grad}
+    return _sharded(causal_lm, device, config, ignored=frozen)
+
+
+def _sharded(
+    causal_lm: PreTrainedModel,
+    device: torch.device,
+    config: ORPOConfig,
+    ignored: set[nn.Parameter],
+) -> OrpoModel:
+    """The model around a decoder, with everything but the ignored parameters sharded."""
+    if config.model.use_liger_kernel:
+        use_liger_kernels(causal_lm, device)
+    attention = attention_path(config, causal_lm)
+    kernel = packed_kernel(config, causal_lm.config, device)
+    model = OrpoModel(causal_lm, attention, config.orpo.router_aux_loss_coef, kernel)
+    if config.train.gradient_checkpointing:
+        _checkpoint_activations(causal_lm, config.train.gradient_checkpointing_every)
+    _shard(model, device, config, ignored)
     return model
 
 
@@ -98,6 +131,18 @@ def use_bf16(config: ORPOConfig, device: torch.device) -> bool:
     if config.train.bf16 is not None:
         return config.train.bf16
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def packed_kernel(
+    config: ORPOConfig, model_config: PreTrainedConfig, device: torch.device
+) -> Kernel:
+    """What a packed row's attention goes through on this device.
+
+    Raises:
+        UnsupportedModelError: when the kernel that was asked for cannot run here.
+    """
+    there = circumstances(model_config, device, use_bf16(config, device))
+    return choose_kernel(config.model.attention_kernel, there)
 
 
 def attention_path(config: ORPOConfig, causal_lm: PreTrainedModel) -> AttentionPath:
@@ -153,7 +198,7 @@ def _checkpoint_activations(causal_lm: PreTrainedModel, every: int) -> None:
 
 
 def _shard(
-    model: OrpoModel, causal_lm: PreTrainedModel, device: torch.device, config: ORPOConfig
+    model: OrpoModel, device: torch.device, config: ORPOConfig, ignored: set[nn.Parameter]
 ) -> None:
     """FSDP2: every decoder layer a unit, embeddings and head in the root.
 
@@ -170,14 +215,18 @@ def _shard(
     policy = MixedPrecisionPolicy()
     if use_bf16(config, device):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if _offloads(config, device) else OffloadPolicy()
-    for block in _blocks(causal_lm):
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "offload_policy": CPUOffloadPolicy() if _offloads(config, device) else OffloadPolicy(),
+        "ignored_params": ignored,
+    }
+    for block in _blocks(model.causal_lm):
         if config.model.torch_compile:
             block.compile(dynamic=True)
-        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(block, mp_policy=policy, **options)
     # The root is given counts and weights beside token ids: those are not to be rounded.
     root_policy = dataclasses.replace(policy, cast_forward_inputs=False)
-    fully_shard(model, mesh=mesh, mp_policy=root_policy, offload_policy=offload)
+    fully_shard(model, mp_policy=root_policy, **options)
 
 
 def _offloads(config: ORPOConfig, device: torch.device) -> bool:

@@ -89,7 +89,7 @@ def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> StepResult:
     trainee.optimizer.zero_grad(set_to_none=True)
     margins: list[PairMargins] = []
     for row in batch.rows:
-        output = _forward_backward(trainee, row, scale)
+        output = forward_backward(trainee, row, scale)
         step_sums += output.sums
         margins.append((row.row_ids, output.chosen_log_probs - output.rejected_log_probs))
     norm = gradient_norm(trainee.model, trainee.max_grad_norm)
@@ -102,8 +102,12 @@ def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> StepResult:
     return StepResult(norm, margins, time.perf_counter() - started)
 
 
-def _forward_backward(trainee: Trainee, row: PackedRow, scale: LossScale) -> OrpoOutput:
-    """One microbatch."""
+def forward_backward(trainee: Trainee, row: PackedRow, scale: LossScale) -> OrpoOutput:
+    """One microbatch.
+
+    Raises:
+        MicrobatchTooLargeError: when it does not fit.
+    """
     try:
         output: OrpoOutput = trainee.model(Microbatch(row, trainee.device), scale)
         output.loss.backward()

@@ -1,0 +1,147 @@
+"""How many tokens a microbatch may hold on a GPU, by measurement; in training workers."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from orpo_ray.objective.head import LossScale
+from orpo_ray.preference.groups import PromptGroup
+from orpo_ray.preference.packing import pack
+from orpo_ray.preference.stream import TokenStream
+from orpo_ray.training.job import TrainingJob
+from orpo_ray.training.step import Trainee, forward_backward
+
+_GIB = 2**30
+_LOOKED_AT = 256  # first groups, of which the longest is measured
+_MARGIN = 0.1  # of the device, for what the allocator cannot use and what was not measured
+_SIGNIFICANT_BITS = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The most memory that a microbatch of some tokens took, weights and gradients included."""
+
+    n_tokens: int
+    peak_bytes: int
+
+
+def settle_budget(job: TrainingJob, trainee: Trainee, notice: Callable[[str], None]) -> TrainingJob:
+    """The job with the budget that `max_tokens_per_microbatch=auto` comes to.
+
+    Batches and their order do not depend on it. It is the same on all ranks, and in every run on
+    the same devices: before a checkpoint is read, whatever the optimizer will hold is counted.
+
+    Args:
+        job: of this rank; every rank calls this.
+        trainee: as it was built. Its weights stay, its gradients are dropped.
+        notice: told what was found.
+
+    Raises:
+        MicrobatchTooLargeError: when one of the longest groups does not fit.
+    """
+    if job.config.train.max_tokens_per_microbatch != "auto":
+        return job
+    if job.device.type != "cuda":
+        notice(
+            "max_tokens_per_microbatch: auto measures GPUs only; here it is "
+            f"{job.train.plan.budget_tokens} tokens, as unset"
+        )
+        return job
+    budget, text = _measured_budget(job.train, trainee)
+    notice(f"max_tokens_per_microbatch: auto is {budget} tokens; {text}")
+    evals = {prefix: with_budget(stream, budget) for prefix, stream in job.evals.items()}
+    return dataclasses.replace(job, train=with_budget(job.train, budget), evals=evals)
+
+
+def with_budget(stream: TokenStream, budget_tokens: int) -> TokenStream:
+    """The same batches, cut into microbatches of another size."""
+    plan = dataclasses.replace(stream.plan, budget_tokens=budget_tokens)
+    return dataclasses.replace(stream, plan=plan)
+
+
+def tokens_that_fit(measured: Sequence[Measured], later_bytes: int, room_bytes: int) -> int:
+    """Tokens up to which the line through the last measurement stays inside the room.
+
+    The line is as steep as the steepest between two neighbours; where memory does not grow, so
+    many tokens that any share of a batch is less.
+
+    Args:
+        measured: at least two, by rising tokens.
+        later_bytes: what a step holds besides, from the first update on.
+        room_bytes: what there is.
+    """
+    steps = pairwise(measured)
+    slope = max((b.peak_bytes - a.peak_bytes) / (b.n_tokens - a.n_tokens) for a, b in steps)
+    last = measured[-1]
+    left = room_bytes - later_bytes - last.peak_bytes
+    if slope <= 0:
+        return 1 << 40 if left >= 0 else 1
+    return max(1, last.n_tokens + int(left // slope))
+
+
+def rounded_down(n_tokens: int) -> int:
+    """To five significant bits: a second measurement that differs a little gives the same."""
+    step: int = 1 << max(0, n_tokens.bit_length() - _SIGNIFICANT_BITS)
+    return n_tokens - n_tokens % step
+
+
+def optimizer_bytes(model: nn.Module) -> int:
+    """What AdamW's two moments will take on this rank's GPU; none is there before a first step."""
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    trained = (p for p in local if p.requires_grad and p.is_cuda)
+    return 2 * sum(p.numel() * p.element_size() for p in trained)
+
+
+def agreed(n_tokens: int, device: torch.device) -> int:
+    """The fewest tokens of any rank."""
+    fewest = torch.tensor(n_tokens, dtype=torch.int64, device=device)
+    dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
+    return int(fewest.item())
+
+
+def _measured_budget(stream: TokenStream, trainee: Trainee) -> tuple[int, str]:
+    """The budget, and how it came about.
+
+    Rows of one and two of the longest groups tell how far one can go; a row of half of that tells
+    it better.
+    """
+    group = max(stream.first_groups(_LOOKED_AT), key=lambda group: group.n_tokens)
+    most = -(-stream.plan.batch_groups // stream.world_size) * group.n_tokens
+    later, device = optimizer_bytes(trainee.model), trainee.device
+    measured = [_measure(trainee, stream, [group] * n_groups) for n_groups in (1, 2)]
+    room = _room_bytes(device)
+    fitting = agreed(tokens_that_fit(measured, later, room), device)
+    n_groups = min(fitting, most) // 2 // group.n_tokens
+    if n_groups > len(measured):
+        measured.append(_measure(trainee, stream, [group] * n_groups))
+        fitting = agreed(tokens_that_fit(measured, later, room), device)
+    trainee.model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    taken = ", ".join(f"{m.peak_bytes / _GIB:.2f} for {m.n_tokens} tokens" for m in measured)
+    text = (
+        f"GiB measured: {taken}; {later / _GIB:.2f} for the optimizer come later, "
+        f"{room / _GIB:.2f} may be used"
+    )
+    return rounded_down(fitting) if fitting < most else most, text
+
+
+def _measure(trainee: Trainee, stream: TokenStream, groups: list[PromptGroup]) -> Measured:
+    """Forward and backward of one row, with gradients to add to, as all but a step's first have."""
+    row = pack(groups, stream.plan.chunk_tokens, stream.plan.prompt_counts)
+    trainee.model.train()
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats(trainee.device)
+        forward_backward(trainee, row, LossScale(nll=0.0, pair=0.0, beta=trainee.beta))
+    return Measured(len(row.token_ids), torch.cuda.max_memory_allocated(trainee.device))
+
+
+def _room_bytes(device: torch.device) -> int:
+    """What this process may hold: what it has and what is free, without the margin."""
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - _MARGIN * total)

@@ -1,0 +1,91 @@
+"""Which attention kernel a packed row goes through: one for a whole run; in training workers."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+
+from orpo_ray.training.errors import UnsupportedModelError
+
+Kernel = Literal["varlen", "flash_attn", "flex", "sdpa"]
+_FLASH_WIDTH = 256  # of heads, the widest that flash attention takes
+_AMPERE = (8, 0)
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What decides which kernels can run.
+
+    Args:
+        capability: of the GPU; none elsewhere.
+        half: whether scores are products of bfloat16 or float16.
+        softcap: whether the model presses its scores together.
+        widths: of a head's queries and values.
+        installed: those of `varlen`, `flash_attn` and `triton` that are at hand.
+    """
+
+    capability: tuple[int, int] | None
+    half: bool
+    softcap: bool
+    widths: tuple[int, int]
+    installed: frozenset[str]
+
+
+def choose_kernel(asked: Kernel | Literal["auto"], there: Circumstances) -> Kernel:
+    """The kernel that was asked for, or the first one that can run here.
+
+    Raises:
+        UnsupportedModelError: when the one that was asked for cannot.
+    """
+    if asked == "auto":
+        return next(kernel for kernel in get_args(Kernel) if obstacle(kernel, there) is None)
+    problem = obstacle(asked, there)
+    if problem is not None:
+        raise UnsupportedModelError(f"attention_kernel={asked}: {problem}")
+    return asked
+
+
+def obstacle(kernel: Kernel, there: Circumstances) -> str | None:
+    """Why a kernel cannot run, or None."""
+    if kernel == "sdpa":
+        return None
+    if there.capability is None:
+        return "it runs on GPUs only"
+    if there.capability < _AMPERE:
+        return f"it wants a GPU of compute capability 8.0, this one has {there.capability}"
+    if kernel == "flex":
+        return None if "triton" in there.installed else "it is compiled by triton: pip install it"
+    if kernel not in there.installed:
+        fix = "needs torch >= 2.10" if kernel == "varlen" else "pip install flash-attn"
+        return f"it is not installed: {fix}"
+    if not there.half:
+        return "it computes in bfloat16 and float16 only: set bf16=true"
+    if kernel == "varlen" and there.softcap:
+        return "it knows no softcap, which this model has"
+    width, value_width = there.widths
+    if width != value_width or width > _FLASH_WIDTH or width % 8:
+        return f"it does not take heads of width {width} with values of width {value_width}"
+    return None
+
+
+def circumstances(model_config: Any, device: torch.device, half: bool) -> Circumstances:
+    """What is the case for a model of a config on a device."""
+    config = model_config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Models with compressed keys and values have other names for them; some layers wider heads.
+    width = max(width, getattr(config, "global_head_dim", None) or 0)
+    query_width = getattr(config, "qk_head_dim", None) or width
+    value_width = getattr(config, "v_head_dim", None) or width
+    modules = {
+        "varlen": "torch.nn.attention.varlen",
+        "flash_attn": "flash_attn",
+        "triton": "triton",
+    }
+    return Circumstances(
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        half=half,
+        softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        widths=(query_width, value_width),
+        installed=frozenset(name for name, module in modules.items() if find_spec(module)),
+    )

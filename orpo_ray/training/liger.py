@@ -1,0 +1,63 @@
+"""Liger's kernels for norms, MLPs and rotary positions, put into a model; in training workers."""
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from orpo_ray.training.errors import UnsupportedModelError
+
+# Its losses want logits or the whole hidden state; the head here is projected in chunks.
+_LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
+def use_liger_kernels(causal_lm: PreTrainedModel, device: torch.device) -> None:
+    """Patch a model in place, before it is sharded.
+
+    Args:
+        causal_lm: on any device, the meta device included.
+        device: where it will compute.
+
+    Raises:
+        UnsupportedModelError: off a GPU, without the package, or for a family it does not know.
+    """
+    if device.type != "cuda":
+        raise UnsupportedModelError(
+            "use_liger_kernel: Liger's kernels run on GPUs only: set use_gpu=true, or take it out"
+        )
+    patch(causal_lm)
+
+
+def patch(causal_lm: PreTrainedModel) -> None:
+    """Give the modules of this model, and no other's, Liger's forward passes.
+
+    Liger also puts its own classes in the place of the family's, which would not take every config
+    when the weights are read; those are put back. Its rotary positions are a function of the
+    family's, and stay.
+
+    Raises:
+        UnsupportedModelError: without the package, or for a family it does not know.
+    """
+    family = causal_lm.config.model_type
+    apply = getattr(_liger(), f"apply_liger_kernel_to_{family}", None)
+    if apply is None:
+        raise UnsupportedModelError(
+            f"use_liger_kernel: Liger has no kernels for {family}: take it out"
+        )
+    own = vars(sys.modules[type(causal_lm).__module__])
+    classes = {name: value for name, value in own.items() if isinstance(value, type)}
+    off = {name: on for name, on in _LOSSES.items() if name in inspect.signature(apply).parameters}
+    apply(model=causal_lm, **off)
+    own.update(classes)
+
+
+def _liger() -> Any:
+    try:
+        import liger_kernel.transformers
+    except ImportError as error:
+        raise UnsupportedModelError(
+            "use_liger_kernel: needs the package liger-kernel: pip install 'orpo_ray[liger]'"
+        ) from error
+    return liger_kernel.transformers

@@ -1,0 +1,70 @@
+"""A frozen base model in 4 bits (QLoRA), as bitsandbytes holds it; in training workers."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+
+from orpo_ray.training.errors import UnsupportedModelError
+from orpo_ray.training.model_source import ModelSource, load_model
+
+
+def refuse_quantization(device: torch.device) -> None:
+    """Stop where 4-bit weights cannot be trained on.
+
+    Raises:
+        UnsupportedModelError: with the fix.
+    """
+    if device.type != "cuda":
+        raise UnsupportedModelError(
+            "load_in_4bit: 4-bit weights are multiplied on GPUs only: set use_gpu=true, or train "
+            "adapters of the whole weights without it"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UnsupportedModelError(
+            "load_in_4bit: needs the package bitsandbytes: pip install 'orpo_ray[qlora]'"
+        )
+
+
+def load_quantized(
+    source: ModelSource, model_config: PreTrainedConfig, bf16: bool, device: torch.device
+) -> PreTrainedModel:
+    """The base model on its device: linear layers in NF4, with constants quantized once more.
+
+    Embeddings, norms and head are not quantized; they are in the type that is computed in, as
+    nothing of the base is trained.
+
+    Args:
+        source: of the base model; every rank reads it.
+        model_config: of it, as it is to be trained.
+        bf16: whether matrix products are in bfloat16.
+        device: of this rank.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    options = {
+        "config": model_config,
+        "device_map": {"": device},
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    }
+    causal_lm: PreTrainedModel = load_model(source, dtype, **options)
+    for module in causal_lm.modules():
+        module.register_state_dict_post_hook(_without_quantization_state)
+    return causal_lm.requires_grad_(False)
+
+
+def _without_quantization_state(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """Leave out what goes with 4-bit weights: they are read anew, never saved.
+
+    Checkpoints look for a parameter behind each name, and there is none.
+    """
+    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+        del state[name]

@@ -1,0 +1,196 @@
+"""Kernels of packed attention: which one is chosen, and that all compute the same."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from orpo_ray.objective.head import LossScale
+from orpo_ray.preference.packing import GroupSpan, pack
+from orpo_ray.training.attention import by_segment
+from orpo_ray.training.errors import UnsupportedModelError
+from orpo_ray.training.flex import flex, packed_block_mask, seen_blocks
+from orpo_ray.training.kernels import Circumstances, choose_kernel, circumstances
+from orpo_ray.training.layout import PackedLayout, Scores
+from orpo_ray.training.microbatch import Microbatch
+from orpo_ray.training.model import OrpoModel
+from orpo_ray.training.varlen import flash_attn, varlen
+from tests.conftest import needs_gpu
+from tests.reference.models import odd_groups, tiny_model
+
+H100 = Circumstances(
+    capability=(9, 0),
+    half=True,
+    softcap=False,
+    widths=(128, 128),
+    installed=frozenset({"varlen", "flash_attn", "triton"}),
+)
+# Of other shapes than blocks of 128: no prompt, one token, a ranking, no answer.
+SPANS = (
+    GroupSpan(7, (5, 3)),
+    GroupSpan(0, (2, 9)),
+    GroupSpan(150, (40, 1, 170)),
+    GroupSpan(1, ()),
+    GroupSpan(300, (2, 130)),
+)
+eager_flex = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """Off a GPU torch traces FlexAttention at every shape, and has a limit for those."""
+    torch._dynamo.reset()
+
+
+def heads(layout: PackedLayout, n_heads: int, n_kv: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Random query, key and value of a row, and what the output's gradient is to be."""
+    torch.manual_seed(0)
+    shapes = [(1, n, layout.n_tokens, 16) for n in (n_heads, n_kv, n_kv)]
+    shapes.append((1, layout.n_tokens, n_heads, 16))
+    return [torch.randn(s, dtype=dtype, device=layout.device) for s in shapes]
+
+
+def with_gradients(kernel, layout, scores, inputs) -> list[torch.Tensor]:
+    """A kernel's output, and the gradients of query, key and value."""
+    *qkv, upstream = inputs
+    leaves = [t.clone().requires_grad_() for t in qkv]
+    output = kernel(*leaves, layout, scores)
+    output.backward(upstream)
+    return [output.detach(), *(t.grad for t in leaves)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [
+        ({}, "varlen"),
+        ({"installed": frozenset({"flash_attn", "triton"})}, "flash_attn"),
+        ({"installed": frozenset({"triton"})}, "flex"),
+        ({"installed": frozenset()}, "sdpa"),
+        ({"half": False}, "flex"),
+        ({"softcap": True}, "flash_attn"),
+        ({"softcap": True, "installed": frozenset({"varlen", "triton"})}, "flex"),
+        ({"softcap": True, "installed": frozenset({"varlen"})}, "sdpa"),
+        ({"widths": (192, 128)}, "flex"),
+        ({"widths": (512, 512)}, "flex"),
+        ({"capability": (7, 5)}, "sdpa"),
+        ({"capability": None}, "sdpa"),
+    ],
+)
+def test_the_first_kernel_that_can_run_is_chosen(changes, kernel):
+    assert choose_kernel("auto", dataclasses.replace(H100, **changes)) == kernel
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "flash_attn", "flex", "sdpa"])
+def test_a_kernel_that_is_asked_for_is_taken(kernel):
+    assert choose_kernel(kernel, H100) == kernel
+
+
+@pytest.mark.parametrize(
+    ("kernel", "changes", "reason"),
+    [
+        ("flex", {"capability": None}, "it runs on GPUs only"),
+        ("varlen", {"softcap": True}, "it knows no softcap, which this model has"),
+        ("varlen", {"half": False}, "set bf16=true"),
+        ("flash_attn", {"installed": frozenset()}, "pip install flash-attn"),
+        ("flash_attn", {"widths": (512, 512)}, "heads of width 512"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused_with_the_fix(kernel, changes, reason):
+    with pytest.raises(UnsupportedModelError, match=f"attention_kernel={kernel}: .*{reason}"):
+        choose_kernel(kernel, dataclasses.replace(H100, **changes))
+
+
+def test_circumstances_are_read_from_the_model():
+    """Width 32 over 4 heads is 8 a head; gemma2 has heads of its own width 8, and a softcap."""
+    cpu = torch.device("cpu")
+    llama = circumstances(tiny_model("llama", torch.float32).config, cpu, half=False)
+    assert (llama.capability, llama.softcap, llama.widths) == (None, False, (8, 8))
+    gemma = circumstances(tiny_model("gemma2", torch.float32).config, cpu, half=True)
+    assert (gemma.half, gemma.softcap, gemma.widths) == (True, True, (8, 8))
+
+
+@eager_flex
+@pytest.mark.parametrize("window", [None, 4, 200])
+@pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 2), (3, 3), (6, 1)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_flex_equals_attention_by_segment(window, n_heads, n_kv, softcap):
+    """In float64; a softcap's softmax is in fp32. Torch has no gradients for it on CPUs."""
+    layout = PackedLayout(SPANS, torch.device("cpu"))
+    scores = Scores(scaling=0.3, window=window, softcap=softcap)
+    *qkv, _ = heads(layout, n_heads, n_kv, torch.float64)
+    tolerance = 1e-12 if softcap is None else 1e-6
+    found, expected = flex(*qkv, layout, scores), by_segment(*qkv, layout, scores)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 1, 130, 300])
+def test_blocks_of_the_mask_are_those_that_are_seen(window):
+    """Against torch's own, which looks at every token; a compiled kernel skips by it."""
+    spans = (GroupSpan(40, (300, 280)), *SPANS, GroupSpan(520, (130, 400, 7)))
+    layout = PackedLayout(spans, torch.device("cpu"))
+    mask = packed_block_mask(layout, window)
+    dense = create_block_mask(
+        mask.mask_mod, None, None, layout.n_tokens, layout.n_tokens, device="cpu"
+    )
+    assert torch.equal(mask.to_dense(), dense.to_dense())
+    n_blocks = -(-layout.n_tokens // 128)
+    whole = torch.zeros(n_blocks, n_blocks, dtype=torch.bool)
+    for row, count in enumerate(dense.full_kv_num_blocks[0, 0].tolist()):
+        whole[row, dense.full_kv_indices[0, 0, row, :count].long()] = True
+    _, every = seen_blocks(layout, window)
+    # Not all of them: where two answers meet in a block it is seen in part, to be sure.
+    assert not (torch.from_numpy(every) & ~whole).any()
+    assert every.any() == whole.any()
+
+
+@eager_flex
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_a_model_computes_the_same_with_flex(name):
+    """Through transformers' interface; the mask is built once a window for all layers."""
+    row = pack(odd_groups(1), 16, prompt_counts=True)
+    outputs, windows = {}, {}
+    for kernel in ("sdpa", "flex"):
+        model = OrpoModel(tiny_model(name, torch.float32), "packed", None, kernel)
+        assert model.attention_text == f"packed ({kernel})"
+        batch = Microbatch(row, torch.device("cpu"))
+        with torch.no_grad():
+            outputs[kernel] = model(batch, LossScale(0.1, 0.1, 1.0))
+        windows[kernel] = set(batch.layout.block_masks)
+    torch.testing.assert_close(outputs["flex"].sums, outputs["sdpa"].sums, rtol=1e-5, atol=1e-5)
+    seen = {"llama": {None}, "mistral": {8}, "gemma2": {None, 8}}[name]
+    assert windows == {"sdpa": set(), "flex": seen}
+
+
+@needs_gpu
+@pytest.mark.parametrize("kernel", [varlen, flash_attn, flex], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("window", [None, 4, 200])
+@pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 2), (3, 3)])
+def test_gpu_kernels_equal_attention_by_segment(kernel, window, n_heads, n_kv):
+    """Value and gradients in bfloat16, against fp32 of the same numbers: two digits and a half."""
+    if kernel is flash_attn:
+        pytest.importorskip("flash_attn")
+    layout = PackedLayout(SPANS, torch.device("cuda"))
+    scores = Scores(scaling=0.3, window=window, softcap=None)
+    inputs = heads(layout, n_heads, n_kv, torch.bfloat16)
+    wanted = with_gradients(by_segment, layout, scores, [t.float() for t in inputs])
+    for found, expected in zip(with_gradients(kernel, layout, scores, inputs), wanted, strict=True):
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2 * largest)
+
+
+@needs_gpu
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 200])
+def test_flex_on_a_gpu_equals_attention_by_segment_in_fp32(window, softcap):
+    """Rows of several lengths, as microbatches are: the kernel is compiled for all of them."""
+    for n_groups in range(1, len(SPANS) + 1):
+        layout = PackedLayout(SPANS[:n_groups], torch.device("cuda"))
+        scores = Scores(scaling=0.3, window=window, softcap=softcap)
+        inputs = heads(layout, 4, 2, torch.float32)
+        for found, expected in zip(
+            with_gradients(flex, layout, scores, inputs),
+            with_gradients(by_segment, layout, scores, inputs),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
