@@ -79,10 +79,16 @@ def seen_keys(span: GroupSpan) -> int:
     return own + prompt * sum(span.completions)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product, the best of several."""
+def matmul_rate(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
+    """Operations a second of one large matrix product, the best of several.
+
+    Args:
+        device: to be timed.
+        dtype: of the product.
+        n: rows and columns; unset: as many as are done within a second.
+    """
     is_cuda = device.type == "cuda"
-    n = _CUDA_SIZE if is_cuda else _CPU_SIZE
+    n = n or (_CUDA_SIZE if is_cuda else _CPU_SIZE)
     left, right = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(_TRIES):
