@@ -74,13 +74,12 @@ def fetch_once(path: Path) -> Path:
 def fetch_folder(folder: Path, wanted: Names = everything) -> Path:
     """Bring all `wanted` files below a folder to what the bucket has; gives the folder back.
 
-    Processes of one node that ask for the same do it one after the other, so once.
+    A folder that the bucket does not have is none here either. Processes of one node that ask for
+    the same do it one after the other, so once.
 
     Args:
         folder: nothing is done for one that is no copy.
         wanted: told the names of files, relative to the folder.
-
-    A folder that the bucket does not have is none here either.
 
     Raises:
         OSError: when the bucket cannot be read.
