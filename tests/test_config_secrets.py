@@ -95,7 +95,8 @@ def test_values_that_are_secrets_are_refused_unseen(tmp_path, value):
 
 @pytest.mark.parametrize("value", HARMLESS)
 def test_other_values_are_left_alone(value):
-    assert load_config(None, [f"output_dir={value}"]).output.output_dir == value
+    config = load_config(None, [f"model_name_or_path={value}"])
+    assert config.model.model_name_or_path == value
     assert hide(value) == value
 
 
