@@ -323,6 +323,7 @@ def ten_thousand(tmp_path_factory) -> tuple[Path, list[int]]:
     return folder, [line + 1 for line in bad]
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_with_a_hundred_bad_ones(
     ten_thousand: tuple[Path, list[int]], run_command, ray_cluster
 ) -> None:
