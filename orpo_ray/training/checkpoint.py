@@ -181,9 +181,11 @@ class CheckpointSaver:
                 texts = (Path(self._run_directory, name) for name in WRITTEN_BY_WORKERS)
                 publish(*(path for path in texts if path.exists()))
                 write_manifest(directory, about, files)
-                keep()
             except OSError as error:
                 problem = str(error)
+            else:
+                with contextlib.suppress(OSError):  # it is committed: what stays goes next time
+                    keep()
         if problem is not None:
             with contextlib.suppress(OSError):
                 remove(directory)

@@ -5,12 +5,14 @@ Runs in training workers and on the driver; needs no torch.
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from orpo_ray.bucket import is_copy
 from orpo_ray.storage import fetch_folder, publish, remove, rename, sizes
 
 MANIFEST = "MANIFEST.json"
@@ -100,6 +102,10 @@ def newest_checkpoint(run_directory: str, set_aside: Callable[[str, str], None])
         if not fetch_folder(directory).exists():
             continue  # a copy of one that was deleted
         damage = find_damage(directory)
+        if damage is not None and is_copy(directory):  # perhaps of the copy alone
+            shutil.rmtree(directory)
+            fetch_folder(directory)
+            damage = find_damage(directory)
         if damage is None:
             return int(directory.name.removeprefix("step-"))
         aside = directory.parent / SET_ASIDE

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from orpo_ray.bucket import WORKERS, local
 from orpo_ray.storage import fetch_folder
+from orpo_ray.training.manifest import find_damage, newest_checkpoint
 from orpo_ray.training.run_files import count_events
 from tests.distributed import run_ranks
 from tests.training.small_run import metrics_without_times, train_small
@@ -93,6 +94,20 @@ def test_it_goes_on_where_every_disk_was_lost(bucket, kept, inputs, whole_run, t
         assert list((tmp_path / node).rglob("*.jsonl")) or node == "node-1"
         assert list((tmp_path / node).rglob("*.distcp")) == []
         assert list((tmp_path / node).rglob("*.safetensors")) == []
+
+
+def test_a_damaged_copy_costs_no_checkpoint(bucket, kept):
+    """One bit flipped on a node's disk, with the time of the file as it was: fetched again."""
+    run = found_in_bucket(interrupted_copy(bucket, kept, "flipped", last_step=21))
+    shard = run / "checkpoints" / "step-00000021" / "__1_0.distcp"
+    content, times = bytearray(shard.read_bytes()), shard.stat()
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert find_damage(shard.parent) == "__1_0.distcp does not match its checksum"
+    aside = []
+    assert newest_checkpoint(str(run), lambda *about: aside.append(about)) == 21
+    assert aside == []
 
 
 @pytest.mark.slow
