@@ -10,6 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Every rank is a fork of one process that has these, which take seconds to import, and no threads.
+_FORK_SERVER = multiprocessing.get_context("forkserver")
+_FORK_SERVER.set_forkserver_preload(
+    ["torch.distributed.checkpoint", "transformers", "orpo_ray.training.loop"]
+)
+
 
 def run_ranks(
     n_ranks: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
@@ -28,11 +34,11 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(
-                target=_rank, args=(rank, n_ranks, port, backend, folder, function, args)
+            _FORK_SERVER.Process(
+                target=_rank,
+                args=(rank, n_ranks, port, dict(os.environ), backend, folder, function, args),
             )
             for rank in range(n_ranks)
         ]
@@ -59,12 +65,14 @@ def _rank(
     rank: int,
     n_ranks: int,
     port: int,
+    environment: dict[str, str],
     backend: str,
     folder: str,
     function: Callable[..., Any],
     args: Any,
 ) -> None:
-    os.environ |= {
+    os.environ.clear()  # it is that of the process that was forked
+    os.environ |= environment | {
         "RANK": str(rank),
         "WORLD_SIZE": str(n_ranks),
         "LOCAL_RANK": str(rank),

@@ -22,7 +22,7 @@ class Circumstances:
         half: whether scores are products of bfloat16 or float16.
         softcap: whether the model presses its scores together.
         widths: of a head's queries and values.
-        installed: those of `varlen`, `flash_attn` and `triton` that are at hand.
+        installed: those of `flash_attn` and `triton` that are at hand.
     """
 
     capability: tuple[int, int] | None
@@ -56,9 +56,8 @@ def obstacle(kernel: Kernel, there: Circumstances) -> str | None:
         return f"it wants a GPU of compute capability 8.0, this one has {there.capability}"
     if kernel == "flex":
         return None if "triton" in there.installed else "it is compiled by triton: pip install it"
-    if kernel not in there.installed:
-        fix = "needs torch >= 2.10" if kernel == "varlen" else "pip install flash-attn"
-        return f"it is not installed: {fix}"
+    if kernel == "flash_attn" and kernel not in there.installed:
+        return "it is not installed: pip install flash-attn"
     if not there.half:
         return "it computes in bfloat16 and float16 only: set bf16=true"
     if kernel == "varlen" and there.softcap:
@@ -77,15 +76,10 @@ def circumstances(model_config: Any, device: torch.device, half: bool) -> Circum
     width = max(width, getattr(config, "global_head_dim", None) or 0)
     query_width = getattr(config, "qk_head_dim", None) or width
     value_width = getattr(config, "v_head_dim", None) or width
-    modules = {
-        "varlen": "torch.nn.attention.varlen",
-        "flash_attn": "flash_attn",
-        "triton": "triton",
-    }
     return Circumstances(
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         half=half,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         widths=(query_width, value_width),
-        installed=frozenset(name for name, module in modules.items() if find_spec(module)),
+        installed=frozenset(name for name in ("flash_attn", "triton") if find_spec(name)),
     )

@@ -4,24 +4,28 @@ One call for the whole row: every segment is a sequence of its own, whose keys a
 its own laid end to end, and which is causal from the bottom right.
 """
 
+from inspect import signature
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from orpo_ray.training.layout import GatheredKeys, PackedLayout, Scores
 
 Heads = Float[Tensor, "1 heads tokens width"]
 KeyHeads = Float[Tensor, "1 kv_heads tokens width"]
 Attended = Float[Tensor, "1 tokens heads width"]
+# Torch 2.11 takes fewer heads of keys than of queries as they are; later ones want to be told.
+_TOLD_OF_FEWER_HEADS = "enable_gqa" in signature(varlen_attn).parameters
 
 
 def varlen(
     query: Heads, key: KeyHeads, value: KeyHeads, layout: PackedLayout, scores: Scores
 ) -> Attended:
     """Attend with the kernel that comes with torch, which knows no softcap."""
-    from torch.nn.attention.varlen import varlen_attn
-
     gathered = layout.gathered
+    fewer = query.shape[1] != key.shape[1]
     output: Tensor = varlen_attn(  # type: ignore[assignment]
         *_laid_out(query, key, value, gathered),
         gathered.query_ends,
@@ -30,7 +34,7 @@ def varlen(
         gathered.longest_key,
         scale=scores.scaling,
         window_size=_window(scores),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **({"enable_gqa": fewer} if _TOLD_OF_FEWER_HEADS else {}),
     )
     return output[None]
 

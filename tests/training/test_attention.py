@@ -1,6 +1,7 @@
 """Kernels of packed attention: which one is chosen, and that all compute the same."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ H100 = Circumstances(
     half=True,
     softcap=False,
     widths=(128, 128),
-    installed=frozenset({"varlen", "flash_attn", "triton"}),
+    installed=frozenset({"flash_attn", "triton"}),
 )
 # Of other shapes than blocks of 128: no prompt, one token, a ranking, no answer.
 SPANS = (
@@ -64,13 +65,12 @@ def with_gradients(kernel, layout, scores, inputs) -> list[torch.Tensor]:
     ("changes", "kernel"),
     [
         ({}, "varlen"),
-        ({"installed": frozenset({"flash_attn", "triton"})}, "flash_attn"),
-        ({"installed": frozenset({"triton"})}, "flex"),
-        ({"installed": frozenset()}, "sdpa"),
+        ({"installed": frozenset()}, "varlen"),
         ({"half": False}, "flex"),
+        ({"half": False, "installed": frozenset()}, "sdpa"),
         ({"softcap": True}, "flash_attn"),
-        ({"softcap": True, "installed": frozenset({"varlen", "triton"})}, "flex"),
-        ({"softcap": True, "installed": frozenset({"varlen"})}, "sdpa"),
+        ({"softcap": True, "installed": frozenset({"triton"})}, "flex"),
+        ({"softcap": True, "installed": frozenset()}, "sdpa"),
         ({"widths": (192, 128)}, "flex"),
         ({"widths": (512, 512)}, "flex"),
         ({"capability": (7, 5)}, "sdpa"),
@@ -108,6 +108,68 @@ def test_circumstances_are_read_from_the_model():
     assert (llama.capability, llama.softcap, llama.widths) == (None, False, (8, 8))
     gemma = circumstances(tiny_model("gemma2", torch.float32).config, cpu, half=True)
     assert (gemma.half, gemma.softcap, gemma.widths) == (True, True, (8, 8))
+
+
+def flash_attention(query, key, value, query_ends, key_ends, scale, window) -> torch.Tensor:
+    """What flash attention's documentation says, a sequence at a time; heads behind tokens.
+
+    The last query of a sequence stands at its last key; `window` is how many keys before and
+    behind itself a query sees, -1 for all.
+    """
+    left, right = window
+    outputs = []
+    ends = zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True)
+    for (first, stop), (first_key, stop_key) in ends:
+        keys, values = (
+            t[first_key:stop_key].repeat_interleave(query.shape[1] // t.shape[1], dim=1)
+            for t in (key, value)
+        )
+        scores = torch.einsum("qhd,khd->hqk", query[first:stop], keys) * scale
+        n_queries, n_keys = scores.shape[1:]
+        behind = torch.arange(n_keys - n_queries, n_keys)[:, None] - torch.arange(n_keys)
+        hidden = torch.zeros_like(behind, dtype=torch.bool)
+        if left >= 0:
+            hidden |= behind > left
+        if right >= 0:
+            hidden |= behind < -right
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def varlen_on_cpus():
+    """A kernel for the operator that torch's function calls, and has for GPUs only.
+
+    What is tested is what a row is made into, how it comes back, and torch's checks of it.
+    """
+
+    def kernel(query, key, value, q_ends, k_ends, max_q, max_k, causal, scale, window, *rest):
+        assert (max_q, max_k) == (q_ends.diff().max(), k_ends.diff().max())
+        assert causal == (window == [-1, 0])
+        output = flash_attention(query, key, value, q_ends, k_ends, scale, window)
+        return output, query.new_empty(0), torch.empty(2, dtype=torch.uint64)
+
+    import torch.nn.attention.varlen
+
+    with torch.library._scoped_library("torch_attn", "IMPL") as library:
+        library.impl("_varlen_attn", kernel, "AutogradCPU")
+        yield
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 200])
+@pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 2), (3, 3), (6, 1)])
+def test_a_row_is_handed_to_varlen_as_flash_attention_wants_it(
+    window, n_heads, n_kv, varlen_on_cpus
+):
+    """Values and gradients in float64; a prompt's keys are those of all its answers."""
+    layout = PackedLayout(SPANS, torch.device("cpu"))
+    scores = Scores(scaling=0.3, window=window, softcap=None)
+    inputs = heads(layout, n_heads, n_kv, torch.float64)
+    found = with_gradients(varlen, layout, scores, inputs)
+    wanted = with_gradients(by_segment, layout, scores, inputs)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @eager_flex
