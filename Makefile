@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all faults lint wheel clean
+.PHONY: demo test test-commands test-all faults lint wheel clean
 
 demo: .venv/run.installed
 	$(BIN)/python jobs/train.py
 
 test: .venv/test.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not commands"
+
+test-commands: .venv/test.installed
+	$(BIN)/python -m pytest -m "commands and not slow"
 
 test-all: .venv/test.installed
 	$(BIN)/python -m pytest

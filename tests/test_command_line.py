@@ -63,6 +63,7 @@ def test_missing_files_and_folders_are_exit_2_all_at_once(run_command, tmp_path)
     ]
 
 
+@pytest.mark.commands
 def test_no_usable_row_is_exit_2_with_the_reasons(run_command, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n{]\n')
     done = run_command(tmp_path, TRAIN, "train_files=bad.jsonl")

@@ -36,6 +36,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.commands
 @pytest.mark.timeout(900)
 def test_the_commands_run_in_the_order_they_are_shown(folder, run_command, ray_cluster):
     for command in commands("python jobs/"):
@@ -55,6 +56,7 @@ def test_the_commands_run_in_the_order_they_are_shown(folder, run_command, ray_c
         assert list((folder / "runs" / name).glob("checkpoints/step-*/MANIFEST.json"))
 
 
+@pytest.mark.commands
 def test_the_python_block_runs(folder, ray_cluster, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     exec(compile(blocks("python")[0], "README.md", "exec"), {})

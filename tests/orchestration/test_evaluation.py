@@ -10,6 +10,7 @@ import pytest
 from orpo_ray.config import ORPOConfig
 from orpo_ray.orchestration.inputs import find_inputs
 
+pytestmark = pytest.mark.commands
 N_ROWS = 60
 
 

@@ -263,6 +263,7 @@ def test_files_that_cannot_be_are_said_all_at_once(tmp_path, run_command) -> Non
     assert notes.startswith(f"error: train_files: {tmp_path}/notes.txt: not a kind of file")
 
 
+@pytest.mark.commands
 def test_files_that_cannot_be_read_are_said_all_at_once(tmp_path, run_command, ray_cluster) -> None:
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-9])
     (tmp_path / "bad.jsonl.gz").write_bytes(b"not gzip at all")
@@ -282,6 +283,7 @@ def test_files_that_cannot_be_read_are_said_all_at_once(tmp_path, run_command, r
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.commands
 def test_a_column_that_no_row_has_stops_with_what_is_there(
     tmp_path, run_command, ray_cluster
 ) -> None:
@@ -352,6 +354,7 @@ def test_ten_thousand_rows_with_a_hundred_bad_ones(
     assert (source["rows_trained"], source["rows_not_reached"]) == (9900, 0)
 
 
+@pytest.mark.commands
 def test_more_bad_rows_than_allowed_stop_before_any_worker(
     ten_thousand: tuple[Path, list[int]], run_command, ray_cluster
 ) -> None:

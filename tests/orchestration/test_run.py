@@ -221,6 +221,7 @@ def figures_of(run: Path) -> tuple[str, list[dict], list[str]]:
     return digest, lines, (run / "ledger.jsonl").read_text().splitlines()
 
 
+@pytest.mark.commands
 @pytest.mark.timeout(900)
 def test_a_run_that_loses_a_worker_and_its_driver_ends_byte_identical(
     ray_cluster, run_command, tmp_path
