@@ -5,6 +5,7 @@ its own laid end to end, and which is causal from the bottom right.
 """
 
 from inspect import signature
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,7 @@ def varlen(
     """Attend with the kernel that comes with torch, which knows no softcap."""
     gathered = layout.gathered
     fewer = query.shape[1] != key.shape[1]
+    told: dict[str, Any] = {"enable_gqa": fewer} if _TOLD_OF_FEWER_HEADS else {}
     output: Tensor = varlen_attn(  # type: ignore[assignment]
         *_laid_out(query, key, value, gathered),
         gathered.query_ends,
@@ -34,7 +36,7 @@ def varlen(
         gathered.longest_key,
         scale=scores.scaling,
         window_size=_window(scores),
-        **({"enable_gqa": fewer} if _TOLD_OF_FEWER_HEADS else {}),
+        **told,
     )
     return output[None]
 

@@ -172,6 +172,19 @@ def test_a_row_is_handed_to_varlen_as_flash_attention_wants_it(
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "gpt-neox", "mixtral"])
+def test_a_model_computes_the_same_with_varlen(name, varlen_on_cpus):
+    """Loss, sums and gradients, through transformers' interface."""
+    row, results = pack(odd_groups(1), 16, prompt_counts=True), []
+    for kernel in ("sdpa", "varlen"):
+        model = OrpoModel(tiny_model(name, torch.float64), "packed", None, kernel)
+        output = model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, 1.0))
+        output.loss.backward()
+        results.append([output.sums, *(p.grad for p in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
 @eager_flex
 @pytest.mark.parametrize("window", [None, 4, 200])
 @pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 2), (3, 3), (6, 1)])
