@@ -27,6 +27,8 @@ class RunWatcher:
         console: where to print.
         write_report: called now and then while there are new figures, and when the run fails.
         log: called with every new line of the metrics.
+        first_report_s: how long `write_report` waits. Its first picture takes seconds of the
+            processor, which a short run would miss.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class RunWatcher:
         console: Console | None = None,
         write_report: Callable[[], object] | None = None,
         log: Callable[[Mapping[str, Any]], None] = lambda line: None,
+        first_report_s: float = 60.0,
     ) -> None:
         self._directory = directory
         self._write_report, self._log = write_report, log
-        self._report_is_old, self._refresh_at = False, 0.0
+        self._report_is_old, self._refresh_at = False, time.monotonic() + first_report_s
         self._n_steps = n_steps
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._ended = threading.Event()

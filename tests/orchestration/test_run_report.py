@@ -332,7 +332,7 @@ def test_a_page_that_cannot_be_written_is_said_and_the_watch_goes_on(tmp_path: P
 
     text = io.StringIO()
     files = RunFiles(tmp_path, is_writer=True)
-    with RunWatcher(tmp_path, 60, Console(file=text, soft_wrap=True), fail):
+    with RunWatcher(tmp_path, 60, Console(file=text, soft_wrap=True), fail, first_report_s=0):
         files.metrics({"step": 0, "epoch": 0.0} | learned(0, "eval_"))
         wait_for(text, "report.html was not written: OSError: no space left\n")
         files.notice("still there")
@@ -350,7 +350,7 @@ def test_the_page_is_written_under_way_and_once_more_when_the_run_fails(tmp_path
 
     def run() -> None:
         text = io.StringIO()
-        with RunWatcher(tmp_path, 60, Console(file=text, soft_wrap=True), note):
+        with RunWatcher(tmp_path, 60, Console(file=text, soft_wrap=True), note, first_report_s=0):
             files.metrics({"step": 0, "epoch": 0.0} | learned(0, "eval_"))
             wait_for(text, "evaluation at step 0")
             files.metrics({"step": 30, "epoch": 0.25} | learned(30, "eval_"))
