@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import library
 from torch.nn.attention.flex_attention import create_block_mask
 
 from orpo_ray.objective.head import LossScale
@@ -150,10 +151,8 @@ def varlen_on_cpus():
         output = flash_attention(query, key, value, q_ends, k_ends, scale, window)
         return output, query.new_empty(0), torch.empty(2, dtype=torch.uint64)
 
-    import torch.nn.attention.varlen
-
-    with torch.library._scoped_library("torch_attn", "IMPL") as library:
-        library.impl("_varlen_attn", kernel, "AutogradCPU")
+    with library._scoped_library("torch_attn", "IMPL") as operators:
+        operators.impl("_varlen_attn", kernel, "AutogradCPU")
         yield
 
 
