@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,11 +13,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from workload import MAX_LENGTH, Work
 
 LEARNING_RATE = 1e-5
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def orpo_ray_side(work: Work, line: Connection) -> None:
@@ -150,6 +155,88 @@ def trl_side(work: Work, line: Connection) -> None:
     line.send(peak_memory_bytes(work.device))
 
 
+def through_ray_side(work: Work, line: Connection) -> None:
+    """`jobs/train.py` with a Ray of its own, all of whose processes stand still between rounds.
+
+    A round ends with its last step's line in metrics.jsonl; what is done after that until the
+    processes stand still is part of the next round. There are no losses of single steps to tell.
+    """
+    settings = {
+        "model_name_or_path": f"{work.folder}/model",
+        "train_files": f"{work.folder}/pairs.jsonl",
+        "output_dir": f"{work.folder}/runs",
+        "run_name": "run",
+        "shuffle": "false",
+        "max_length": MAX_LENGTH,
+        "per_device_train_batch_size": work.batch,
+        "max_tokens_per_microbatch": work.budget_tokens,
+        "learning_rate": LEARNING_RATE,
+        "max_steps": work.steps * (work.rounds + 1),
+        "logging_steps": work.steps,
+    }
+    command = [sys.executable, str(ROOT / "jobs" / "train.py")]
+    command += [f"{key}={value}" for key, value in settings.items()]
+    metrics = Path(work.folder, "runs", "run", "metrics.jsonl")
+    line.send("the bare step's")
+    line.recv()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with subprocess.Popen(command) as driver:
+        try:
+            _stop_and_go(work, line, driver, metrics)
+        except BaseException:
+            _signal_all(_tree(driver), signal.SIGCONT)
+            driver.terminate()
+            raise
+    if driver.returncode:
+        raise RuntimeError(f"jobs/train.py ended with {driver.returncode}")
+
+
+def _stop_and_go(
+    work: Work, line: Connection, driver: "subprocess.Popen[bytes]", metrics: Path
+) -> None:
+    began = time.time()
+    for done in range(1, work.rounds + 2):
+        while len(times := _logged_times(metrics)) < done:
+            if driver.poll() is not None:
+                raise RuntimeError(f"jobs/train.py ended with {driver.returncode}")
+            time.sleep(0.02)
+        processes = _tree(driver)
+        _signal_all(processes, signal.SIGSTOP)
+        stopped = time.time()
+        line.send({"seconds": times[done - 1] - began, "losses": []})
+        if done <= work.rounds:
+            line.recv()
+        else:
+            line.send(max(_peak_memory_bytes_on_host(process.pid) for process in processes))
+        # As if the round had begun as much earlier as its first steps took before the stop.
+        began = time.time() - (stopped - times[done - 1])
+        _signal_all(processes, signal.SIGCONT)
+
+
+def _tree(driver: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """A driver with all that it started; empty once it has ended."""
+    try:
+        process = psutil.Process(driver.pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _logged_times(metrics: Path) -> list[float]:
+    """When each line of a metrics.jsonl so far was logged, seconds since 1970."""
+    if not metrics.exists():
+        return []
+    return [json.loads(text)["time"] for text in metrics.read_text().split("\n")[:-1]]
+
+
+def _signal_all(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
 def _answer(line: Connection, attention: str, losses: Iterator[float], work: Work) -> None:
     """Say how it attends, take one round each time it is asked to, and say what memory it took."""
     line.send(attention)
@@ -173,12 +260,13 @@ def peak_memory_bytes(device: str) -> int:
     """The most memory this process held: allocated on a GPU, resident otherwise."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    (peak,) = (
-        line.split()[1]
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    return int(peak) * 1024
+    return _peak_memory_bytes_on_host(os.getpid())
+
+
+def _peak_memory_bytes_on_host(pid: int) -> int:
+    """0 for a process that has ended and is still listed."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def run_side(name: str, work: Work, line: Connection) -> None:
@@ -196,4 +284,5 @@ def run_side(name: str, work: Work, line: Connection) -> None:
 SIDES: dict[str, Callable[[Work, Connection], None]] = {
     "orpo_ray": orpo_ray_side,
     "trl": trl_side,
+    "through_ray": through_ray_side,
 }

@@ -28,10 +28,10 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from flops import matmul_flops_per_s, useful_work
-from sides import LEARNING_RATE
+from orpo_ray.orchestration.cluster import HOST_MEMORY
+from sides import ROOT
 from turns import SideFailedError, in_turn
 from workload import (
-    MAX_LENGTH,
     PAIRS_OF_4,
     SIZES,
     VOCABULARIES,
@@ -40,7 +40,6 @@ from workload import (
     make_ranking_folder,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data" / "hh_rlhf_harmless.jsonl"
 BATCH = {"cpu": 8, "cuda": 32}
 BUDGET_TOKENS = {"cpu": 8192, "cuda": 16_384}
@@ -171,45 +170,20 @@ def with_saves(work: Work) -> dict[str, Any]:
 
 
 def through_ray(work: Work) -> dict[str, Any]:
-    """`jobs/train.py` on the same work against the bare step, in turn, three times each."""
-    pairs = work.batch * work.steps * work.rounds
-    bare_s, ray_s = [], []
-    for attempt in range(3):
-        (bare,) = in_turn(("orpo_ray", work))
-        bare_s.append(sum(bare.seconds))
-        ray_s.append(_run_train(work, attempt))
+    """`jobs/train.py` on the same work against the bare step, in turn, with the same allocator."""
+    os.environ.update(HOST_MEMORY)
+    bare, ray = in_turn(("orpo_ray", work), ("through_ray", work))
+    pairs = work.batch * work.steps
+    bare_s, ray_s = statistics.median(bare.seconds), statistics.median(ray.seconds)
     return described(work) | {
-        "bare_pairs_per_s": pairs / statistics.median(bare_s),
-        "through_ray_pairs_per_s": pairs / statistics.median(ray_s),
-        "ratio": statistics.median(bare_s) / statistics.median(ray_s),
-        "bare_s": bare_s,
-        "through_ray_s": ray_s,
+        "bare_pairs_per_s": pairs / bare_s,
+        "through_ray_pairs_per_s": pairs / ray_s,
+        "ratio": bare_s / ray_s,
+        "bare_peak_memory_gib": bare.peak_memory_bytes / 2**30,
+        "through_ray_peak_memory_gib": ray.peak_memory_bytes / 2**30,
+        "bare_round_s": bare.seconds,
+        "through_ray_round_s": ray.seconds,
     }
-
-
-def _run_train(work: Work, attempt: int) -> float:
-    """Seconds between the logged steps that bound the rounds that count."""
-    last = work.steps * (work.rounds + 1)
-    name = f"attempt-{attempt}"
-    settings = {
-        "model_name_or_path": f"{work.folder}/model",
-        "train_files": f"{work.folder}/pairs.jsonl",
-        "output_dir": f"{work.folder}/runs",
-        "run_name": name,
-        "shuffle": "false",
-        "max_length": MAX_LENGTH,
-        "per_device_train_batch_size": work.batch,
-        "max_tokens_per_microbatch": work.budget_tokens,
-        "learning_rate": LEARNING_RATE,
-        "max_steps": last,
-        "logging_steps": work.steps,
-    }
-    command = [sys.executable, str(ROOT / "jobs" / "train.py")]
-    command += [f"{key}={value}" for key, value in settings.items()]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=dict(os.environ))
-    path = Path(work.folder, "runs", name, "metrics.jsonl")
-    times = {line["step"]: line["time"] for line in map(json.loads, path.open())}
-    return float(times[last] - times[work.steps])
 
 
 def described(work: Work) -> dict[str, Any]:
