@@ -159,7 +159,7 @@ def through_ray_side(work: Work, line: Connection) -> None:
     """`jobs/train.py` with a Ray of its own, all of whose processes stand still between rounds.
 
     A round ends with its last step's line in metrics.jsonl; what is done after that until the
-    processes stand still is part of the next round. There are no losses of single steps to tell.
+    processes stand still is part of the next round. It tells no losses and no memory.
     """
     settings = {
         "model_name_or_path": f"{work.folder}/model",
@@ -189,6 +189,7 @@ def through_ray_side(work: Work, line: Connection) -> None:
             raise
     if driver.returncode:
         raise RuntimeError(f"jobs/train.py ended with {driver.returncode}")
+    line.send(0)
 
 
 def _stop_and_go(
@@ -206,8 +207,6 @@ def _stop_and_go(
         line.send({"seconds": times[done - 1] - began, "losses": []})
         if done <= work.rounds:
             line.recv()
-        else:
-            line.send(max(_peak_memory_bytes_on_host(process.pid) for process in processes))
         # As if the round had begun as much earlier as its first steps took before the stop.
         began = time.time() - (stopped - times[done - 1])
         _signal_all(processes, signal.SIGCONT)
@@ -260,13 +259,12 @@ def peak_memory_bytes(device: str) -> int:
     """The most memory this process held: allocated on a GPU, resident otherwise."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return _peak_memory_bytes_on_host(os.getpid())
-
-
-def _peak_memory_bytes_on_host(pid: int) -> int:
-    """0 for a process that has ended and is still listed."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    (peak,) = (
+        line.split()[1]
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
+    return int(peak) * 1024
 
 
 def run_side(name: str, work: Work, line: Connection) -> None:

@@ -171,7 +171,8 @@ def with_saves(work: Work) -> dict[str, Any]:
 
 def through_ray(work: Work) -> dict[str, Any]:
     """`jobs/train.py` on the same work against the bare step, in turn, with the same allocator."""
-    os.environ.update(HOST_MEMORY)
+    if work.device == "cpu":
+        os.environ.update(HOST_MEMORY)
     bare, ray = in_turn(("orpo_ray", work), ("through_ray", work))
     pairs = work.batch * work.steps
     bare_s, ray_s = statistics.median(bare.seconds), statistics.median(ray.seconds)
@@ -179,8 +180,6 @@ def through_ray(work: Work) -> dict[str, Any]:
         "bare_pairs_per_s": pairs / bare_s,
         "through_ray_pairs_per_s": pairs / ray_s,
         "ratio": bare_s / ray_s,
-        "bare_peak_memory_gib": bare.peak_memory_bytes / 2**30,
-        "through_ray_peak_memory_gib": ray.peak_memory_bytes / 2**30,
         "bare_round_s": bare.seconds,
         "through_ray_round_s": ray.seconds,
     }
