@@ -2,7 +2,8 @@
 
 Both get the same model, the same pairs in the same order and the same batch; each side is a
 process of its own. A round of one follows a round of the other, the first does not count, and of
-the others the median does. `--through-ray` compares `jobs/train.py` with the bare step instead.
+the others the median does. `--through-ray` compares `jobs/train.py` with the bare step instead;
+with `OMP_NUM_THREADS` below the number of cores, Ray's own processes have a core to themselves.
 """
 
 import argparse
@@ -197,6 +198,7 @@ def described(work: Work) -> dict[str, Any]:
         "hardware": torch.cuda.get_device_name()
         if work.device == "cuda"
         else f"{os.cpu_count()} cores, {platform.machine()}",
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": version("trl"),
