@@ -1,5 +1,6 @@
 """Attention over a packed row, registered with transformers; runs in training workers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from orpo_ray.training.flex import flex
+from orpo_ray.training.flex import block_mask, flex
 from orpo_ray.training.kernels import Kernel
 from orpo_ray.training.layout import PackedLayout, Scores, Segment
 from orpo_ray.training.varlen import flash_attn, varlen
@@ -63,6 +64,18 @@ def packed_attention(
             f"dropout: {dropout}, options: {unknown}"
         )
     return _KERNELS[kernel](query, key, value, layout, Scores(scaling, window, softcap)), None
+
+
+def prepare(layout: PackedLayout, kernel: Kernel, windows: Iterable[int | None]) -> None:
+    """Make what a kernel is told of a row before the first layer asks for it.
+
+    A compiled layer would trace the making of it, anew for every number of segments.
+    """
+    if kernel in ("varlen", "flash_attn"):
+        _ = layout.gathered
+    elif kernel == "flex":
+        for window in windows:
+            block_mask(layout, window)
 
 
 def by_segment(

@@ -31,15 +31,13 @@ def flex(
     scores: Scores,
 ) -> Float[Tensor, "1 tokens heads value_width"]:
     """Attend with FlexAttention: compiled on GPUs, step by step elsewhere."""
-    if scores.window not in layout.block_masks:
-        layout.block_masks[scores.window] = packed_block_mask(layout, scores.window)
     attend = _compiled() if query.is_cuda else flex_attention
     output: Tensor = attend(
         query,
         key,
         value,
         score_mod=None if scores.softcap is None else _capped(scores.softcap),
-        block_mask=layout.block_masks[scores.window],
+        block_mask=block_mask(layout, scores.window),
         scale=scores.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=_OPTIONS,
@@ -66,6 +64,13 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
         return softcap * torch.tanh(score / softcap)
 
     return capped
+
+
+def block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
+    """The row's mask for one window; made when it is first asked for."""
+    if window not in layout.block_masks:
+        layout.block_masks[window] = packed_block_mask(layout, window)
+    return layout.block_masks[window]
 
 
 def packed_block_mask(layout: PackedLayout, window: int | None) -> BlockMask:

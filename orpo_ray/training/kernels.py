@@ -83,3 +83,13 @@ def circumstances(model_config: Any, device: torch.device, half: bool) -> Circum
         widths=(query_width, value_width),
         installed=frozenset(name for name in ("flash_attn", "triton") if find_spec(name)),
     )
+
+
+def sliding_windows(model_config: Any) -> frozenset[int | None]:
+    """Positions that a query sees in the layers of a model; None: all before it."""
+    config = model_config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return frozenset({window})
+    return frozenset(window if kind == "sliding_attention" else None for kind in kinds)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -95,19 +97,25 @@ class PackedLayout:
     @cached_property
     def gathered(self) -> "GatheredKeys":
         """The same for variable-length kernels: every segment's keys laid end to end."""
-        index, q_ends, k_ends = [], [0], [0]
-        for segment in self.segments:
-            prompt = range(segment.prompt_start, segment.prompt_start + segment.prompt_length)
-            index += [*prompt, *range(segment.start, segment.start + segment.length)]
-            q_ends.append(q_ends[-1] + segment.length)
-            k_ends.append(len(index))
+        queries = np.array([segment.length for segment in self.segments])
+        # The keys of a segment are two stretches of the row: its prompt, and its own.
+        stretches = [(s.prompt_start, s.prompt_length, s.start, s.length) for s in self.segments]
+        starts, lengths = np.array(stretches).reshape(-1, 2).T
+        ends = lengths.cumsum()
+        index = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+        keys = lengths.reshape(-1, 2).sum(axis=1)
         return GatheredKeys(
-            index=to_device(torch.tensor(index), self.device),
-            query_ends=to_device(torch.tensor(q_ends, dtype=torch.int32), self.device),
-            key_ends=to_device(torch.tensor(k_ends, dtype=torch.int32), self.device),
-            longest_query=max(segment.length for segment in self.segments),
-            longest_key=max(s.prompt_length + s.length for s in self.segments),
+            index=to_device(torch.from_numpy(index), self.device),
+            query_ends=to_device(_ends(queries), self.device),
+            key_ends=to_device(_ends(keys), self.device),
+            longest_query=int(queries.max()),
+            longest_key=int(keys.max()),
         )
+
+
+def _ends(lengths: npt.NDArray[np.int64]) -> Tensor:
+    """Cumulative lengths from 0, as kernels want them."""
+    return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from orpo_ray.objective.head import HeadOutput, LossScale, orpo_head
 from orpo_ray.objective.metrics import N_SUMS, batch_sums
 from orpo_ray.objective.router import router_loss
-from orpo_ray.training.attention import PACKED_ATTENTION
-from orpo_ray.training.kernels import Kernel
+from orpo_ray.training.attention import PACKED_ATTENTION, prepare
+from orpo_ray.training.kernels import Kernel, sliding_windows
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.padded import pad_rows
 
@@ -54,6 +54,7 @@ class OrpoModel(nn.Module):
         self.causal_lm = causal_lm
         self.kernel = kernel
         config = causal_lm.config.get_text_config()
+        self.windows = sliding_windows(causal_lm.config)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.experts_per_token: int = getattr(config, "num_experts_per_tok", 0) or 0
         # As in transformers and TRL, the router loss is on when the model's own config says so.
@@ -87,6 +88,7 @@ class OrpoModel(nn.Module):
         options = {"output_router_logits": True} if self.has_router else {}
         decoder = self.causal_lm.base_model
         if self.attention == "packed":
+            prepare(batch.layout, self.kernel, self.windows)
             result = decoder(
                 input_ids=batch.token_ids[None],
                 position_ids=batch.position_ids[None],

@@ -139,7 +139,7 @@ def flash_attention(query, key, value, query_ends, key_ends, scale, window) -> t
 
 
 @pytest.fixture
-def varlen_on_cpus():
+def varlen_on_cpus(request):
     """A kernel for the operator that torch's function calls, and has for GPUs only.
 
     What is tested is what a row is made into, how it comes back, and torch's checks of it.
@@ -152,7 +152,7 @@ def varlen_on_cpus():
         return output, query.new_empty(0), torch.empty(2, dtype=torch.uint64)
 
     with library._scoped_library("torch_attn", "IMPL") as operators:
-        operators.impl("_varlen_attn", kernel, "AutogradCPU")
+        operators.impl("_varlen_attn", kernel, getattr(request, "param", "AutogradCPU"))
         yield
 
 
@@ -234,6 +234,23 @@ def test_a_model_computes_the_same_with_flex(name):
     torch.testing.assert_close(outputs["flex"].sums, outputs["sdpa"].sums, rtol=1e-5, atol=1e-5)
     seen = {"llama": {None}, "mistral": {8}, "gemma2": {None, 8}}[name]
     assert windows == {"sdpa": set(), "flex": seen}
+
+
+@eager_flex
+@pytest.mark.parametrize("kernel", ["varlen", "flex"])
+@pytest.mark.parametrize("varlen_on_cpus", ["CPU"], indirect=True)  # else it would be traced too
+def test_a_compiled_layer_is_traced_once_for_rows_of_any_length(kernel, varlen_on_cpus):
+    """What a row is made into is made before the layers, which would trace it for each row."""
+    model = OrpoModel(tiny_model("llama", torch.float32), "packed", None, kernel)
+    groups, traced = odd_groups(1), []
+    layer = model.causal_lm.base_model.layers[0]
+    layer.compile(backend=lambda graph, inputs: traced.append(graph) or graph, dynamic=True)
+    with torch.no_grad():
+        # From two blocks of the mask on: torch takes a size of one for a constant.
+        for n_groups in (16, 19, 24):
+            row = pack((groups * 3)[:n_groups], 16, prompt_counts=True)
+            model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, 1.0))
+    assert len(traced) == 1
 
 
 @needs_gpu
