@@ -29,7 +29,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from flops import matmul_flops_per_s, useful_work
-from orpo_ray.orchestration.cluster import HOST_MEMORY
+from orpo_ray.orchestration.cluster import memory_settings
 from sides import ROOT
 from turns import SideFailedError, in_turn
 from workload import (
@@ -55,7 +55,9 @@ def main(arguments: Sequence[str]) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(highlight=False, soft_wrap=True)
     disable_progress_bar()
-    if device == "cpu" and not torch.cuda.is_available():
+    if device == "cuda":
+        os.environ.update(memory_settings(use_gpu=True))
+    elif not torch.cuda.is_available():
         console.print("no GPU here: the 0.5b and 1b models on one are left out")
     for name in args.model or (["0.5b", "1b"] if device == "cuda" else ["5m", "50m", "5m:128k"]):
         size, _, vocabulary = name.partition(":")
@@ -173,7 +175,7 @@ def with_saves(work: Work) -> dict[str, Any]:
 def through_ray(work: Work) -> dict[str, Any]:
     """`jobs/train.py` on the same work against the bare step, in turn, with the same allocator."""
     if work.device == "cpu":
-        os.environ.update(HOST_MEMORY)
+        os.environ.update(memory_settings(use_gpu=False))
     bare, ray = in_turn(("orpo_ray", work), ("through_ray", work))
     pairs = work.batch * work.steps
     bare_s, ray_s = statistics.median(bare.seconds), statistics.median(ray.seconds)

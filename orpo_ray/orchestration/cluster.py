@@ -42,6 +42,15 @@ HOST_MEMORY = {
     "MALLOC_TOP_PAD_": str(10**8),
     "MALLOC_TRIM_THRESHOLD_": str(2 * 10**9),
 }
+# On a GPU no two packed rows are of one length: segments that grow serve them all, where those of
+# fixed sizes leave holes. By its old name, which every torch reads.
+DEVICE_MEMORY = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+def memory_settings(use_gpu: bool) -> dict[str, str]:
+    """Environment of processes that compute, for their allocator; what the driver has set stays."""
+    settings = DEVICE_MEMORY if use_gpu else HOST_MEMORY
+    return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 
 def connect(dashboard: bool = False) -> None:
@@ -176,7 +185,7 @@ def run_settings(
         ),
         logging_config=LoggingConfig(log_level="ERROR"),
         callbacks=callbacks,
-        worker_runtime_env=None if config.ray.use_gpu else {"env_vars": HOST_MEMORY},
+        worker_runtime_env={"env_vars": memory_settings(bool(config.ray.use_gpu))},
     )
 
 

@@ -11,7 +11,7 @@ from ray.data import ActorPoolStrategy
 
 from orpo_ray.bucket import make_folder
 from orpo_ray.config import ORPOConfig
-from orpo_ray.orchestration.cluster import HOST_MEMORY
+from orpo_ray.orchestration.cluster import memory_settings
 from orpo_ray.orchestration.data_tasks import each
 from orpo_ray.orchestration.pair_stats import PairStats
 from orpo_ray.preference.groups import PromptGroup
@@ -90,7 +90,7 @@ def score_token_set(
         num_cpus=resources.pop("CPU", 0.0),
         num_gpus=resources.pop("GPU", 0.0),
         resources=resources,
-        runtime_env=None if config.ray.use_gpu else {"env_vars": HOST_MEMORY},
+        runtime_env={"env_vars": memory_settings(bool(config.ray.use_gpu))},
     )
     fetch_folder(folder)
     tables = [pq.read_table(folder / name) for name in sorted(answer["name"] for answer in found)]

@@ -108,17 +108,18 @@ def agreed(n_tokens: int, device: torch.device) -> int:
 def _measured_budget(stream: TokenStream, trainee: Trainee) -> tuple[int, str]:
     """The budget, and how it came about.
 
-    Rows of one and two of the longest groups tell how far one can go; a row of half of that tells
-    it better.
+    Rows of one and two chunks of the head tell how far one can go: below one, logits grow with the
+    row too. A row of half of that tells it better.
     """
     group = max(stream.first_groups(_LOOKED_AT), key=lambda group: group.n_tokens)
     most = -(-stream.plan.batch_groups // stream.world_size) * group.n_tokens
     later, device = optimizer_bytes(trainee.model), trainee.device
-    measured = [_measure(trainee, stream, [group] * n_groups) for n_groups in (1, 2)]
+    chunk = -(-stream.plan.chunk_tokens // group.n_tokens)
+    measured = [_measure(trainee, stream, [group] * n) for n in (chunk, 2 * chunk)]
     room = _room_bytes(device)
     fitting = agreed(tokens_that_fit(measured, later, room), device)
     n_groups = min(fitting, most) // 2 // group.n_tokens
-    if n_groups > len(measured):
+    if n_groups > 2 * chunk:
         measured.append(_measure(trainee, stream, [group] * n_groups))
         fitting = agreed(tokens_that_fit(measured, later, room), device)
     trainee.model.zero_grad(set_to_none=True)

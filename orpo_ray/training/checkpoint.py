@@ -78,7 +78,9 @@ class CheckpointSaver:
         self._keep = keep
         self._group = dist.new_group(backend="gloo")
         self._stager = BlockingAsyncStager()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="orpo-save")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="orpo-save", initializer=_on_this_gpu()
+        )
         self._pending: Future[str | None] | None = None
 
     @property
@@ -234,6 +236,22 @@ def _on_this_node(directory: Path) -> Path:
             fetch_folder(directory)
         dist.barrier()
     return directory
+
+
+def _on_this_gpu() -> Callable[[], None] | None:
+    """What a thread begins with: this one's GPU, which is not the first, and a stream of its own.
+
+    DCP waits for a thread's stream at every few megabytes: it is not to wait for training steps.
+    """
+    if not torch.cuda.is_initialized():
+        return None
+    device = torch.cuda.current_device()
+
+    def begin() -> None:
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+    return begin
 
 
 def _forget_others(directory: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from orpo_ray.preference.packing import GroupSpan, PackedRow
 
 _CPU_SIZE, _CUDA_SIZE = 1024, 8192
-_TRIES = 8
+_TRIES = 24
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -48,7 +48,7 @@ class Work:
         )
         per_token = sum(
             _passes(parameter)
-            * parameter.numel()
+            * _count(parameter)
             * (used / n_experts if ".experts." in name else 1.0)
             for name, parameter in causal_lm.named_parameters()
             if parameter.dim() > 1 and id(parameter) not in apart
@@ -66,6 +66,11 @@ class Work:
             + self.per_position * len(row.positions)
             + self.per_seen_key * sum(map(seen_keys, row.spans))
         )
+
+
+def _count(weight: torch.nn.Parameter) -> int:
+    """Weights of a matrix, of which bitsandbytes packs two of 4 bits into a byte."""
+    return weight.numel() * (2 if type(weight).__name__ == "Params4bit" else 1)
 
 
 def _passes(weight: torch.nn.Parameter) -> float:
@@ -89,7 +94,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, n: int | None = None) 
     """
     is_cuda = device.type == "cuda"
     n = n or (_CUDA_SIZE if is_cuda else _CPU_SIZE)
-    left, right = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    # Random: a GPU multiplies numbers that are all alike faster than any that are trained on.
+    numbers = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(n, n, device=device, generator=numbers).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(_TRIES):
         if is_cuda:

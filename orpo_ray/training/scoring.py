@@ -6,6 +6,7 @@ Runs in data tasks and anywhere else; it needs no process group.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -16,7 +17,7 @@ from orpo_ray.preference.packing import balanced_bins, pack
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.model_source import ModelSource, load_model
-from orpo_ray.training.pair_scores import SCHEMA, PairScores
+from orpo_ray.training.pair_scores import PairScores
 from orpo_ray.training.sharding import (
     attention_path,
     packed_kernel,
@@ -86,15 +87,10 @@ class PairScorer:
         scale = LossScale(nll=1.0, pair=1.0, beta=config.orpo.beta)
         sizes = [group.n_tokens for group in groups]
         (bins,) = balanced_bins(sizes, 1, config.eval_microbatch_tokens)
-        parts: list[tuple[int, pa.Table]] = []
+        scores = PairScores()
+        groups_of_pairs: list[int] = []
         for members in bins:
             row = pack([groups[i] for i in members], config.train.head_chunk_tokens, True)
-            scores, first = PairScores(), 0
             scores.add(row, self.model(Microbatch(row, self.device), scale))
-            table = scores.table()
-            for i in members:
-                n_pairs = len(groups[i].pairs)
-                parts.append((i, table.slice(first, n_pairs)))
-                first += n_pairs
-        tables = [table for _, table in sorted(parts, key=lambda part: part[0])]
-        return pa.concat_tables([SCHEMA.empty_table(), *tables])
+            groups_of_pairs += [i for i in members for _ in groups[i].pairs]
+        return scores.table().take(np.argsort(groups_of_pairs, kind="stable"))

@@ -69,6 +69,7 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
     causal_lm.tie_weights()
+    _move_buffers(model, device)
     return model
 
 
@@ -239,3 +240,13 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put buffers where the layers compute, also where parameters are kept on the host.
+
+    Only once weights are in: torch hands out weights to one kind of device at a time.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)

@@ -123,8 +123,11 @@ def forward_backward(trainee: Trainee, row: PackedRow, scale: LossScale) -> Orpo
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed; on the host torch has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation failed; only torch's own on GPUs have a class for it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error)
+        for text in ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+    )
 
 
 def gradient_norm(model: OrpoModel, max_norm: float) -> Tensor:

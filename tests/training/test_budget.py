@@ -94,14 +94,14 @@ def test_the_budget_is_unset_until_it_is_measured():
 def measured_on_a_gpu(folder: Path, run: Path) -> tuple[int, int, str]:
     """The budget that is measured, bytes of the optimizer as foretold, and what is said."""
     device = torch.device("cuda")
-    config = ORPOConfig(max_tokens_per_microbatch="auto", global_batch_size=10**6)
+    config = ORPOConfig(max_tokens_per_microbatch="auto", global_batch_size=2000)
     model = build_model(config, str(folder / "model"), device)
     optimizer = build_optimizer(model, config.train)
     trainee = Trainee(
         model, optimizer, build_scheduler(optimizer, config.train, 1), 0.1, 1, 0, device
     )
     source = ModelSource(str(folder / "model"), str(folder / "model"))
-    stream = token_stream(folder, 0, 1, batch_groups=10**6)
+    stream = token_stream(folder, 0, 1, batch_groups=2000)
     job = TrainingJob(config, source, str(run), stream, {}, device, lambda metrics: None)
     said: list[str] = []
     budgets = [settle_budget(job, trainee, said.append).train.plan.budget_tokens for _ in range(2)]

@@ -19,6 +19,7 @@ from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.packing import pack
 from orpo_ray.training.errors import UnsupportedModelError
 from orpo_ray.training.export import export_model
+from orpo_ray.training.flops import Work
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model_source import ModelSource, load_model_config
 from orpo_ray.training.sharding import build_model, build_quantized
@@ -72,6 +73,7 @@ def trained(folder: Path, run: Path, device_type: str) -> dict[str, Any]:
         "head": type(model.causal_lm.lm_head) is nn.Linear,
         "saved": sorted(get_model_state_dict(model, options=frozen)),
         "without gradient": sum(p.grad is None for p in adapters),
+        "work": Work.of(model.causal_lm).per_token,
         "rank": dist.get_rank(),
     }
 
@@ -109,6 +111,10 @@ def test_adapters_are_trained_on_a_base_in_4_bits(inputs, tmp_path):
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "final")
     moved = [n for n, p in adapted.named_parameters() if "lora_B" in n and bool(p.any())]
     assert len(moved) == LAYERS
+    sizes = {n: p.numel() for n, p in adapted.named_parameters() if ".layers." in n and p.dim() > 1}
+    trained_sizes = sum(size for name, size in sizes.items() if ".lora_" in name)
+    # Two weights of 4 bits lie in a byte; each is multiplied all the same.
+    assert first["work"] == 4 * sum(sizes.values()) + 2 * trained_sizes
 
 
 @needs_gpu

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,9 @@ def test_a_microbatch_does_not_wait_for_the_gpu(kernel):
 
     microbatch()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings(action="ignore"):  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         sums = microbatch()
     finally:
         torch.cuda.set_sync_debug_mode("default")
