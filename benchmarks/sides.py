@@ -99,9 +99,12 @@ def trl_side(work: Work, line: Connection) -> None:
     class Rounds(TrainerCallback):  # type: ignore[misc]
         """Waits for its turn before a round, and says how long the round took after it."""
 
+        room_bytes = 0
+
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % work.steps == 0:
                 line.recv()
+                take_room(self.room_bytes)
                 self.started = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -120,7 +123,7 @@ def trl_side(work: Work, line: Connection) -> None:
             if cuda:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - self.started
-            leave_room(work.device)
+            self.room_bytes = leave_room(work.device)
             line.send({"seconds": seconds, "losses": losses})
 
     arguments = ORPOConfig(
@@ -239,24 +242,40 @@ def _signal_all(processes: list[psutil.Process], number: signal.Signals) -> None
 def _answer(line: Connection, attention: str, losses: Iterator[float], work: Work) -> None:
     """Say how it attends, take one round each time it is asked to, and say what memory it took."""
     line.send(attention)
+    room_bytes = 0
     for _ in range(work.rounds + 1):
         line.recv()
+        take_room(room_bytes)
         started = time.perf_counter()
         done = [next(losses) for _ in range(work.steps)]
         seconds = time.perf_counter() - started
-        leave_room(work.device)
+        room_bytes = leave_room(work.device)
         line.send({"seconds": seconds, "losses": done})
     line.send(peak_memory_bytes(work.device))
 
 
-def leave_room(device: str) -> None:
-    """Give back what the allocator keeps of a round: the other side is on the same GPU."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
+def leave_room(device: str) -> int:
+    """Give back what the allocator keeps of a round: the other side is on the same GPU.
+
+    Returns:
+        Bytes that were given back.
+    """
+    if device != "cuda":
+        return 0
+    kept = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    return kept - torch.cuda.memory_reserved()
+
+
+def take_room(n_bytes: int) -> None:
+    """Get it back before the clock runs: else a round would pay for it, a short one the more."""
+    if n_bytes:
+        torch.empty(n_bytes, dtype=torch.uint8, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_bytes(device: str) -> int:
-    """The most memory this process held: allocated on a GPU, resident otherwise."""
+    """The most memory this process held: allocated on a GPU, of its last round; else resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     (peak,) = (
