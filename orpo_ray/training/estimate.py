@@ -86,7 +86,8 @@ def _state(config: ORPOConfig, model: Any) -> tuple[float, str]:
         state = n_linear * _BYTES_IN_4_BITS + (n_parameters - n_linear) * _BYTES_BESIDE
         return (
             state,
-            f"weights in 4 bits ({n_parameters:,} parameters on every worker; no adapters)",
+            f"weights ({n_linear:,} of {n_parameters:,} parameters in 4 bits, all on every worker; "
+            "no adapters)",
         )
     if config.model.lora_r:
         return (

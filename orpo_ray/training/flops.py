@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from orpo_ray.preference.packing import GroupSpan, PackedRow
+from orpo_ray.training.quantized import n_weights
 
 _CPU_SIZE, _CUDA_SIZE = 1024, 8192
 _TRIES = 24
@@ -48,7 +49,7 @@ class Work:
         )
         per_token = sum(
             _passes(parameter)
-            * _count(parameter)
+            * n_weights(parameter)
             * (used / n_experts if ".experts." in name else 1.0)
             for name, parameter in causal_lm.named_parameters()
             if parameter.dim() > 1 and id(parameter) not in apart
@@ -66,11 +67,6 @@ class Work:
             + self.per_position * len(row.positions)
             + self.per_seen_key * sum(map(seen_keys, row.spans))
         )
-
-
-def _count(weight: torch.nn.Parameter) -> int:
-    """Weights of a matrix, of which bitsandbytes packs two of 4 bits into a byte."""
-    return weight.numel() * (2 if type(weight).__name__ == "Params4bit" else 1)
 
 
 def _passes(weight: torch.nn.Parameter) -> float:

@@ -31,6 +31,7 @@ from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.keeper import CheckpointKeeper, position, run_files
 from orpo_ray.training.margins import MarginLog
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
+from orpo_ray.training.quantized import quantized_text
 from orpo_ray.training.resume import decisive_settings
 from orpo_ray.training.run_files import STOP, WRITTEN_BY_WORKERS, read_metrics, summary
 from orpo_ray.training.samples import Sampler
@@ -141,6 +142,8 @@ class _Loop:
         """Decide between packed and padded rows and how long they are, and say so."""
         job, model = self.job, self.trainee.model
         bf16 = use_bf16(job.config, job.device)
+        if job.config.model.load_in_4bit:
+            self.files.notice(quantized_text(model))
         settle_attention(model, job.train, job.device, bf16, self.files.notice)
         self.files.notice(f"attention: {model.attention_text}; {self.n_steps} steps")
         self.job = settle_budget(job, self.trainee, self.files.notice)

@@ -59,6 +59,23 @@ def load_quantized(
     return causal_lm.requires_grad_(False)
 
 
+def _is_quantized(parameter: nn.Parameter) -> bool:
+    return type(parameter).__name__ == "Params4bit"
+
+
+def n_weights(parameter: nn.Parameter) -> int:
+    """Weights of a parameter, of which bitsandbytes packs two of 4 bits into a byte."""
+    return parameter.numel() * (2 if _is_quantized(parameter) else 1)
+
+
+def quantized_text(model: nn.Module) -> str:
+    """How much of a base is in 4 bits: its linear layers, which experts are none of."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    in_4_bits = sum(map(n_weights, filter(_is_quantized, frozen)))
+    n_all = sum(map(n_weights, frozen))
+    return f"load_in_4bit: {in_4_bits:,} of the base's {n_all:,} weights are in 4 bits"
+
+
 def _without_quantization_state(
     module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:

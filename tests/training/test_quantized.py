@@ -22,6 +22,7 @@ from orpo_ray.training.export import export_model
 from orpo_ray.training.flops import Work
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model_source import ModelSource, load_model_config
+from orpo_ray.training.quantized import quantized_text
 from orpo_ray.training.sharding import build_model, build_quantized
 from tests.conftest import needs_gpu
 from tests.distributed import run_ranks
@@ -73,6 +74,7 @@ def trained(folder: Path, run: Path, device_type: str) -> dict[str, Any]:
         "head": type(model.causal_lm.lm_head) is nn.Linear,
         "saved": sorted(get_model_state_dict(model, options=frozen)),
         "without gradient": sum(p.grad is None for p in adapters),
+        "said": quantized_text(model),
         "work": Work.of(model.causal_lm).per_token,
         "rank": dist.get_rank(),
     }
@@ -108,11 +110,16 @@ def test_adapters_are_trained_on_a_base_in_4_bits(inputs, tmp_path):
         k: v for k, v in second.items() if k != "rank"
     }
     base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    n_base = sum(p.numel() for p in base.parameters())
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "final")
     moved = [n for n, p in adapted.named_parameters() if "lora_B" in n and bool(p.any())]
     assert len(moved) == LAYERS
     sizes = {n: p.numel() for n, p in adapted.named_parameters() if ".layers." in n and p.dim() > 1}
     trained_sizes = sum(size for name, size in sizes.items() if ".lora_" in name)
+    said = (
+        f" {sum(sizes.values()) - trained_sizes:,} of the base's {n_base:,} weights are in 4 bits"
+    )
+    assert first["said"].endswith(said)
     # Two weights of 4 bits lie in a byte; each is multiplied all the same.
     assert first["work"] == 4 * sum(sizes.values()) + 2 * trained_sizes
 
