@@ -78,9 +78,7 @@ class CheckpointSaver:
         self._keep = keep
         self._group = dist.new_group(backend="gloo")
         self._stager = BlockingAsyncStager()
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="orpo-save", initializer=_on_this_gpu()
-        )
+        self._thread = ThreadPoolExecutor(1, "orpo-save", initializer=_on_this_gpu())
         self._pending: Future[str | None] | None = None
 
     @property
