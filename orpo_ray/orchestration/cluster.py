@@ -36,7 +36,7 @@ _TRAIN_PAGE = ("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
 # A step on the host frees and asks again for the same large tensors: glibc, which by default gives
 # them back to the system each time, made 2.3 million page faults in 40 steps of a 5 M model, and
 # the step a tenth slower (benchmarks/RESULTS.md).
-HOST_MEMORY = {
+_HOST_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(10**9),
     "MALLOC_TOP_PAD_": str(10**8),
@@ -44,12 +44,12 @@ HOST_MEMORY = {
 }
 # On a GPU no two packed rows are of one length: segments that grow serve them all, where those of
 # fixed sizes leave holes. By its old name, which every torch reads.
-DEVICE_MEMORY = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+_DEVICE_MEMORY = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def memory_settings(use_gpu: bool) -> dict[str, str]:
     """Environment of processes that compute, for their allocator; what the driver has set stays."""
-    settings = DEVICE_MEMORY if use_gpu else HOST_MEMORY
+    settings = _DEVICE_MEMORY if use_gpu else _HOST_MEMORY
     return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 
