@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-commands test-all faults lint wheel clean
+.PHONY: demo test test-commands test-all faults gpu-dry-run lint wheel clean
 
 demo: .venv/run.installed
 	$(BIN)/python jobs/train.py
@@ -19,6 +19,9 @@ test-all: .venv/test.installed
 
 faults: .venv/test.installed
 	$(BIN)/python benchmarks/faults.py $(ONLY)
+
+gpu-dry-run: .venv/test.installed
+	PYTHON=$(BIN)/python bash benchmarks/gpu/check.sh all --dry-run --seconds 900
 
 lint: .venv/test.installed
 	$(BIN)/ruff check .

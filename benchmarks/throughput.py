@@ -29,7 +29,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from flops import matmul_flops_per_s, useful_work
-from orpo_ray.orchestration.cluster import memory_settings
+from orpo_ray.training.allocator import memory_settings
 from sides import ROOT
 from turns import SideFailedError, in_turn
 from workload import (
@@ -191,12 +191,9 @@ def through_ray(work: Work) -> dict[str, Any]:
 def described(work: Work) -> dict[str, Any]:
     """What was compared, on what."""
     facts = {k: v for k, v in asdict(work).items() if k != "folder"}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     return facts | {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit(),
         "hardware": torch.cuda.get_device_name()
         if work.device == "cuda"
         else f"{os.cpu_count()} cores, {platform.machine()}",
@@ -205,6 +202,17 @@ def described(work: Work) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "trl": version("trl"),
     }
+
+
+def commit() -> str:
+    """Of this checkout: as `benchmarks/gpu` noted it, or git's; empty where there is neither."""
+    if noted := os.environ.get("COMMIT"):
+        return noted
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _table(result: dict[str, Any]) -> Table:

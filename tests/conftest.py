@@ -17,8 +17,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # read when TRL's ORPO, an oracle, is imported
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,12 +11,12 @@ from ray.data import ActorPoolStrategy
 
 from orpo_ray.bucket import make_folder
 from orpo_ray.config import ORPOConfig
-from orpo_ray.orchestration.cluster import memory_settings
 from orpo_ray.orchestration.data_tasks import each
 from orpo_ray.orchestration.pair_stats import PairStats
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.shards import TokenSet, read_shard
 from orpo_ray.storage import fetch_folder, publish, remove
+from orpo_ray.training.allocator import memory_settings
 
 _PARTS = "parts"
 _TASK_GROUPS = 512

@@ -10,6 +10,7 @@ from orpo_ray.training.errors import UnsupportedModelError
 
 Kernel = Literal["varlen", "flash_attn", "flex", "sdpa"]
 _FLASH_WIDTH = 256  # of heads, the widest that flash attention takes
+_FLEX_WIDTH = 16  # the narrowest that FlexAttention takes on GPUs
 _AMPERE = (8, 0)
 
 
@@ -55,6 +56,8 @@ def obstacle(kernel: Kernel, there: Circumstances) -> str | None:
     if there.capability < _AMPERE:
         return f"it wants a GPU of compute capability 8.0, this one has {there.capability}"
     if kernel == "flex":
+        if min(there.widths) < _FLEX_WIDTH:
+            return f"it does not take heads narrower than {_FLEX_WIDTH}: these are {there.widths}"
         return None if "triton" in there.installed else "it is compiled by triton: pip install it"
     if kernel == "flash_attn" and kernel not in there.installed:
         return "it is not installed: pip install flash-attn"

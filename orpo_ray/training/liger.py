@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ def use_liger_kernels(causal_lm: PreTrainedModel, device: torch.device) -> None:
 def patch(causal_lm: PreTrainedModel) -> None:
     """Give the modules of this model, and no other's, Liger's forward passes.
 
-    Liger also puts its own classes in the place of the family's, which would not take every config
-    when the weights are read; those are put back. Its rotary positions are a function of the
-    family's, and stay.
+    Liger also replaces classes of the family's module, which would not take every config when the
+    weights are read: they are restored at once. The family's function for rotary embeddings is
+    looked up at every forward pass, and is restored once this model no longer exists.
 
     Raises:
         UnsupportedModelError: without the package, or for a family it does not know.
@@ -46,11 +47,15 @@ def patch(causal_lm: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"use_liger_kernel: Liger has no kernels for {family}: take it out"
         )
-    own = vars(sys.modules[type(causal_lm).__module__])
-    classes = {name: value for name, value in own.items() if isinstance(value, type)}
+    module = vars(sys.modules[type(causal_lm).__module__])
+    before = dict(module)
     off = {name: on for name, on in _LOSSES.items() if name in inspect.signature(apply).parameters}
     apply(model=causal_lm, **off)
-    own.update(classes)
+    replaced = {name: value for name, value in before.items() if module[name] is not value}
+    classes = {name: value for name, value in replaced.items() if isinstance(value, type)}
+    module.update(classes)
+    functions = {name: value for name, value in replaced.items() if name not in classes}
+    weakref.finalize(causal_lm, module.update, functions).atexit = False
 
 
 def _liger() -> Any:

@@ -192,10 +192,7 @@ def _blocks(causal_lm: PreTrainedModel) -> list[nn.Module]:
 
 def _checkpoint_activations(causal_lm: PreTrainedModel, every: int) -> None:
     """Recompute the activations of every n-th layer in the backward pass."""
-    causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    for index, block in enumerate(_blocks(causal_lm)):
-        if index % every:
-            block.gradient_checkpointing = False  # type: ignore[assignment]
+    causal_lm.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
 
 def _shard(

@@ -27,6 +27,8 @@ _LAYERS = {"sliding_window": 8, "head_dim": 8}
 def _config(name: str) -> Any:
     if name == "llama":
         return families.llama.LlamaConfig(**_LLAMA_LIKE)
+    if name == "llama-wide":  # heads as wide as FlexAttention wants them on GPUs
+        return families.llama.LlamaConfig(**_LLAMA_LIKE, head_dim=16)
     if name == "llama-tied":
         return families.llama.LlamaConfig(**_LLAMA_LIKE, tie_word_embeddings=True)
     if name == "mistral":

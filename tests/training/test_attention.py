@@ -18,7 +18,6 @@ from orpo_ray.training.layout import PackedLayout, Scores
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.varlen import flash_attn, varlen
-from tests.conftest import needs_gpu
 from tests.reference.models import odd_groups, tiny_model
 
 H100 = Circumstances(
@@ -74,6 +73,7 @@ def with_gradients(kernel, layout, scores, inputs) -> list[torch.Tensor]:
         ({"softcap": True, "installed": frozenset()}, "sdpa"),
         ({"widths": (192, 128)}, "flex"),
         ({"widths": (512, 512)}, "flex"),
+        ({"half": False, "widths": (8, 8)}, "sdpa"),
         ({"capability": (7, 5)}, "sdpa"),
         ({"capability": None}, "sdpa"),
     ],
@@ -91,6 +91,7 @@ def test_a_kernel_that_is_asked_for_is_taken(kernel):
     ("kernel", "changes", "reason"),
     [
         ("flex", {"capability": None}, "it runs on GPUs only"),
+        ("flex", {"widths": (8, 8)}, "heads narrower than 16"),
         ("varlen", {"softcap": True}, "it knows no softcap, which this model has"),
         ("varlen", {"half": False}, "set bf16=true"),
         ("flash_attn", {"installed": frozenset()}, "pip install flash-attn"),
@@ -253,7 +254,7 @@ def test_a_compiled_layer_is_traced_once_for_rows_of_any_length(kernel, varlen_o
     assert len(traced) == 1
 
 
-@needs_gpu
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("kernel", [varlen, flash_attn, flex], ids=lambda kernel: kernel.__name__)
 @pytest.mark.parametrize("window", [None, 4, 200])
 @pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 2), (3, 3)])
@@ -270,7 +271,7 @@ def test_gpu_kernels_equal_attention_by_segment(kernel, window, n_heads, n_kv):
         torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2 * largest)
 
 
-@needs_gpu
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 200])
 def test_flex_on_a_gpu_equals_attention_by_segment_in_fp32(window, softcap):

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -21,7 +22,6 @@ from orpo_ray.training.model_source import ModelSource
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.sharding import build_model
 from orpo_ray.training.step import Trainee
-from tests.conftest import needs_gpu
 from tests.distributed import run_ranks
 from tests.training.small_run import metrics_without_times, token_stream, train_small
 
@@ -109,7 +109,7 @@ def measured_on_a_gpu(folder: Path, run: Path) -> tuple[int, int, str]:
     return budgets[0], optimizer_bytes(model), said[0]
 
 
-@needs_gpu
+@pytest.mark.needs_gpu
 def test_a_gpu_is_measured(inputs, tmp_path):
     """It holds more than the few tokens that were tried; AdamW keeps 8 bytes of a parameter."""
     ((budget, later, said),) = run_ranks(1, measured_on_a_gpu, inputs, tmp_path, backend="nccl")

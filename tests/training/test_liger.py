@@ -1,9 +1,11 @@
 """Liger's kernels: refused where they cannot run, the same numbers where they can."""
 
+import gc
 from importlib.util import find_spec
 
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
 from orpo_ray.config import ORPOConfig
 from orpo_ray.objective.head import LossScale
@@ -12,7 +14,6 @@ from orpo_ray.training.errors import UnsupportedModelError
 from orpo_ray.training.liger import patch
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.sharding import build_model
-from tests.conftest import needs_gpu
 from tests.distributed import run_ranks
 from tests.reference.models import odd_groups, tiny_model
 
@@ -57,6 +58,18 @@ def test_only_this_model_is_patched():
     assert "Liger" not in type(other.input_layernorm).__name__
 
 
+@needs_liger
+def test_rotary_embeddings_are_the_familys_again_after_the_model():
+    """That function belongs to the module, so to every model of the family in this process."""
+    original = modeling_llama.apply_rotary_pos_emb
+    patched = tiny_model("llama", torch.float32)
+    patch(patched)
+    assert modeling_llama.apply_rotary_pos_emb is not original
+    del patched
+    gc.collect()
+    assert modeling_llama.apply_rotary_pos_emb is original
+
+
 def both_ways(folder: str) -> list[list[torch.Tensor]]:
     """Sums and gradients of a row without and with Liger's kernels, in fp32 on this GPU."""
     device, results = torch.device("cuda"), []
@@ -71,7 +84,7 @@ def both_ways(folder: str) -> list[list[torch.Tensor]]:
     return results
 
 
-@needs_gpu
+@pytest.mark.needs_gpu
 @needs_liger
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
 def test_liger_computes_the_same(name, tmp_path):

@@ -24,7 +24,6 @@ from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model_source import ModelSource, load_model_config
 from orpo_ray.training.quantized import quantized_text
 from orpo_ray.training.sharding import build_model, build_quantized
-from tests.conftest import needs_gpu
 from tests.distributed import run_ranks
 from tests.reference.models import odd_groups
 
@@ -124,7 +123,7 @@ def test_adapters_are_trained_on_a_base_in_4_bits(inputs, tmp_path):
     assert first["work"] == 4 * sum(sizes.values()) + 2 * trained_sizes
 
 
-@needs_gpu
+@pytest.mark.needs_gpu
 @needs_bitsandbytes
 def test_a_gpu_trains_on_a_base_in_4_bits(inputs, tmp_path):
     (found,) = run_ranks(1, trained, inputs, tmp_path, "cuda", backend="nccl")

@@ -19,7 +19,6 @@ from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.sharding import build_model
 from orpo_ray.training.step import Trainee, train_step
-from tests.conftest import needs_gpu
 from tests.distributed import run_ranks
 from tests.reference.models import odd_groups, tiny_model
 from tests.training.small_run import make_inputs, token_stream
@@ -54,14 +53,14 @@ def test_a_microbatch_reads_nothing_back():
     assert reads.count == 1
 
 
-@needs_gpu
+@pytest.mark.needs_gpu
 @pytest.mark.parametrize("kernel", ["varlen", "flash_attn", "flex", "sdpa"])
 def test_a_microbatch_does_not_wait_for_the_gpu(kernel):
     """CUDA itself says so, of forward, backward and metrics, once kernels are there."""
     if kernel == "flash_attn":
         pytest.importorskip("flash_attn")
     device = torch.device("cuda")
-    model = OrpoModel(tiny_model("llama", torch.bfloat16), "packed", None, kernel).to(device)
+    model = OrpoModel(tiny_model("llama-wide", torch.bfloat16), "packed", None, kernel).to(device)
     row = pack(odd_groups(1), 16, prompt_counts=True)
 
     def microbatch() -> torch.Tensor:

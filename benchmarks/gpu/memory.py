@@ -1,0 +1,122 @@
+"""Memory and checkpoints: `memory.py budget SIZE | saving SIZE | long SIZE`."""
+
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.preference.packing import PackedRow, pack
+from orpo_ray.preference.stream import StepBatch
+from orpo_ray.training.budget import settle_budget
+from orpo_ray.training.checkpoint import CheckpointSaver, TrainState
+from orpo_ray.training.job import TrainingJob
+from orpo_ray.training.model_source import ModelSource
+from rank import N_PAIRS, built, folder_of, losses, start_rank, stream
+from results import CUDA, DRY, attempt, peak_gib, record, seconds_left, wait
+
+
+def budget(size: str) -> None:
+    """What `max_tokens_per_microbatch=auto` finds, and whether steps of such rows fit."""
+    folder = folder_of(size)
+    trainee, config = built(folder, max_tokens_per_microbatch="auto", global_batch_size=N_PAIRS)
+    source = ModelSource(str(folder / "model"), str(folder / "model"))
+    feed = stream(folder, N_PAIRS)
+    job = TrainingJob(
+        config, source, str(folder), feed, {}, trainee.device, report=lambda metrics: None
+    )
+    notices: list[str] = []
+    started = time.perf_counter()
+    settled = settle_budget(job, trainee, notices.append)
+    tokens = settled.train.plan.budget_tokens
+    record(
+        "budget", size=size, tokens=tokens, notices=notices, seconds=time.perf_counter() - started
+    )
+    group = max(feed.first_groups(256), key=lambda group: group.n_tokens)
+    row = pack([group] * (1 if DRY else max(1, tokens // group.n_tokens)), 1024, True)
+    with attempt("budget", size=size):
+        for _ in range(2):
+            losses(trainee, [step_of(row, row)])
+        free, total = torch.cuda.mem_get_info() if CUDA else (0, 1)
+        record(
+            "budget",
+            size=size,
+            row_tokens=len(row.token_ids),
+            peak_gib=peak_gib(),
+            reserved_gib=torch.cuda.max_memory_reserved() / 2**30 if CUDA else 0.0,
+            left_of_device=free / total,
+        )
+
+
+def saving(size: str) -> None:
+    """How long a step stands still for a checkpoint: as it is, and through pinned memory."""
+    folder = folder_of(size)
+    trainee, _ = built(folder)
+    batches = list(stream(folder, 4 if DRY else 32).batches(0, 4))
+    losses(trainee, batches[:2])
+    saver = CheckpointSaver(str(folder), keep=1)
+    for number, way in enumerate(("as it is", "pinned, first", "pinned, again"), start=1):
+        if seconds_left() < 15 or (DRY and way != "as it is"):  # no pinned memory without CUDA
+            break
+        if way == "pinned, first":
+            saver._stager = BlockingAsyncStager(cache_staged_state_dict=True)
+        wait()
+        started = time.perf_counter()
+        state = TrainState(number, 32, {}, ((0.0,),), 0, 0)
+        saver.start(trainee.model, trainee.optimizer, state, {"step": number})
+        stalled = time.perf_counter() - started
+        started = time.perf_counter()
+        losses(trainee, batches[2:3])
+        step_s = time.perf_counter() - started
+        problem = saver.finish()
+        record(
+            "saving",
+            size=size,
+            way=way,
+            stalled_s=stalled,
+            step_beside_s=step_s,
+            written_after_s=time.perf_counter() - started,
+            problem=problem,
+        )
+
+
+def long(size: str) -> None:
+    """Steps of one pair of two 8 k answers at 128 k words: what its logits take."""
+    length, vocabulary = (100, "16k") if DRY else (8192, "128k")
+    folder = folder_of(size, vocabulary)
+    trainee, _ = built(folder)
+    numbers = np.random.default_rng(0)
+    prompt, *answers = (
+        numbers.integers(3, 16_000, n, dtype=np.int32) for n in (length // 8, length, length)
+    )
+    row = pack([PromptGroup(prompt, tuple(answers), ((0, 1),), (RowId(0, 0),))], 1024, True)
+    with attempt("long", size=size):
+        losses(trainee, [step_of(row)])
+        wait()
+        before = torch.cuda.memory_allocated() / 2**30 if CUDA else 0.0
+        started = time.perf_counter()
+        losses(trainee, [step_of(row)])
+        wait()
+        record(
+            "long",
+            size=size,
+            row_tokens=len(row.token_ids),
+            step_ms=1e3 * (time.perf_counter() - started),
+            held_gib=before,
+            peak_gib=peak_gib(),
+        )
+
+
+def step_of(*rows: PackedRow) -> StepBatch:
+    """A step whose microbatches are these rows."""
+    n_tokens, n_pairs = sum(r.n_nll_tokens for r in rows), sum(r.n_pairs for r in rows)
+    return StepBatch(0, 0, rows, n_tokens, n_pairs, 0, ())
+
+
+if __name__ == "__main__":
+    start_rank()
+    {"budget": budget, "saving": saving, "long": long}[sys.argv[1]](sys.argv[2])
+    dist.destroy_process_group()

@@ -1,0 +1,93 @@
+"""Three steps with every setting: the losses agree, and a checkpoint comes back with its bytes."""
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from orpo_ray.preference.stream import StepBatch
+from orpo_ray.training.checkpoint import CheckpointSaver, TrainState, load_checkpoint
+from orpo_ray.training.step import Trainee
+from rank import built, folder_of, losses, start_rank, stream
+from results import CUDA, DRY, attempt, record
+
+# Those without compilation first.
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"gradient_checkpointing": True},
+    {"cpu_offload": True},
+    {"lora_r": 8},
+    {"attention_kernel": "sdpa"},
+    {"use_liger_kernel": True},
+    {"load_in_4bit": True, "lora_r": 8},
+    {"bf16": False},
+    {"attention_kernel": "flex"},
+    {"torch_compile": True},
+)
+ON_GPUS_ONLY = (
+    *("cpu_offload", "use_liger_kernel", "load_in_4bit", "attention_kernel", "torch_compile"),
+)
+
+
+def main() -> None:
+    """Record the losses in fp32, then how far those of each setting are from them."""
+    start_rank()
+    folder = folder_of("5m")
+    batches = list(stream(folder, 16).batches(0, 3))
+    plain, _ = built(folder, bf16=False, attention_kernel="sdpa")
+    expected = losses(plain, batches)
+    record("smoke", setting="fp32, sdpa", losses=expected, attention=plain.model.attention_text)
+    for setting in SETTINGS:
+        if DRY and any(name in setting for name in ON_GPUS_ONLY):
+            continue
+        with attempt("smoke", setting=str(setting)):
+            started = time.perf_counter()
+            trainee, _ = built(folder, **setting)
+            found = losses(trainee, batches)
+            record(
+                "smoke",
+                setting=str(setting),
+                attention=trainee.model.attention_text,
+                difference=max(abs(a - b) / b for a, b in zip(found, expected, strict=True)),
+                seconds=time.perf_counter() - started,
+            )
+            if not setting:
+                _synchronizations(trainee, batches[0])
+                _checkpoint(trainee, folder)
+    dist.destroy_process_group()
+
+
+def _synchronizations(trainee: Trainee, batch: StepBatch) -> None:
+    """Where a step waits for the device, as torch reports it."""
+    if not CUDA:
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        losses(trainee, [batch])
+        torch.cuda.set_sync_debug_mode("default")
+    found = [w for w in caught if "synchroniz" in str(w.message)]
+    places = [f"{Path(w.filename).name}:{w.lineno}" for w in found]
+    record("waits", places={place: places.count(place) for place in sorted(set(places))})
+
+
+def _checkpoint(trainee: Trainee, folder: Path) -> None:
+    saver = CheckpointSaver(str(folder), keep=2)
+    state = TrainState(1, 32, {}, ((0.0,),), 0, 0)
+    saver.start(trainee.model, trainee.optimizer, state, {"step": 1})
+    problem = saver.finish()
+    before = [p.to_local().clone() for p in trainee.model.parameters()]
+    with torch.no_grad():
+        for parameter in trainee.model.parameters():
+            parameter.zero_()
+    load_checkpoint(str(folder), 1, trainee.model, trainee.optimizer)
+    after = [p.to_local() for p in trainee.model.parameters()]
+    equal = all(map(torch.equal, before, after))
+    record("smoke", setting="checkpoint", problem=problem, bytes_equal=equal)
+
+
+if __name__ == "__main__":
+    main()
