@@ -118,14 +118,16 @@ def _fill_folder(
 ) -> list[PromptGroup]:
     tokenizer = _make_tokenizer(folder / "model", texts, VOCABULARIES[vocabulary])
     _make_model(folder / "model", model, VOCABULARIES[vocabulary], tokenizer)
-    limits = Limits(MAX_LENGTH, truncation="drop")
+    pair_tokenizer = PairTokenizer(tokenizer, Limits(MAX_LENGTH, truncation="drop"))
     kept, groups = [], []
     for row, text in enumerate(texts):
-        (result,) = PairTokenizer(tokenizer, limits).tokenize([text], [RowId(0, row)])
+        (result,) = pair_tokenizer.tokenize([text], [RowId(0, row)])
         # Where a prompt does not fit the two cut otherwise: such pairs are given to neither side.
-        if not isinstance(result, Refusal) and len(kept) < n_pairs:
+        if not isinstance(result, Refusal):
             kept.append(text)
             groups.append(result.group)
+        if len(kept) == n_pairs:
+            break
     if len(kept) < n_pairs:
         raise SystemExit(f"{len(kept)} usable pairs, {n_pairs} are wanted; fewer --steps")
     columns = {

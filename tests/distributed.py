@@ -35,8 +35,10 @@ def run_ranks(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
+        # What the fork server imports asks CUDA for its devices, after which no fork may use them.
+        context = multiprocessing.get_context("spawn") if backend == "nccl" else _FORK_SERVER
         ranks = [
-            _FORK_SERVER.Process(
+            context.Process(
                 target=_rank,
                 args=(rank, n_ranks, port, dict(os.environ), backend, folder, function, args),
             )

@@ -270,7 +270,7 @@ def _environment(folder: Path, out: Path, pairs: Path, dry: bool) -> dict[str, s
         "OUT": str(out),
         "STARTED": str(STARTED),
         "PAIRS": str(pairs),
-        "COMMIT": _commit(),
+        "COMMIT": _commit(dry),
         "DRY_RUN": "1" if dry else "",
         "NCCL_SOCKET_IFNAME": "lo",
         "GLOO_SOCKET_IFNAME": "lo",
@@ -279,15 +279,12 @@ def _environment(folder: Path, out: Path, pairs: Path, dry: bool) -> dict[str, s
     }
 
 
-def _commit() -> str:
-    """Of this checkout; on a machine without git what `fetch.sh` wrote down."""
+def _commit(dry: bool) -> str:
+    """Of this checkout; where it is a copy, without git or its history, what `fetch.sh` noted."""
+    if not dry:
+        return (KIT / "commit").read_text().strip()
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        noted = KIT / "commit"
-        return noted.read_text().strip() if noted.exists() else "unknown"
-    return found.stdout.strip()
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def _short(line: dict[str, Any]) -> str:
