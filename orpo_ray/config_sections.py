@@ -81,8 +81,12 @@ class ModelSection(Section):
     )
     disable_dropout: bool = Field(True, description="Set every dropout of the model to 0.")
     torch_compile: bool = Field(False, description="Compile the decoder layers.")
-    use_liger_kernel: bool = Field(
-        False, description="On GPUs: Liger's norms, MLPs and rotary positions."
+    use_liger_kernel: bool | None = Field(
+        None,
+        description=(
+            "Whether Liger's kernels compute norms, MLPs and rotary embeddings on GPUs. Default: "
+            "where liger-kernel is installed and knows the model, unless layers are compiled."
+        ),
     )
     lora_r: PositiveInt | None = Field(
         None, description="Rank of LoRA adapters; unset: all weights are trained."

@@ -97,10 +97,10 @@ def stages(call: str, dry: bool, pairs: Path) -> list[list[Part]]:
     ]
     second = [
         [Part("ours-large", 150, 60, script("speed", large))],
+        [Part("compiled-large", 130, 75, script("speed", large, "compiled"))],
         [Part("throughput-large", 170, 90, throughput(pairs, large, *size))],
         [Part("lora-8b", 80, 45, script("speed", "8b", "lora"))],
         [Part("throughput-small", 120, 70, throughput(pairs, small, *size))],
-        [Part("compiled-large", 130, 75, script("speed", large, "compiled"))],
         [Part("ours-small", 90, 45, script("speed", small))],
         [Part("long", 60, 30, script("memory", "long", small))],
     ]

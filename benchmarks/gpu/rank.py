@@ -27,7 +27,7 @@ from workload import make_folder
 
 N_PAIRS = 48 if DRY else 960
 BETA = 0.1
-_BLOCKS = sharding._blocks
+_IS_ONE_UNIT = sharding.is_one_unit
 
 
 def start_rank() -> None:
@@ -62,16 +62,16 @@ def stream(
     return TokenStream(tokens, order, BatchPlan(batch, 16_384, chunk_tokens, True), 0, 1)
 
 
-def built(folder: Path, one_unit: bool = False, **settings: Any) -> tuple[Trainee, ORPOConfig]:
+def built(folder: Path, by_layer: bool = False, **settings: Any) -> tuple[Trainee, ORPOConfig]:
     """A folder's model on this device with its optimizer.
 
     Args:
         folder: of `folder_of`.
-        one_unit: whether FSDP has the whole model as one unit, not one per layer.
+        by_layer: whether every layer is an FSDP unit, as it is on several ranks.
         settings: of the config, besides those that all runs here have.
     """
     config = ORPOConfig(**({"learning_rate": 1e-5, "max_steps": 100, "bf16": CUDA} | settings))
-    sharding._blocks = (lambda causal_lm: []) if one_unit else _BLOCKS
+    sharding.is_one_unit = (lambda *_: False) if by_layer else _IS_ONE_UNIT
     return _trainee(build_model(config, str(folder / "model"), DEVICE), config), config
 
 

@@ -21,7 +21,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"cpu_offload": True},
     {"lora_r": 8},
     {"attention_kernel": "sdpa"},
-    {"use_liger_kernel": True},
+    {"use_liger_kernel": False},
     {"load_in_4bit": True, "lora_r": 8},
     {"bf16": False},
     {"attention_kernel": "flex"},

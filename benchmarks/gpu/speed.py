@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaConfig
 
 from orpo_ray.preference.stream import StepBatch
@@ -35,41 +34,34 @@ class Variant:
     Args:
         name: in the results.
         settings: of the config a model is built for.
-        one_unit: whether FSDP has the whole model as one unit, not one per layer.
+        by_layer: whether every layer is an FSDP unit, as it is on several ranks.
         batch: pairs a step.
         chunk_tokens: positions that the head projects at once.
-        keeps: whether layers stay gathered between forward and backward pass.
         deterministic: whether torch takes only kernels that always give the same bytes.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    one_unit: bool = False
+    by_layer: bool = False
     batch: int = 32
     chunk_tokens: int = 1024
-    keeps: bool = False
     deterministic: bool = False
 
 
-LIGER = {"use_liger_kernel": True}
 COMPILED = {"torch_compile": True}
 PLAIN = (
     Variant("as it is"),
     Variant("chunks of 4096", chunk_tokens=4096),
-    Variant("kept", keeps=True),
-    Variant("128 pairs", batch=128),
+    Variant("128 pairs, 4096", batch=128, chunk_tokens=4096),
     Variant("deterministic", deterministic=True),
-    Variant("one unit, 4096", {}, True, chunk_tokens=4096),
-    Variant("Liger", LIGER),
-    Variant("Liger, one unit, 4096", LIGER, True, chunk_tokens=4096),
-    Variant("Liger, one unit, 4096, 128 pairs", LIGER, True, 128, 4096),
+    Variant("without Liger", {"use_liger_kernel": False}),
+    Variant("units by layer", by_layer=True),
 )
 COMPILE = (
-    Variant("compiled", COMPILED),
-    Variant("compiled, kept, 4096", COMPILED, False, 32, 4096, True),
-    Variant("compiled, kept, 4096, 128 pairs", COMPILED, False, 128, 4096, True),
+    Variant("compiled, 4096", COMPILED, chunk_tokens=4096),
+    Variant("compiled, 128 pairs, 4096", COMPILED, batch=128, chunk_tokens=4096),
 )
-PROFILED = ("as it is", "one unit, 4096", "Liger, one unit, 4096", "compiled, kept, 4096")
+PROFILED = ("as it is", "without Liger", "compiled, 4096", "LoRA")
 # Kernels by words in their names, the first kind that has one.
 KINDS = {
     "products": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "::mm"),
@@ -97,12 +89,12 @@ def main(size: str, which: str = "plain") -> None:
 def _variants(size: str, variants: Sequence[Variant], peak: float) -> None:
     folder = folder_of(size)
     if DRY:
-        variants = (variants[0],) if variants is COMPILE else (*variants[:2], variants[5])
-    groups = groupby(variants, key=lambda variant: (variant.settings, variant.one_unit))
-    for (settings, one_unit), chosen in groups:
+        variants = variants[:1] if variants is COMPILE else (*variants[:2], variants[-1])
+    groups = groupby(variants, key=lambda variant: (variant.settings, variant.by_layer))
+    for (settings, by_layer), chosen in groups:
         with attempt("ours", size=size, settings=str(settings)):
             started = time.perf_counter()
-            trainee, _ = built(folder, one_unit, **settings)
+            trainee, _ = built(folder, by_layer, **settings)
             record("ours", size=size, built_s=time.perf_counter() - started)
             for variant in chosen:
                 if seconds_left() < 10:
@@ -127,18 +119,13 @@ def _lora(size: str, peak: float) -> None:
     if CUDA and torch.cuda.mem_get_info()[0] < 40 << 30:
         record("ours", size=size, left_out="40 GiB are needed")
         return
-    started = time.perf_counter()
-    for name, settings in {"LoRA": {}, "LoRA, Liger": LIGER}.items():
-        if DRY and settings:
-            continue
-        with attempt("ours", size=size, variant=name):
-            trainee = built_with_lora(LlamaConfig(**shape, **heads), **settings)
-            record("ours", size=size, built_s=time.perf_counter() - started)
-            _measure(trainee, folder, size, Variant(name, chunk_tokens=2048), peak)
-        trainee = None  # type: ignore[assignment]
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
+    with attempt("ours", size=size, variant="LoRA"):
+        started = time.perf_counter()
+        trainee = built_with_lora(LlamaConfig(**shape, **heads))
+        record("ours", size=size, built_s=time.perf_counter() - started)
+        for batch in (32, 128):
+            name = "LoRA" if batch == 32 else f"LoRA, {batch} pairs"
+            _measure(trainee, folder, size, Variant(name, batch=batch, chunk_tokens=2048), peak)
 
 
 def _measure(trainee: Trainee, folder: Path, size: str, variant: Variant, peak: float) -> None:
@@ -146,9 +133,6 @@ def _measure(trainee: Trainee, folder: Path, size: str, variant: Variant, peak: 
     n_warmup, n_steps = (1, 1) if DRY else (3, 8 if batch < 100 else 4)
     feed = stream(folder, batch, variant.chunk_tokens)
     batches = list(feed.batches(0, n_warmup + n_steps))
-    for module in trainee.model.modules():
-        if isinstance(module, FSDPModule) and module is not trainee.model:  # the root keeps its own
-            module.set_reshard_after_forward(not variant.keeps, recurse=False)
     torch.use_deterministic_algorithms(variant.deterministic)
     started = time.perf_counter()
     sums = zeros()
@@ -175,6 +159,7 @@ def _measure(trainee: Trainee, folder: Path, size: str, variant: Variant, peak: 
         size=size,
         variant=variant.name,
         attention=trainee.model.attention_text,
+        liger=trainee.model.has_liger,
         step_ms=1e3 * seconds / n_steps,
         median_step_ms=1e3 * statistics.median(times),
         tokens_a_step=n_tokens / n_steps,
@@ -184,7 +169,7 @@ def _measure(trainee: Trainee, folder: Path, size: str, variant: Variant, peak: 
         peak_gib=peak_gib(),
         warmup_s=warmup_s,
     )
-    if variant.name in PROFILED or "LoRA" in variant.name:
+    if variant.name in PROFILED:
         _phases(trainee, timed[0], size, variant.name)
         _profile(trainee, timed[:2], size, variant.name, 1e3 * seconds / n_steps)
 

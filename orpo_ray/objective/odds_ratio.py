@@ -84,6 +84,21 @@ def log_sigmoid_log_odds(
     return functional.logsigmoid(log_odds(chosen_log_probs, rejected_log_probs))
 
 
+def log_sigmoid_log_odds_slopes(
+    chosen_log_probs: Float[Tensor, " pairs"], rejected_log_probs: Float[Tensor, " pairs"]
+) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
+    """The gradient of `log_sigmoid_log_odds`, each pair's by its two log-probabilities.
+
+    With x = log odds: d logsigmoid(x) / dx = sigmoid(-x), dx / d(chosen) = 1 / (1 - e^chosen) and
+    dx / d(rejected) = -1 / (1 - e^rejected), bounded as in `log_odds`. The products are formed from
+    logarithms, since sigmoid(-x) vanishes in fp32 where its product does not. Autograd gives the
+    same with three times as many launches.
+    """
+    outer = functional.logsigmoid(-log_odds(chosen_log_probs, rejected_log_probs))
+    bounded = rejected_log_probs.clamp(max=-1.0 / LARGEST_SLOPE)
+    return torch.exp(outer - log1mexp(chosen_log_probs)), -torch.exp(outer - log1mexp(bounded))
+
+
 def pair_sums(
     chosen_log_probs: Float[Tensor, " pairs"], rejected_log_probs: Float[Tensor, " pairs"]
 ) -> Float[Tensor, "6"]:

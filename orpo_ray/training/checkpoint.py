@@ -77,7 +77,8 @@ class CheckpointSaver:
         self._run_directory = run_directory
         self._keep = keep
         self._group = dist.new_group(backend="gloo")
-        self._stager = BlockingAsyncStager()
+        # On GPUs into pinned memory that every save uses again: a step waits for the copy only.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self._thread = ThreadPoolExecutor(1, "orpo-save", initializer=_on_this_gpu())
         self._pending: Future[str | None] | None = None
 

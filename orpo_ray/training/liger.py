@@ -3,32 +3,50 @@
 import inspect
 import sys
 import weakref
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from orpo_ray.config_sections import ModelSection
 from orpo_ray.training.errors import UnsupportedModelError
 
 # Its losses want logits or the whole hidden state; the head here is projected in chunks.
 _LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-def use_liger_kernels(causal_lm: PreTrainedModel, device: torch.device) -> None:
-    """Patch a model in place, before it is sharded.
+def use_liger_kernels(
+    causal_lm: PreTrainedModel, device: torch.device, config: ModelSection
+) -> bool:
+    """Patch a model in place before it is sharded, where the config asks for it or leaves it open.
 
     Args:
         causal_lm: on any device, the meta device included.
         device: where it will compute.
+        config: whose `use_liger_kernel` decides.
+
+    Returns:
+        Whether it was patched.
 
     Raises:
-        UnsupportedModelError: off a GPU, without the package, or for a family it does not know.
+        UnsupportedModelError: where it was asked for: off a GPU, without the package, or for a
+            family it does not know.
     """
-    if device.type != "cuda":
+    asked = config.use_liger_kernel
+    if asked is None:
+        installed = find_spec("liger_kernel") is not None and find_spec("triton") is not None
+        usable = device.type == "cuda" and installed and not config.torch_compile
+        if not usable or _kernels_of(causal_lm) is None:
+            return False
+    elif not asked:
+        return False
+    elif device.type != "cuda":
         raise UnsupportedModelError(
             "use_liger_kernel: Liger's kernels run on GPUs only: set use_gpu=true, or take it out"
         )
     patch(causal_lm)
+    return True
 
 
 def patch(causal_lm: PreTrainedModel) -> None:
@@ -41,11 +59,10 @@ def patch(causal_lm: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: without the package, or for a family it does not know.
     """
-    family = causal_lm.config.model_type
-    apply = getattr(_liger(), f"apply_liger_kernel_to_{family}", None)
+    apply = _kernels_of(causal_lm)
     if apply is None:
         raise UnsupportedModelError(
-            f"use_liger_kernel: Liger has no kernels for {family}: take it out"
+            f"use_liger_kernel: Liger has no kernels for {causal_lm.config.model_type}: take it out"
         )
     module = vars(sys.modules[type(causal_lm).__module__])
     before = dict(module)
@@ -56,6 +73,11 @@ def patch(causal_lm: PreTrainedModel) -> None:
     module.update(classes)
     functions = {name: value for name, value in replaced.items() if name not in classes}
     weakref.finalize(causal_lm, module.update, functions).atexit = False
+
+
+def _kernels_of(causal_lm: PreTrainedModel) -> Any:
+    """Liger's function that patches this family; None where it has none."""
+    return getattr(_liger(), f"apply_liger_kernel_to_{causal_lm.config.model_type}", None)
 
 
 def _liger() -> Any:

@@ -145,7 +145,8 @@ class _Loop:
         if job.config.model.load_in_4bit:
             self.files.notice(quantized_text(model))
         settle_attention(model, job.train, job.device, bf16, self.files.notice)
-        self.files.notice(f"attention: {model.attention_text}; {self.n_steps} steps")
+        liger = "; Liger's kernels" if model.has_liger else ""
+        self.files.notice(f"attention: {model.attention_text}{liger}; {self.n_steps} steps")
         self.job = settle_budget(job, self.trainee, self.files.notice)
 
     def run(self) -> None:

@@ -53,6 +53,7 @@ class OrpoModel(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.kernel = kernel
+        self.has_liger = False
         config = causal_lm.config.get_text_config()
         self.windows = sliding_windows(causal_lm.config)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)

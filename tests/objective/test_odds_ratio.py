@@ -10,6 +10,7 @@ from orpo_ray.objective.odds_ratio import (
     log1mexp,
     log_odds,
     log_sigmoid_log_odds,
+    log_sigmoid_log_odds_slopes,
     pair_sums,
 )
 
@@ -49,6 +50,19 @@ def test_value_and_gradient_are_finite_for_every_log_prob(dtype):
     for tensor in (term, chosen.grad, rejected.grad):
         assert tensor.isfinite().all()
     assert rejected.grad.abs().max() <= LARGEST_SLOPE * 1.0001
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_slopes_in_closed_form_are_autograds(dtype, tolerance):
+    """Also where they are bounded and where the log-probabilities are those of certain tokens."""
+    values = torch.tensor([*GRID, -3e-8, -1e-8, -1e-38, 0.0], dtype=dtype)
+    chosen, rejected = torch.meshgrid(values, values, indexing="ij")
+    chosen = chosen.reshape(-1).clone().requires_grad_()
+    rejected = rejected.reshape(-1).clone().requires_grad_()
+    log_sigmoid_log_odds(chosen, rejected).sum().backward()
+    found = log_sigmoid_log_odds_slopes(chosen.detach(), rejected.detach())
+    for slopes, expected in zip(found, (chosen.grad, rejected.grad), strict=True):
+        torch.testing.assert_close(slopes, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_trl_is_not_finite_where_this_is():
