@@ -58,9 +58,8 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     tokens = TokenSet.load(work.tokens)
     assert tokens is not None
     order = Order(tuple(s.n_groups for s in tokens.shards), 1, seed=0, shuffle=False)
-    plan = BatchPlan(
-        work.batch // work.pairs_per_group, work.budget_tokens, config.train.head_chunk_tokens, True
-    )
+    chunk_tokens = config.train.head_chunk(model.causal_lm.config.vocab_size, cuda)
+    plan = BatchPlan(work.batch // work.pairs_per_group, work.budget_tokens, chunk_tokens, True)
     batches = TokenStream(tokens, order, plan, 0, 1).batches(0, n_steps)
     weights = OrpoWeights(config.orpo.beta, 0.0)
     files = RunFiles(Path(work.folder), is_writer=True)

@@ -163,8 +163,12 @@ class TrainSection(Section):
         description="Tokens one pass holds; unset: a worker's batch size x max_length; auto: "
         "what fits on the GPU.",
     )
-    head_chunk_tokens: PositiveInt = Field(
-        1024, description="Positions whose logits exist at the same time."
+    head_chunk_tokens: PositiveInt | None = Field(
+        None,
+        description=(
+            "Number of positions whose logits exist at the same time. Default: 1024, on GPUs 4096, "
+            "less for vocabularies above 64 k."
+        ),
     )
     bf16: bool | None = Field(None, description="Compute in bfloat16; unset: on GPUs only.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory.")
@@ -207,6 +211,12 @@ class TrainSection(Section):
         False, description="On GPUs: slower kernels, which give the same bytes each time."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Of the order, dropout and demo weights.")
+
+    def head_chunk(self, vocab_size: int = 0, on_gpu: bool = False) -> int:
+        """`head_chunk_tokens`, or its default: on GPUs few launches, at most 1 GiB of logits."""
+        if self.head_chunk_tokens is not None:
+            return self.head_chunk_tokens
+        return max(1024, min(4096, 2**28 // max(1, vocab_size))) if on_gpu else 1024
 
     @model_validator(mode="after")
     def _best_of_some(self) -> Self:

@@ -53,7 +53,7 @@ def folder_of(size: str, vocabulary: str = "16k", name: str = "") -> Path:
 
 
 def stream(
-    folder: Path, batch: int, chunk_tokens: int = 1024, shuffle: bool = False
+    folder: Path, batch: int, chunk_tokens: int = 4096, shuffle: bool = False
 ) -> TokenStream:
     """The feed of a folder's pairs, a step in one microbatch as far as 16,384 tokens go."""
     tokens = TokenSet.load(str(folder / "tokens-1"))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from orpo_ray.objective.odds_ratio import log_sigmoid_log_odds, log_sigmoid_log_odds_slopes
+from orpo_ray.objective.odds_ratio import pair_terms
 
 
 @dataclass(frozen=True)
@@ -197,14 +197,10 @@ class _ChunkedPass:
         exponentials = logits.sub_(largest[:, None]).exp_()
         total = exponentials.sum(dim=-1)
         token_log_probs = target_logits - (largest + total.log())[at]
-        # Prompt targets carry an index past the last completion: one more slot, then dropped.
-        first, last = chunk.completions
-        slot = (targets.completion[slice(*chunk.targets)] - first).clamp(max=last - first)
-        means = self._add_loss(chunk, token_log_probs, slot)
+        slopes = self._add_loss(chunk, token_log_probs)
         if not self.needs_grad:
             return
         # d loss / d logits = sum over targets of slope * (one-hot - softmax).
-        slopes = self._slopes(chunk, means, slot)
         position_slopes = torch.zeros_like(total).index_add_(0, at, slopes)
         grad_logits = exponentials.mul_((-position_slopes / total)[:, None])
         grad_logits.view(-1).scatter_add_(0, at * grad_logits.shape[1] + token_ids, slopes)
@@ -212,36 +208,27 @@ class _ChunkedPass:
             grad_logits.mul_(1 - capped.square_())
         self._add_gradient(positions, hidden, grad_logits)
 
-    def _add_loss(self, chunk: Chunk, token_log_probs: Tensor, slot: Tensor) -> Tensor:
-        """Add the chunk's loss; return the mean log-probability of each of its completions."""
+    def _add_loss(self, chunk: Chunk, token_log_probs: Tensor) -> Tensor:
+        """Add the chunk's loss; return its slope at every target's log-probability."""
         targets, scale = self.targets, self.scale
         first, last = chunk.completions
+        lengths = targets.completion_lengths[first:last]
+        # Prompt targets carry an index past the last completion: one more slot, then dropped.
+        slot = (targets.completion[slice(*chunk.targets)] - first).clamp(max=last - first)
+        weights = targets.nll_weights[slice(*chunk.targets)].to(self.dtype)
         sums = token_log_probs.new_zeros(last - first + 1).index_add_(0, slot, token_log_probs)
-        means = sums[:-1] / targets.completion_lengths[first:last]
-        nll = -(targets.nll_weights[slice(*chunk.targets)] * token_log_probs).sum()
-        ratio = log_sigmoid_log_odds(*(means[index] for index in self._pairs(chunk))).sum()
-        self.loss += scale.nll * nll - scale.pair * scale.beta * ratio
+        means = sums[:-1] / lengths
+        of_pairs = slice(*chunk.pairs)
+        pairs = torch.stack([targets.chosen[of_pairs], targets.rejected[of_pairs]]) - first
+        terms = pair_terms(means[pairs])
+        nll, pair_scale = -(weights * token_log_probs).sum(), scale.pair * scale.beta
+        self.loss += scale.nll * nll - pair_scale * terms.values.sum()
         self.nll_sum += nll
         self.completion_log_probs[first:last] = means
-        return means
-
-    def _slopes(self, chunk: Chunk, means: Tensor, slot: Tensor) -> Tensor:
-        """The gradient of the chunk's loss by every target's log-probability."""
-        targets, scale = self.targets, self.scale
-        pairs = self._pairs(chunk)
-        by_completion = means.new_zeros(len(means) + 1)
-        slopes = log_sigmoid_log_odds_slopes(*(means[index] for index in pairs))
-        for index, slope in zip(pairs, slopes, strict=True):
-            by_completion.index_add_(0, index, slope, alpha=-scale.pair * scale.beta)
-        by_completion[:-1] /= targets.completion_lengths[slice(*chunk.completions)]
-        weights = targets.nll_weights[slice(*chunk.targets)].to(self.dtype)
+        slopes = torch.cat([terms.chosen_slopes, terms.rejected_slopes])
+        by_completion = torch.zeros_like(sums).index_add_(0, pairs.view(-1), slopes)
+        by_completion[:-1].div_(lengths).mul_(-pair_scale)
         return by_completion[slot].sub_(weights, alpha=scale.nll)
-
-    def _pairs(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Chosen and rejected completion of every pair, counted from the chunk's first."""
-        first = chunk.completions[0]
-        chosen, rejected = self.targets.chosen, self.targets.rejected
-        return chosen[slice(*chunk.pairs)] - first, rejected[slice(*chunk.pairs)] - first
 
     def _add_gradient(self, positions: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
         """Carry one chunk's logit gradient to the hidden states, the weight and the bias."""

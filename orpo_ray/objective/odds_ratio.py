@@ -1,5 +1,8 @@
 """The odds-ratio term of ORPO: log odds, its loss, and the sums that its metrics are made of."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,8 +15,31 @@ LARGEST_SLOPE = 2.0**24
 1 / 2**24 is half the spacing of fp32 just below 1: a mean log-probability closer to 0 than that
 belongs to a probability that fp32 cannot tell from 1.
 """
+_AT_LARGEST_SLOPE = math.log(-math.expm1(-1 / LARGEST_SLOPE))  # log(1 - e^x) where the bound begins
 
 N_PAIR_SUMS = 6
+
+
+class PairTerms(NamedTuple):
+    """The odds-ratio term of pairs before its weight, and its gradient.
+
+    Args:
+        values: logsigmoid(log odds), at most 0.
+        chosen_slopes: derivative by the mean log-probability of the chosen answer.
+        rejected_slopes: the same of the rejected answer.
+    """
+
+    values: Float[Tensor, " pairs"]
+    chosen_slopes: Float[Tensor, " pairs"]
+    rejected_slopes: Float[Tensor, " pairs"]
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    below_zero = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    # Maechler (2012): the first branch cancels near 0, the second far from it.
+    near = torch.log(-torch.expm1(below_zero))
+    far = torch.log1p(-torch.exp(below_zero))
+    return torch.where(below_zero > -0.6931471805599453, near, far)
 
 
 class _Log1mExp(torch.autograd.Function):
@@ -21,11 +47,7 @@ class _Log1mExp(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, largest_slope: float) -> Tensor:
-        below_zero = x.clamp(max=-torch.finfo(x.dtype).tiny)
-        # Maechler (2012): the first branch cancels near 0, the second far from it.
-        near = torch.log(-torch.expm1(below_zero))
-        far = torch.log1p(-torch.exp(below_zero))
-        return torch.where(below_zero > -0.6931471805599453, near, far)
+        return _log1mexp(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -84,19 +106,24 @@ def log_sigmoid_log_odds(
     return functional.logsigmoid(log_odds(chosen_log_probs, rejected_log_probs))
 
 
-def log_sigmoid_log_odds_slopes(
-    chosen_log_probs: Float[Tensor, " pairs"], rejected_log_probs: Float[Tensor, " pairs"]
-) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:
-    """The gradient of `log_sigmoid_log_odds`, each pair's by its two log-probabilities.
+def pair_terms(log_probs: Float[Tensor, "2 pairs"]) -> PairTerms:
+    """`log_sigmoid_log_odds` and its gradient, without autograd and in a fifth of its launches.
 
     With x = log odds: d logsigmoid(x) / dx = sigmoid(-x), dx / d(chosen) = 1 / (1 - e^chosen) and
     dx / d(rejected) = -1 / (1 - e^rejected), bounded as in `log_odds`. The products are formed from
-    logarithms, since sigmoid(-x) vanishes in fp32 where its product does not. Autograd gives the
-    same with three times as many launches.
+    logarithms, since sigmoid(-x) vanishes in fp32 where its product does not.
+
+    Args:
+        log_probs: mean log-probabilities of chosen (first row) and rejected answers, in nats.
     """
-    outer = functional.logsigmoid(-log_odds(chosen_log_probs, rejected_log_probs))
-    bounded = rejected_log_probs.clamp(max=-1.0 / LARGEST_SLOPE)
-    return torch.exp(outer - log1mexp(chosen_log_probs)), -torch.exp(outer - log1mexp(bounded))
+    chosen, rejected = _log1mexp(log_probs)
+    ratios = (log_probs[0] - log_probs[1]) - (chosen - rejected)
+    outer = functional.logsigmoid(-ratios)
+    return PairTerms(
+        values=functional.logsigmoid(ratios),
+        chosen_slopes=torch.exp(outer - chosen),
+        rejected_slopes=-torch.exp(outer - rejected.clamp(min=_AT_LARGEST_SLOPE)),
+    )
 
 
 def pair_sums(

@@ -104,6 +104,6 @@ def _batches(config: ORPOConfig, batch_groups: int, budget_tokens: int) -> Batch
     return BatchPlan(
         batch_groups=batch_groups,
         budget_tokens=budget_tokens,
-        chunk_tokens=config.train.head_chunk_tokens,
+        chunk_tokens=config.train.head_chunk(),  # a worker knows its device
         prompt_counts=config.orpo.nll_scope == "all",
     )

@@ -4,17 +4,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from orpo_ray.config import ORPOConfig
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.packing import pack
 from orpo_ray.preference.stream import TokenStream
 from orpo_ray.training.job import TrainingJob
+from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.step import Trainee, forward_backward
 
 _GIB = 2**30
@@ -29,6 +32,20 @@ class Measured:
 
     n_tokens: int
     peak_bytes: int
+
+
+def head_chunk(config: ORPOConfig, model: OrpoModel, device: torch.device) -> int:
+    """Positions that the head projects at once on a device."""
+    vocab_size = model.causal_lm.config.get_text_config().vocab_size
+    return config.train.head_chunk(vocab_size, device.type == "cuda")
+
+
+def settle_head_chunk(job: TrainingJob, model: OrpoModel) -> TrainingJob:
+    """The job with the chunks of its device; the feed was planned before that was known."""
+    chunk_tokens = head_chunk(job.config, model, job.device)
+    if chunk_tokens == job.config.train.head_chunk():
+        return job
+    return _with_plan(job, chunk_tokens=chunk_tokens)
 
 
 def settle_budget(job: TrainingJob, trainee: Trainee, notice: Callable[[str], None]) -> TrainingJob:
@@ -55,14 +72,17 @@ def settle_budget(job: TrainingJob, trainee: Trainee, notice: Callable[[str], No
         return job
     budget, text = _measured_budget(job.train, trainee)
     notice(f"max_tokens_per_microbatch: auto is {budget} tokens; {text}")
-    evals = {prefix: with_budget(stream, budget) for prefix, stream in job.evals.items()}
-    return dataclasses.replace(job, train=with_budget(job.train, budget), evals=evals)
+    return _with_plan(job, budget_tokens=budget)
 
 
-def with_budget(stream: TokenStream, budget_tokens: int) -> TokenStream:
-    """The same batches, cut into microbatches of another size."""
-    plan = dataclasses.replace(stream.plan, budget_tokens=budget_tokens)
-    return dataclasses.replace(stream, plan=plan)
+def with_plan(stream: TokenStream, **changes: Any) -> TokenStream:
+    """The same batches, cut into microbatches or chunks of another size."""
+    return dataclasses.replace(stream, plan=dataclasses.replace(stream.plan, **changes))
+
+
+def _with_plan(job: TrainingJob, **changes: Any) -> TrainingJob:
+    evals = {prefix: with_plan(stream, **changes) for prefix, stream in job.evals.items()}
+    return dataclasses.replace(job, train=with_plan(job.train, **changes), evals=evals)
 
 
 def tokens_that_fit(measured: Sequence[Measured], later_bytes: int, room_bytes: int) -> int:

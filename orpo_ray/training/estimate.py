@@ -64,12 +64,13 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
     kept_layers = 1 if config.train.gradient_checkpointing else layers
     per_token = kept_layers * _ACTIVATIONS_PER_TOKEN + (layers - kept_layers)
     activations = config.microbatch_tokens * per_token * width * value_bytes
-    logits = 2 * 4 * config.train.head_chunk_tokens * text_config.vocab_size
+    chunk_tokens = config.train.head_chunk(text_config.vocab_size, bool(config.ray.use_gpu))
+    logits = 2 * 4 * chunk_tokens * text_config.vocab_size
     total = state + activations + logits
     return [
         f"memory a worker: about {total / _GIB:.2f} GiB = {state / _GIB:.2f} {state_text} + "
         f"{activations / _GIB:.2f} activations of {config.microbatch_tokens} tokens + "
-        f"{logits / _GIB:.2f} logits of {config.train.head_chunk_tokens} positions and their "
+        f"{logits / _GIB:.2f} logits of {chunk_tokens} positions and their "
         "gradient"
     ]
 

@@ -21,7 +21,7 @@ from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.stream import StepBatch
 from orpo_ray.storage import fetch_folder, forget_heavy, kept_in_step, light
 from orpo_ray.training.best import Evaluations
-from orpo_ray.training.budget import settle_budget
+from orpo_ray.training.budget import settle_budget, settle_head_chunk
 from orpo_ray.training.checkpoint import TrainState
 from orpo_ray.training.errors import NonFiniteError, StoppedError
 from orpo_ray.training.evaluation import evaluate_streams
@@ -140,7 +140,8 @@ class _Loop:
 
     def settle_attention(self) -> None:
         """Decide between packed and padded rows and how long they are, and say so."""
-        job, model = self.job, self.trainee.model
+        model = self.trainee.model
+        self.job = job = settle_head_chunk(self.job, model)
         bf16 = use_bf16(job.config, job.device)
         if job.config.model.load_in_4bit:
             self.files.notice(quantized_text(model))

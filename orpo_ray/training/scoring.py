@@ -14,6 +14,7 @@ from orpo_ray.config import ORPOConfig
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.packing import balanced_bins, pack
+from orpo_ray.training.budget import head_chunk
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.model_source import ModelSource, load_model
@@ -69,9 +70,10 @@ class PairScorer:
         kernel = packed_kernel(config, causal_lm.config, device)
         coef = config.orpo.router_aux_loss_coef
         model = OrpoModel(causal_lm.to(device), attention, coef, kernel).eval()
+        chunk_tokens = head_chunk(config, model, device)
         problem = None
         if model.attention == "packed" and causal_lm.config.model_type not in COMPARED:
-            row = pack(list(sample[:_SAMPLE_GROUPS]), config.train.head_chunk_tokens, True)
+            row = pack(list(sample[:_SAMPLE_GROUPS]), chunk_tokens, True)
             problem = disagreement(model, row, device, bf16)
             model.use_attention("packed" if problem is None else "padded")
         return PairScorer(config, model, device, problem)
@@ -84,13 +86,14 @@ class PairScorer:
             A table of `pair_scores.SCHEMA` in the order of the groups.
         """
         config = self.config
+        chunk_tokens = head_chunk(config, self.model, self.device)
         scale = LossScale(nll=1.0, pair=1.0, beta=config.orpo.beta)
         sizes = [group.n_tokens for group in groups]
         (bins,) = balanced_bins(sizes, 1, config.eval_microbatch_tokens)
         scores = PairScores()
         groups_of_pairs: list[int] = []
         for members in bins:
-            row = pack([groups[i] for i in members], config.train.head_chunk_tokens, True)
+            row = pack([groups[i] for i in members], chunk_tokens, True)
             scores.add(row, self.model(Microbatch(row, self.device), scale))
             groups_of_pairs += [i for i in members for _ in groups[i].pairs]
         return scores.table().take(np.argsort(groups_of_pairs, kind="stable"))

@@ -10,8 +10,8 @@ from orpo_ray.objective.odds_ratio import (
     log1mexp,
     log_odds,
     log_sigmoid_log_odds,
-    log_sigmoid_log_odds_slopes,
     pair_sums,
+    pair_terms,
 )
 
 GRID = [-100.0, -20.0, -5.0, -1.0, -0.7, -0.6931, -0.5, -0.1, -1e-3, -1e-6, -2e-8, -1e-12, -1e-30]
@@ -53,16 +53,17 @@ def test_value_and_gradient_are_finite_for_every_log_prob(dtype):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
-def test_slopes_in_closed_form_are_autograds(dtype, tolerance):
-    """Also where they are bounded and where the log-probabilities are those of certain tokens."""
+def test_pair_terms_are_those_of_autograd(dtype, tolerance):
+    """Also where slopes are bounded, and for answers that are certain."""
     values = torch.tensor([*GRID, -3e-8, -1e-8, -1e-38, 0.0], dtype=dtype)
     chosen, rejected = torch.meshgrid(values, values, indexing="ij")
     chosen = chosen.reshape(-1).clone().requires_grad_()
     rejected = rejected.reshape(-1).clone().requires_grad_()
-    log_sigmoid_log_odds(chosen, rejected).sum().backward()
-    found = log_sigmoid_log_odds_slopes(chosen.detach(), rejected.detach())
-    for slopes, expected in zip(found, (chosen.grad, rejected.grad), strict=True):
-        torch.testing.assert_close(slopes, expected, rtol=tolerance, atol=tolerance)
+    values = log_sigmoid_log_odds(chosen, rejected)
+    values.sum().backward()
+    found = pair_terms(torch.stack([chosen, rejected]).detach())
+    for term, expected in zip(found, (values, chosen.grad, rejected.grad), strict=True):
+        torch.testing.assert_close(term, expected.detach(), rtol=tolerance, atol=tolerance)
 
 
 def test_trl_is_not_finite_where_this_is():

@@ -15,7 +15,7 @@ from orpo_ray.training.budget import (
     rounded_down,
     settle_budget,
     tokens_that_fit,
-    with_budget,
+    with_plan,
 )
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.model_source import ModelSource
@@ -53,6 +53,21 @@ def test_five_bits_are_kept():
     assert rounded_down(1) == 1
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "on_gpu", "expected"),
+    [
+        (128_000, False, 1024),
+        (32_000, True, 4096),
+        (128_000, True, 2097),  # 2**28 logits are 1 GiB in fp32
+        (1_000_000, True, 1024),
+    ],
+)
+def test_the_heads_chunks_are_longer_on_gpus(vocab_size, on_gpu, expected):
+    assert ORPOConfig().train.head_chunk(vocab_size, on_gpu) == expected
+    asked = ORPOConfig(head_chunk_tokens=77)
+    assert asked.train.head_chunk(vocab_size, on_gpu) == 77
+
+
 def fewest() -> int:
     return agreed([70, 50][dist.get_rank()], torch.device("cpu"))
 
@@ -65,7 +80,7 @@ def test_the_budget_changes_no_batch(inputs):
     """The same pairs and counts a step, in other microbatches, as many on both ranks."""
     streams = [token_stream(inputs, rank, 2) for rank in range(2)]
     cut = {
-        budget: [list(with_budget(stream, budget).batches(0, 12)) for stream in streams]
+        budget: [list(with_plan(stream, budget_tokens=budget).batches(0, 12)) for stream in streams]
         for budget in (40, 400)
     }
     for one, other in itertools.product(cut[40], cut[400]):

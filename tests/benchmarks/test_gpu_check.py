@@ -1,0 +1,57 @@
+"""The GPU check on a CPU, with `import ray` failing as it will on the machine with the GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+# Imports every module outside `orchestration`, and the parts of the check.
+IMPORTS = """
+import importlib, pkgutil, sys
+sys.path[:0] = sys.argv[1:]
+import orpo_ray
+above = ("orpo_ray.orchestration", "orpo_ray.command_line")
+for module in pkgutil.walk_packages(orpo_ray.__path__, "orpo_ray."):
+    if not module.name.startswith(above):
+        importlib.import_module(module.name)
+for part in ("attention", "environment", "memory", "resume", "smoke", "speed", "throughput"):
+    importlib.import_module(part)
+assert "ray" not in sys.modules
+"""
+
+
+def test_everything_below_orchestration_is_imported_without_ray(tmp_path):
+    (tmp_path / "ray.py").write_text("raise ModuleNotFoundError('there is no Ray here')\n")
+    paths = [str(tmp_path), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
+    subprocess.run(
+        [sys.executable, "-c", IMPORTS, *paths],
+        cwd=ROOT,
+        env=os.environ | {"OUT": str(tmp_path), "DRY_RUN": "1"},
+        check=True,
+        timeout=120,
+    )
+
+
+def test_three_steps_without_ray(tmp_path):
+    """One part of the dry run: settings give the losses of fp32, a checkpoint its bytes."""
+    command = ["bash", "benchmarks/gpu/check.sh", "first", "--dry-run", "--only", "smoke"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    lines = [json.loads(text) for text in (tmp_path / "results.jsonl").read_text().splitlines()]
+    differences = {line["setting"]: line["difference"] for line in lines if "difference" in line}
+    assert set(differences) >= {"{}", "{'gradient_checkpointing': True}", "{'lora_r': 8}"}
+    assert differences["{'gradient_checkpointing': True}"] < 1e-6
+    assert max(differences.values()) < 2e-2  # LoRA trains other weights
+    (checkpoint,) = (line for line in lines if line.get("setting") == "checkpoint")
+    assert checkpoint["bytes_equal"]
+    assert not [line for line in lines if "error" in line]
