@@ -150,7 +150,7 @@ def main() -> None:
 
 def make_model(folder: Path) -> None:
     """A small decoder and a tokenizer of the pairs' bytes, as `jobs/train.py` has without one."""
-    from orpo_ray.config import ORPOConfig
+    from orpo_ray.config.schema import ORPOConfig
     from orpo_ray.orchestration.inputs import find_inputs
 
     config = ORPOConfig(train_files=str(folder / "pairs.jsonl"))

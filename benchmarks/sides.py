@@ -26,7 +26,7 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     """This project's step, as its training loop takes it, without Ray."""
     import torch.distributed as dist
 
-    from orpo_ray.config import ORPOConfig
+    from orpo_ray.config.schema import ORPOConfig
     from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
     from orpo_ray.preference.order import Order
     from orpo_ray.preference.shards import TokenSet

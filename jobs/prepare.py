@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from orpo_ray.command_line import run_job
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 
 
 def action(config: ORPOConfig) -> None:

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orpo_ray.config import ConfigError, ORPOConfig
+    from orpo_ray.config.schema import ConfigError, ORPOConfig
     from orpo_ray.orchestration.run import TrainResult, prepare, train
     from orpo_ray.orchestration.sweep import SweepResult, trainable, tune
     from orpo_ray.orchestration.trainer import ORPOTrainer
@@ -27,9 +27,9 @@ __all__ = [
 
 # Imported on first use, so that `--help` and a bad config need neither torch nor ray.
 _HOME = {
-    "ConfigError": "orpo_ray.config",
+    "ConfigError": "orpo_ray.config.schema",
     "DataError": "orpo_ray.preference.errors",
-    "ORPOConfig": "orpo_ray.config",
+    "ORPOConfig": "orpo_ray.config.schema",
     "ORPOTrainer": "orpo_ray.orchestration.trainer",
     "SweepResult": "orpo_ray.orchestration.sweep",
     "TrainResult": "orpo_ray.orchestration.run",

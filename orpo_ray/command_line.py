@@ -8,9 +8,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import resources
 
-from orpo_ray.config import SECTIONS, ConfigError, ORPOConfig
-from orpo_ray.config_file import load_config, to_yaml
-from orpo_ray.config_secrets import hide
+from orpo_ray.config.file import load_config, to_yaml
+from orpo_ray.config.schema import SECTIONS, ConfigError, ORPOConfig
+from orpo_ray.config.secrets import hide
 from orpo_ray.preference.errors import DataError
 
 # Read when Ray is imported. A sweep's many small processes are no reason for a warning.

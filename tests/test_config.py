@@ -5,8 +5,8 @@ import itertools
 import pytest
 from pydantic import ValidationError
 
-from orpo_ray.config import SECTION_OF, SECTIONS, ConfigError, ORPOConfig
-from orpo_ray.config_file import load_config, to_yaml
+from orpo_ray.config.file import load_config, to_yaml
+from orpo_ray.config.schema import SECTION_OF, SECTIONS, ConfigError, ORPOConfig
 
 
 def refusals(*overrides: str, path: str | None = None) -> list[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orpo_ray.config import SECTIONS
-from orpo_ray.config_file import load_config
+from orpo_ray.config.file import load_config
+from orpo_ray.config.schema import SECTIONS
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text()

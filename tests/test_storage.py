@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from orpo_ray.bucket import DRIVER, VIEWS, WORKERS, address, is_copy, local, make_folder, of_side
-from orpo_ray.storage import (
+from orpo_ray.storage.bucket import (
+    DRIVER,
+    VIEWS,
+    WORKERS,
+    address,
+    is_copy,
+    local,
+    make_folder,
+    of_side,
+)
+from orpo_ray.storage.mirror import (
     age_s,
     everything,
     fetch,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.preference.order import Order
 from orpo_ray.preference.shards import TokenSet

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.loop import run_training
 from orpo_ray.training.model_source import ModelSource

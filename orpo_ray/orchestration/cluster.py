@@ -17,9 +17,9 @@ from ray.train import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from orpo_ray.bucket import address
-from orpo_ray.config import ConfigError, ORPOConfig
-from orpo_ray.storage import rename
+from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.storage.bucket import address
+from orpo_ray.storage.mirror import rename
 from orpo_ray.training.allocator import memory_settings
 
 _KIND = "accelerator_type:"

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orpo_ray.bucket import address
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.dropping import load_keys
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.ingest import LENGTHS, first_refused, nothing_usable
@@ -18,7 +17,8 @@ from orpo_ray.orchestration.pair_stats import PairStats
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import ON_REQUEST, Reason
 from orpo_ray.preference.shards import TokenSet, read_shard
-from orpo_ray.storage import fetch_once
+from orpo_ray.storage.bucket import address
+from orpo_ray.storage.mirror import fetch_once
 from orpo_ray.training.run_files import DATA_REPORT, LEDGER
 
 QUARANTINE = "quarantine"

@@ -13,7 +13,7 @@ from orpo_ray.orchestration.pair_stats import PairStats
 from orpo_ray.orchestration.tokenize_task import QUARANTINE
 from orpo_ray.preference.records import Reason
 from orpo_ray.preference.shards import Shard
-from orpo_ray.storage import publish
+from orpo_ray.storage.mirror import publish
 
 
 def stats_of(directory: str, summaries: Sequence[Mapping[str, Any]]) -> Iterator[PairStats]:

@@ -10,8 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from orpo_ray.bucket import address
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.inputs import named_model
 from orpo_ray.orchestration.progress import set_name
 from orpo_ray.orchestration.run_copy import working_on
@@ -24,6 +23,7 @@ from orpo_ray.orchestration.start import (
     with_run_name,
 )
 from orpo_ray.preference.errors import DataError
+from orpo_ray.storage.bucket import address
 from orpo_ray.training.statistics import (
     Difference,
     Estimate,

@@ -8,7 +8,7 @@ from typing import Any
 import ray.data
 from ray.train import DataConfig
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.preference.order import Order
 from orpo_ray.preference.shards import TokenSet
 from orpo_ray.preference.stream import BatchPlan, TokenStream

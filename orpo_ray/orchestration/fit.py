@@ -8,13 +8,13 @@ from pathlib import Path
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orpo_ray.bucket import WORKERS, of_side
-from orpo_ray.config import ConfigError, ORPOConfig
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.feed import TRAIN, FeedPlan, PlannedFeed
 from orpo_ray.orchestration.run_copy import from_workers
 from orpo_ray.orchestration.worker import WorkerAnswer, WorkerTask
-from orpo_ray.storage import fetch_folder
+from orpo_ray.storage.bucket import WORKERS, of_side
+from orpo_ray.storage.mirror import fetch_folder
 from orpo_ray.training.model_source import ModelSource
 
 Work = Callable[[dict[str, WorkerTask]], WorkerAnswer]

@@ -28,7 +28,7 @@ from orpo_ray.orchestration.tokenize_task import (
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shards import Shard, TokenSet
 from orpo_ray.preference.sources import identity
-from orpo_ray.storage import fetch_once, publish, remove, sizes
+from orpo_ray.storage.mirror import fetch_once, publish, remove, sizes
 
 # Raised whenever the same input would give other tokens or another report.
 CODE_VERSION = 5

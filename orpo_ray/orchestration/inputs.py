@@ -10,14 +10,14 @@ from typing import Any
 
 import xxhash
 
-from orpo_ray.bucket import PROTOCOLS, address, local, make_folder
-from orpo_ray.config import ORPOConfig
-from orpo_ray.config_data import DataSource
+from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.config.sections import DataSource
 from orpo_ray.preference.demo_pairs import write_demo_pairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.sources import find_files
 from orpo_ray.preference.templates import template_text
-from orpo_ray.storage import fetch_folder, light, publish
+from orpo_ray.storage.bucket import PROTOCOLS, address, local, make_folder
+from orpo_ray.storage.mirror import fetch_folder, light, publish
 from orpo_ray.training.model_source import ModelSource, refuse_unsafe
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400

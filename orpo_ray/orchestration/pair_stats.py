@@ -10,7 +10,7 @@ import xxhash
 
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.templates import PairText
-from orpo_ray.storage import fetch_folder, fetch_once, publish
+from orpo_ray.storage.mirror import fetch_folder, fetch_once, publish
 
 STATS = "stats"
 _SCALE = float(1 << 64)

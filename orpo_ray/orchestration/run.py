@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from orpo_ray.bucket import address, local
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_page import budget_lines, write_data_page
 from orpo_ray.orchestration.data_report import count_trained, save_report
@@ -35,6 +34,7 @@ from orpo_ray.orchestration.stop import STOPPED, stopping_on_sigterm
 from orpo_ray.orchestration.trackers import Trackers, refuse_missing
 from orpo_ray.orchestration.worker import evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
+from orpo_ray.storage.bucket import address, local
 from orpo_ray.training.run_files import (
     CONFIG,
     DATA_REPORT,

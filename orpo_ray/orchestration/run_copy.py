@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from orpo_ray.bucket import address
-from orpo_ray.config import ConfigError
-from orpo_ray.storage import fetch_folder, forget_heavy, kept_in_step, light
+from orpo_ray.config.schema import ConfigError
+from orpo_ray.storage.bucket import address
+from orpo_ray.storage.mirror import fetch_folder, forget_heavy, kept_in_step, light
 from orpo_ray.training.manifest import FOLDER
 from orpo_ray.training.run_files import (
     FINAL,

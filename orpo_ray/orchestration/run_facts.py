@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.data_page import budget_lines
 from orpo_ray.orchestration.data_report import QUARANTINE, data_lines, source_label
 from orpo_ray.orchestration.feed import TRAIN

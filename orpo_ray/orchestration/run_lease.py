@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.orchestration.run_copy import in_use, unusable
-from orpo_ray.storage import age_s, fetch, publish
+from orpo_ray.storage.mirror import age_s, fetch, publish
 
 LEASE = ".lease"
 # A lease that was not renewed for so long is nobody's any more.

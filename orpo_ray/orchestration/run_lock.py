@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from orpo_ray.bucket import is_copy, make_folder
 from orpo_ray.orchestration.run_copy import in_use
 from orpo_ray.orchestration.run_lease import LEASE, STALE_S, leased, read_lease
-from orpo_ray.storage import age_s
+from orpo_ray.storage.bucket import is_copy, make_folder
+from orpo_ray.storage.mirror import age_s
 
 _LOCK = ".lock"
 # Whoever asks about a run holds its lock for an instant, for which no driver is refused.

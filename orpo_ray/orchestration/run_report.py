@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray import __version__
-from orpo_ray.bucket import address
-from orpo_ray.config import ORPOConfig
-from orpo_ray.config_file import to_yaml
+from orpo_ray.config.file import to_yaml
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.page import render_page
 from orpo_ray.orchestration.run_curves import (
     CURVES,
@@ -29,6 +28,7 @@ from orpo_ray.orchestration.run_facts import (
     samples_of,
     time_spent,
 )
+from orpo_ray.storage.bucket import address
 from orpo_ray.training.run_files import CONFIG, FINAL, count_events, exported_step, read_metrics
 from orpo_ray.training.suspects import first_suspects
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.bucket import address, is_copy
-from orpo_ray.config import ConfigError
+from orpo_ray.config.schema import ConfigError
 from orpo_ray.orchestration.progress import eval_prefixes, set_name
 from orpo_ray.orchestration.run_copy import refresh
 from orpo_ray.orchestration.run_lock import last_driver
 from orpo_ray.orchestration.run_state import Line, RunView, read_json
+from orpo_ray.storage.bucket import address, is_copy
 from orpo_ray.training.manifest import MANIFEST, checkpoint_directories, find_damage
 from orpo_ray.training.run_files import (
     CONFIG,

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import ActorPoolStrategy
 
-from orpo_ray.bucket import make_folder
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.data_tasks import each
 from orpo_ray.orchestration.pair_stats import PairStats
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.shards import TokenSet, read_shard
-from orpo_ray.storage import fetch_folder, publish, remove
+from orpo_ray.storage.bucket import make_folder
+from orpo_ray.storage.mirror import fetch_folder, publish, remove
 from orpo_ray.training.allocator import memory_settings
 
 _PARTS = "parts"

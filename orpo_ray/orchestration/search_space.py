@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from ray import tune
 
-from orpo_ray.config import SECTION_OF, ConfigError, ORPOConfig
+from orpo_ray.config.schema import SECTION_OF, ConfigError, ORPOConfig
 
 # What a trial may not be given: who it is, where it runs, and what the whole sweep is.
 _FIXED = ("output", "ray", "tune")

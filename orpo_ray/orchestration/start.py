@@ -8,10 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from orpo_ray.bucket import local, make_folder
-from orpo_ray.config import ConfigError, ORPOConfig
-from orpo_ray.config_data import DataSource
-from orpo_ray.config_file import load_config, to_yaml
+from orpo_ray.config.file import load_config, to_yaml
+from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.config.sections import DataSource
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_report import (
     data_lines,
@@ -28,6 +27,7 @@ from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.shards import TokenSet
 from orpo_ray.preference.tokenization import Limits
+from orpo_ray.storage.bucket import local, make_folder
 from orpo_ray.training.errors import ResumeError
 from orpo_ray.training.resume import decisive_settings, newest_manifest, refuse_changes
 from orpo_ray.training.run_files import CONFIG

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orpo_ray.storage import remove
+from orpo_ray.storage.mirror import remove
 from orpo_ray.training.run_files import STOP
 
 STOPPED = 128 + signal.SIGTERM  # the exit code of a process that ended on this signal

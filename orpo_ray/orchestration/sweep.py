@@ -19,9 +19,8 @@ from ray.tune.schedulers import (
 )
 from rich.console import Console
 
-from orpo_ray.bucket import address
-from orpo_ray.config import ConfigError, ORPOConfig
-from orpo_ray.config_file import to_yaml
+from orpo_ray.config.file import to_yaml
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.run_copy import TUNE_STATE, refresh, working_on
@@ -45,7 +44,8 @@ from orpo_ray.orchestration.trial import (
     trial_function,
 )
 from orpo_ray.preference.errors import DataError
-from orpo_ray.storage import fetch_folder, publish, remove
+from orpo_ray.storage.bucket import address
+from orpo_ray.storage.mirror import fetch_folder, publish, remove
 from orpo_ray.training.run_files import FINAL, TRIALS
 
 BETA_ZERO = "beta-0"

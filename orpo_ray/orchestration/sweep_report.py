@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.config import SECTION_OF
+from orpo_ray.config.schema import SECTION_OF
 from orpo_ray.orchestration.page import make_axes, render_page, svg_of
 from orpo_ray.orchestration.sweep_results import Goal, Trial, table_rows
 

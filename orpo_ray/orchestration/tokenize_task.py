@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.bucket import make_folder
 from orpo_ray.orchestration.ingest_request import IngestRequest
 from orpo_ray.orchestration.pair_stats import STATS, StatsOfPairs
 from orpo_ray.preference.errors import DataError
@@ -21,7 +20,8 @@ from orpo_ray.preference.rows import RawRow, Split
 from orpo_ray.preference.shards import write_shard
 from orpo_ray.preference.templates import PairText, empty_answer, render, special_token_in
 from orpo_ray.preference.tokenization import TokenizedPair
-from orpo_ray.storage import fetch_once, publish
+from orpo_ray.storage.bucket import make_folder
+from orpo_ray.storage.mirror import fetch_once, publish
 
 QUARANTINE, DONE = "quarantine", "done"
 _BATCH_ROWS = 256

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from rich.console import Console
 
-from orpo_ray.config import ConfigError, ORPOConfig
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 
 PROJECT = "orpo_ray"
 _STATE = "trackers.json"

@@ -9,14 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from orpo_ray.bucket import address, local
-from orpo_ray.config import ORPOConfig
-from orpo_ray.config_data import DataSource
+from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.config.sections import DataSource
 from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
 from orpo_ray.orchestration.run import TrainResult, evaluate, train
 from orpo_ray.orchestration.start import run_directory_of
 from orpo_ray.preference.sources import find_files
-from orpo_ray.storage import fetch_folder, publish
+from orpo_ray.storage.bucket import address, local
+from orpo_ray.storage.mirror import fetch_folder, publish
 from orpo_ray.training.model_source import ModelSource
 from orpo_ray.training.run_files import FINAL
 

@@ -12,9 +12,8 @@ from ray.train import TrainingFailedError
 from ray.tune.integration.ray_train import TuneReportCallback
 from rich.console import Console
 
-from orpo_ray.bucket import address, make_folder
-from orpo_ray.config import ConfigError, ORPOConfig
-from orpo_ray.config_file import to_yaml
+from orpo_ray.config.file import to_yaml
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.cluster import set_aside_broken_snapshot
 from orpo_ray.orchestration.fit import Fit, TrainingError
 from orpo_ray.orchestration.model_card import write_model_card
@@ -24,7 +23,8 @@ from orpo_ray.orchestration.start import Start, make_console, start_run
 from orpo_ray.orchestration.trackers import Trackers
 from orpo_ray.orchestration.worker import train_worker
 from orpo_ray.preference.errors import DataError
-from orpo_ray.storage import publish
+from orpo_ray.storage.bucket import address, make_folder
+from orpo_ray.storage.mirror import publish
 from orpo_ray.training.run_files import CONFIG, TRIAL_RECORD, TRIALS
 
 # Settings that change tokens or the base model: a trial with its own of these ingests for itself.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 import ray.train.torch
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.gauges import RunGauges
 from orpo_ray.preference.stream import TokenStream

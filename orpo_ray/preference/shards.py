@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from orpo_ray.preference.groups import PromptGroup, RowId
-from orpo_ray.storage import fetch, fetch_once, publish
+from orpo_ray.storage.mirror import fetch, fetch_once, publish
 
 _IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from orpo_ray.config_sections import TrainSection
+from orpo_ray.config.sections import TrainSection
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.training.errors import EvaluationError
 

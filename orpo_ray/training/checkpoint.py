@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from orpo_ray.bucket import is_copy
-from orpo_ray.storage import fetch_folder, forget_heavy, publish, remove
+from orpo_ray.storage.bucket import is_copy
+from orpo_ray.storage.mirror import fetch_folder, forget_heavy, publish, remove
 from orpo_ray.training.manifest import (
     checkpoint_directories,
     checkpoint_directory,

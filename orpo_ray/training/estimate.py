@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from orpo_ray.config import ConfigError, ORPOConfig
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.preference.readers import count_rows
 from orpo_ray.preference.sources import find_files
 from orpo_ray.training.errors import UnsupportedModelError

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.objective.metrics import OrpoWeights, metrics_from_sums
 from orpo_ray.preference.stream import TokenStream
 from orpo_ray.training.model import OrpoModel

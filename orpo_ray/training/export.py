@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedConfig
 
-from orpo_ray.config_sections import ModelSection
-from orpo_ray.storage import publish, remove
+from orpo_ray.config.sections import ModelSection
+from orpo_ray.storage.mirror import publish, remove
 from orpo_ray.training.adapters import save_adapters
 from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.model_source import (

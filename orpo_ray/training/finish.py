@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from orpo_ray.storage import fetch_folder
+from orpo_ray.storage.mirror import fetch_folder
 from orpo_ray.training.best import Evaluations
 from orpo_ray.training.checkpoint import load_weights
 from orpo_ray.training.export import export_model

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.preference.stream import TokenStream
 from orpo_ray.training.model_source import ModelSource
 

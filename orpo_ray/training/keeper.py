@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.training.best import Evaluations
 from orpo_ray.training.checkpoint import CheckpointSaver, TrainState, load_checkpoint
 from orpo_ray.training.errors import ResumeError

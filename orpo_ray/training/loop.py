@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orpo_ray.bucket import make_folder
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.stream import StepBatch
-from orpo_ray.storage import fetch_folder, forget_heavy, kept_in_step, light
+from orpo_ray.storage.bucket import make_folder
+from orpo_ray.storage.mirror import fetch_folder, forget_heavy, kept_in_step, light
 from orpo_ray.training.best import Evaluations
 from orpo_ray.training.budget import settle_budget, settle_head_chunk
 from orpo_ray.training.checkpoint import TrainState

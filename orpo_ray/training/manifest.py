@@ -12,8 +12,8 @@ from typing import Any
 
 import xxhash
 
-from orpo_ray.bucket import is_copy
-from orpo_ray.storage import fetch_folder, publish, remove, rename, sizes
+from orpo_ray.storage.bucket import is_copy
+from orpo_ray.storage.mirror import fetch_folder, publish, remove, rename, sizes
 
 MANIFEST = "MANIFEST.json"
 FOLDER = "checkpoints"

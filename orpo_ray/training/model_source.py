@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.config_sections import ModelSection
-from orpo_ray.storage import fetch_folder, light
+from orpo_ray.config.sections import ModelSection
+from orpo_ray.storage.mirror import fetch_folder, light
 from orpo_ray.training.errors import UnsupportedModelError
 
 _PICKLED = (("model", "pytorch_model"), ("adapter_model", "adapter_model"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.training.errors import ResumeError
 from orpo_ray.training.manifest import checkpoint_directories, read_manifest
 

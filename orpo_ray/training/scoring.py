@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.packing import balanced_bins, pack

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import (
 )
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.training.adapters import add_adapters
 from orpo_ray.training.errors import UnsupportedModelError
 from orpo_ray.training.kernels import Kernel, choose_kernel, circumstances

@@ -12,8 +12,8 @@ import ray
 import yaml
 
 from orpo_ray import __version__
-from orpo_ray.config import ORPOConfig
-from orpo_ray.config_file import load_config
+from orpo_ray.config.file import load_config
+from orpo_ray.config.schema import ORPOConfig
 from tests.cluster.manifests import (
     CLUSTER,
     PLAIN,

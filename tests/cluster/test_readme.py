@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from orpo_ray.config_file import load_config
+from orpo_ray.config.file import load_config
 from tests.cluster.manifests import CLUSTER
 from tests.conftest import ROOT
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orpo_ray.bucket import VIEWS, local
-from orpo_ray.storage import fetch_folder
+from orpo_ray.storage.bucket import VIEWS, local
+from orpo_ray.storage.mirror import fetch_folder
 from orpo_ray.training.run_files import count_events
 from tests.conftest import ROOT
 from tests.orchestration.test_run import figures_of, wait_for, workers

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.data_report import (
     count_trained,
     data_lines,

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.data_report import write_data_report
 from orpo_ray.orchestration.dropping import load_keys
 from orpo_ray.orchestration.ingest import ingest, nothing_usable

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_ray import ORPOConfig, ORPOTrainer
-from orpo_ray.config import ConfigError
+from orpo_ray.config.schema import ConfigError
 from orpo_ray.orchestration.cluster import (
     set_aside_broken_snapshot,
     with_cluster,

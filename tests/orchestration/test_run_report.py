@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from matplotlib.image import imread
 from rich.console import Console
 
-from orpo_ray.config import ORPOConfig
-from orpo_ray.config_file import to_yaml
+from orpo_ray.config.file import to_yaml
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.live_view import sparkline
 from orpo_ray.orchestration.model_card import write_model_card
 from orpo_ray.orchestration.progress import RunWatcher

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orpo_ray.config import ConfigError, ORPOConfig
-from orpo_ray.config_file import to_yaml
+from orpo_ray.config.file import to_yaml
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.run_lock import claimed, last_driver
 from orpo_ray.orchestration.run_status import RunStatus, SweepStatus, read_status
 from orpo_ray.orchestration.status import show_status, span

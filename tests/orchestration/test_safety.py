@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orpo_ray.config import ConfigError, ORPOConfig
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.evaluation import evaluate_model
 from orpo_ray.orchestration.exposure import asks_for_token, reachable_addresses
 from orpo_ray.orchestration.inputs import find_inputs

@@ -19,8 +19,8 @@ from ray import tune as ray_tune
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import orpo_ray
-from orpo_ray.config import ORPOConfig
-from orpo_ray.config_file import load_config
+from orpo_ray.config.file import load_config
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.inputs import find_inputs
 from orpo_ray.orchestration.sweep_results import read_trials
 from tests.conftest import ROOT

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from orpo_ray.config import ConfigError, ORPOConfig
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.trackers import Trackers
 
 LINES = [

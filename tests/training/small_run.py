@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.order import Order
 from orpo_ray.preference.shards import TokenSet, write_shard

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from orpo_ray.config_sections import ModelSection
+from orpo_ray.config.sections import ModelSection
 from orpo_ray.training.adapters import add_adapters
 from orpo_ray.training.errors import UnsupportedModelError
 from tests.distributed import run_ranks

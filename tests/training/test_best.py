@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.training.best import Evaluations
 from orpo_ray.training.errors import EvaluationError
 from orpo_ray.training.run_files import count_events, exported_step, summary

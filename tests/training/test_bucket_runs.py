@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from orpo_ray.bucket import WORKERS, local
-from orpo_ray.storage import fetch_folder
+from orpo_ray.storage.bucket import WORKERS, local
+from orpo_ray.storage.mirror import fetch_folder
 from orpo_ray.training.manifest import find_damage, newest_checkpoint
 from orpo_ray.training.run_files import count_events
 from tests.distributed import run_ranks

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.training.budget import (
     Measured,
     agreed,

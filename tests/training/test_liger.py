@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.packing import pack
 from orpo_ray.training.errors import UnsupportedModelError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.preference.shards import read_shard
 from orpo_ray.training.run_files import PARTS, SECONDS, read_lines, read_metrics
 from orpo_ray.training.scoring import PairScorer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.training.pair_scores import SCHEMA
 from orpo_ray.training.scoring import PairScorer

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orpo_ray.config import ORPOConfig
+from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.training.sharding import build_model
 from orpo_ray.training.verify import COMPARED, settle_attention
 from tests.distributed import run_ranks

@@ -6,9 +6,16 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from orpo_ray.config_cluster import OutputSection, RaySection, TuneSection
-from orpo_ray.config_data import DataSection
-from orpo_ray.config_sections import ModelSection, OrpoSection, Section, TrainSection
+from orpo_ray.config.sections import (
+    DataSection,
+    ModelSection,
+    OrpoSection,
+    OutputSection,
+    RaySection,
+    Section,
+    TrainSection,
+    TuneSection,
+)
 
 
 class ConfigError(ValueError):

@@ -6,16 +6,16 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from orpo_ray.bucket import URLS, VIEWS, local
-from orpo_ray.config import (
+from orpo_ray.config.schema import (
     SECTION_OF,
     SECTIONS,
     ConfigError,
     ORPOConfig,
     leaves_into_sections,
 )
-from orpo_ray.config_secrets import take_out_secrets
-from orpo_ray.storage import fetch
+from orpo_ray.config.secrets import take_out_secrets
+from orpo_ray.storage.bucket import URLS, VIEWS, local
+from orpo_ray.storage.mirror import fetch
 
 # What users of other trainers type for settings that are far from ours by letters.
 _OTHER_NAMES = {

@@ -1,11 +1,13 @@
-"""What is trained, and how: settings of model, objective and training, and what a section is."""
+"""The table of settings, by section."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -13,8 +15,8 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from orpo_ray.bucket import PROTOCOLS
-from orpo_ray.config_secrets import HIDDEN, find_secrets
+from orpo_ray.config.secrets import HIDDEN, find_secrets
+from orpo_ray.storage.bucket import PROTOCOLS
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -227,3 +229,212 @@ class TrainSection(Section):
                 f"{name}: nothing is evaluated between the start and the end; set eval_steps"
             )
         return self
+
+
+class DataSource(Section):
+    """Some files of pairs, with what sets them apart from others in a mixture.
+
+    Args:
+        path: a path, glob, folder or URL.
+        weight: how often each of their pairs is trained in an epoch.
+        name: in reports, and of an evaluation set in its metrics.
+    """
+
+    path: str = Field(min_length=1)
+    weight: float = Field(1.0, gt=0.0, le=1000.0)
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
+class DataSection(Section):
+    """Where the preference pairs come from, how they are read and cut, and in what order."""
+
+    train_files: tuple[str | DataSource, ...] | None = Field(
+        None, description="Paths, globs, folders, URLs, or {path, weight, name}; unset: the demo's."
+    )
+    eval_files: tuple[str | DataSource, ...] | None = Field(
+        None, description="The same, for evaluation; each name is a set of its own."
+    )
+    eval_subset_column: str | None = Field(
+        None, description="Column by whose values jobs/evaluate.py breaks its figures down."
+    )
+    val_set_size: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Share of the training prompts held out for evaluation."
+    )
+    dataset_name: str | None = Field(None, description="Hub id, instead of train_files.")
+    dataset_config: str | None = Field(None, description="Configuration of dataset_name.")
+    dataset_revision: str | None = Field(None, description="Branch, tag or commit of dataset_name.")
+    dataset_train_split: str = Field("train", description="Split of dataset_name to train on.")
+    dataset_test_split: str | None = Field(None, description="Split of dataset_name to evaluate.")
+    column_mapping: dict[str, str] | None = Field(
+        None, description="Column of the data for prompt, chosen, rejected, ... where names differ."
+    )
+    min_score_gap: float | None = Field(
+        None, ge=0.0, description="Pairs whose scores lie nearer to each other are left out."
+    )
+    chat_template: str | None = Field(
+        None, description="Path or text of a chat template; unset: the tokenizer's."
+    )
+    max_length: int = Field(1024, ge=2, description="Tokens of prompt plus completion.")
+    max_prompt_length: PositiveInt | None = Field(
+        None, description="Tokens of a prompt; unset: cut to fit, to half of max_length at most."
+    )
+    max_completion_length: PositiveInt | None = Field(
+        None, description="Tokens of an answer, which loses its end; unset: what max_length leaves."
+    )
+    truncation: Literal["keep_end", "keep_start", "drop", "error"] = Field(
+        "keep_end", description="What becomes of a prompt that is too long."
+    )
+    special_tokens_in_text: Literal["refuse", "allow"] = Field(
+        "refuse", description="Whether texts may hold the tokenizer's special tokens."
+    )
+    drop_duplicates: bool = Field(False, description="Train the same pair once only.")
+    drop_overlap: bool = Field(
+        False, description="Do not train prompts that an evaluation set has too."
+    )
+    max_bad_fraction: Share = Field(
+        0.01, description="A larger share of refused rows stops before training."
+    )
+    group_by_prompt: bool = Field(
+        False, description="Pairs of one prompt share it; batch sizes then count prompts."
+    )
+    shuffle: bool = Field(True, description="false keeps the files' order.")
+    shuffle_window_shards: PositiveInt = Field(
+        16, description="Token shards whose rows are shuffled together, and held in memory."
+    )
+    shard_rows: PositiveInt = Field(4096, description="Source rows in one token shard.")
+    token_cache_dir: Place | None = Field(
+        None, description="Where token shards are cached; unset: <output_dir>/token_cache."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        names = ("train_files", "eval_files")
+        return {
+            key: [value] if key in names and isinstance(value, str | Mapping) else value
+            for key, value in values.items()
+        }
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.train_files is not None and self.dataset_name is not None:
+            raise ValueError("train_files and dataset_name are both set: keep one")
+        if self.max_prompt_length and self.max_prompt_length >= self.max_length:
+            raise ValueError("max_prompt_length leaves no token of max_length for an answer")
+        weights = {s.weight for s in self.train_files or () if isinstance(s, DataSource)}
+        if self.group_by_prompt and weights - {1.0}:
+            raise ValueError("group_by_prompt puts sources together: it takes no weights")
+        return self
+
+
+def _some_workers(value: Any) -> Any:
+    counts = list(value) if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    numbers = [count for count in counts if type(count) is int and count > 0]
+    if numbers != counts or numbers != sorted(numbers):
+        raise ValueError("give a number of workers from 1, or [least, most] of them")
+    return value
+
+
+class RaySection(Section):
+    """What is asked of the Ray cluster, in Ray Train's own words."""
+
+    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_some_workers)] = Field(
+        1, description="Training processes; [least, most]: as many as the cluster has room for."
+    )
+    use_gpu: bool | None = Field(None, description="A GPU each; unset: if the cluster has any.")
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
+        None, description="Ray resources a worker; unset: its GPU, or its share of the CPUs."
+    )
+    accelerator_type: str | None = Field(
+        None, description="Kind of GPU, as Ray names it: H100, A100, ...; unset: any."
+    )
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
+        "PACK", description="Of the workers over the nodes; strict: or not at all."
+    )
+    shard_size: PositiveInt | None = Field(
+        None, description="Workers that share one copy of the model, best a node's; unset: all."
+    )
+    cluster_wait_s: float = Field(
+        0.0, ge=0.0, le=1e6, description="Longest wait for nodes that the workers need."
+    )
+    max_failures: int = Field(3, ge=-1, description="Worker group restarts; -1: no limit.")
+    health_check_timeout_s: float = Field(
+        120.0, gt=0.0, le=1e6, description="A worker that does not answer for so long is replaced."
+    )
+    process_group_timeout_s: float = Field(
+        600.0, gt=0.0, le=1e6, description="Longest wait of a worker for the others."
+    )
+
+    @model_validator(mode="after")
+    def _whole_copies(self) -> Self:
+        if self.shard_size is None:
+            return self
+        if self.min_workers != self.max_workers:
+            raise ValueError("shard_size: for a fixed num_workers only")
+        if self.max_workers % self.shard_size:
+            raise ValueError(
+                f"shard_size: {self.max_workers} workers are no multiple of {self.shard_size}"
+            )
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """Workers without which a run does not start."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Workers that a run has at most."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+
+class OutputSection(Section):
+    """Where the run directory goes: <output_dir>/<run_name>."""
+
+    output_dir: Place = Field(
+        "runs", min_length=1, description="Parent of run directories: a path, s3:// or gs://."
+    )
+    run_name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="Folder of the run; an existing one goes on; unset: a new one by the time.",
+    )
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        (), description="Trackers that metrics, config and reports go to as well."
+    )
+
+
+class TuneSection(Section):
+    """What a sweep tries and how it chooses; `search.<setting>` says what is searched."""
+
+    num_samples: PositiveInt = Field(8, description="Trials (for each point of a grid).")
+    metric: str = Field(
+        "eval_rewards/accuracies", min_length=1, description="What the best trial is best at."
+    )
+    metric_mode: Literal["max", "min"] | None = Field(
+        None, description="unset: min for losses, else max."
+    )
+    repeats: int = Field(
+        1, ge=1, le=100, description="Runs of each setting, with seeds that follow train.seed."
+    )
+    search_algorithm: Literal["random", "optuna"] = Field(
+        "random", description="How values are drawn; optuna: TPE."
+    )
+    trial_scheduler: Literal["asha", "median", "none"] = Field(
+        "asha", description="What stops weak trials early, at evaluations."
+    )
+    grace_steps: PositiveInt | None = Field(
+        None, description="Steps that every trial gets; unset: to its first evaluation."
+    )
+    reduction_factor: int = Field(3, ge=2, le=100, description="ASHA goes on with 1 of so many.")
+    max_concurrent_trials: PositiveInt | None = Field(
+        None, description="Trials at a time; unset: as many as the cluster holds."
+    )
+    max_nll_increase: float | None = Field(
+        0.1, ge=0.0, description="Nats of NLL a best trial may lose against the start; null: any."
+    )
+    compare_beta_zero: bool = Field(
+        True, description="Run the best trial's settings with beta=0 too, for the report."
+    )

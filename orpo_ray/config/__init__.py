@@ -1,0 +1,1 @@
+"""The settings of a run: their table, files of them, and what they refuse."""
