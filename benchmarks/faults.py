@@ -27,7 +27,7 @@ import ray
 from fault_cases import DISK_FULL, FAULTS, LONG_INGEST, OTHER_SIZES, Fault, random_kill
 from fault_cluster import FaultCluster
 from fault_run import N_STEPS, Run, write_inputs
-from orpo_ray.training.run_files import TIMING, read_metrics
+from orpo_ray.runs.files import TIMING, read_metrics
 
 
 def weights_and_metrics(directory: Path) -> tuple[list[str], list[dict[str, Any]]]:

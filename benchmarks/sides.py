@@ -31,9 +31,9 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     from orpo_ray.preference.order import Order
     from orpo_ray.preference.shards import TokenSet
     from orpo_ray.preference.stream import BatchPlan, TokenStream
+    from orpo_ray.runs.files import RunFiles
     from orpo_ray.training.checkpoint import CheckpointSaver, TrainState
     from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-    from orpo_ray.training.run_files import RunFiles
     from orpo_ray.training.sharding import build_model
     from orpo_ray.training.step import Trainee, train_step
 

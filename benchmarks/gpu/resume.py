@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.pretrained import ModelSource
+from orpo_ray.runs.files import TIMING, read_metrics
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.loop import run_training
-from orpo_ray.training.model_source import ModelSource
-from orpo_ray.training.run_files import TIMING, read_metrics
 from rank import folder_of, start_rank, stream, unshuffled
 from results import DEVICE, DRY, print_machine, record
 

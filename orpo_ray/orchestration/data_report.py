@@ -17,9 +17,9 @@ from orpo_ray.orchestration.pair_stats import PairStats
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import ON_REQUEST, Reason
 from orpo_ray.preference.shards import TokenSet, read_shard
+from orpo_ray.runs.files import DATA_REPORT, LEDGER
 from orpo_ray.storage.bucket import address
 from orpo_ray.storage.mirror import fetch_once
-from orpo_ray.training.run_files import DATA_REPORT, LEDGER
 
 QUARANTINE = "quarantine"
 _KINDS = ("prompt", "chosen", "rejected", "longest")

@@ -12,8 +12,6 @@ from rich.table import Table
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.inputs import named_model
-from orpo_ray.orchestration.progress import set_name
-from orpo_ray.orchestration.run_copy import working_on
 from orpo_ray.orchestration.scoring import score_token_set
 from orpo_ray.orchestration.start import (
     Start,
@@ -23,14 +21,10 @@ from orpo_ray.orchestration.start import (
     with_run_name,
 )
 from orpo_ray.preference.errors import DataError
+from orpo_ray.runs.metrics import set_name
+from orpo_ray.runs.mirror import working_on
+from orpo_ray.runs.statistics import Difference, Estimate, Scores, differences, estimates
 from orpo_ray.storage.bucket import address
-from orpo_ray.training.statistics import (
-    Difference,
-    Estimate,
-    Scores,
-    differences,
-    estimates,
-)
 
 RESULT = "evaluation.json"
 _SHOWN = ("accuracy", "length_controlled_accuracy", "margin", "log_odds", "perplexity")
@@ -44,7 +38,7 @@ class SetEvaluation:
 
     Args:
         pairs: how many.
-        figures: by name, see `orpo_ray.training.statistics.FIGURES`.
+        figures: by name, see `orpo_ray.runs.statistics.FIGURES`.
         subsets: the same for the pairs of each value of `eval_subset_column`.
         lengths: the same for four groups of pairs of about the same length, the shortest first.
         differences: from the baseline, if there is one.

@@ -11,11 +11,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.feed import TRAIN, FeedPlan, PlannedFeed
-from orpo_ray.orchestration.run_copy import from_workers
 from orpo_ray.orchestration.worker import WorkerAnswer, WorkerTask
+from orpo_ray.pretrained import ModelSource
+from orpo_ray.runs.mirror import from_workers
 from orpo_ray.storage.bucket import WORKERS, of_side
 from orpo_ray.storage.mirror import fetch_folder
-from orpo_ray.training.model_source import ModelSource
 
 Work = Callable[[dict[str, WorkerTask]], WorkerAnswer]
 

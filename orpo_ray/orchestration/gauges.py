@@ -13,9 +13,9 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
-from orpo_ray.orchestration.progress import eval_prefixes, set_name
-from orpo_ray.training.manifest import MANIFEST, checkpoint_directories
-from orpo_ray.training.run_files import DATA_REPORT
+from orpo_ray.runs.files import DATA_REPORT
+from orpo_ray.runs.manifest import MANIFEST, checkpoint_directories
+from orpo_ray.runs.metrics import eval_prefixes, set_name
 
 # Gauges of logged steps by the metric that they show, and their meaning.
 TRAINED = {

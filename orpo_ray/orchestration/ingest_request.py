@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
-from orpo_ray.training.model_source import ModelSource, load_tokenizer
+from orpo_ray.pretrained import ModelSource, load_tokenizer
 
 
 @dataclass(frozen=True)

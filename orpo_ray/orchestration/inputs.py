@@ -16,9 +16,9 @@ from orpo_ray.preference.demo_pairs import write_demo_pairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.sources import find_files
 from orpo_ray.preference.templates import template_text
+from orpo_ray.pretrained import ModelSource, refuse_unsafe
 from orpo_ray.storage.bucket import PROTOCOLS, address, local, make_folder
 from orpo_ray.storage.mirror import fetch_folder, light, publish
-from orpo_ray.training.model_source import ModelSource, refuse_unsafe
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400
 

@@ -12,8 +12,8 @@ from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.run_curves import CURVES
 from orpo_ray.orchestration.run_facts import HEADLINE, evaluations_until, facts, headline
+from orpo_ray.runs.files import FINAL, exported_step, read_metrics
 from orpo_ray.storage.mirror import publish
-from orpo_ray.training.run_files import FINAL, exported_step, read_metrics
 
 _CARD = """---
 {{ card_data }}

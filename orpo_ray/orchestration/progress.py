@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.live import Live
 
 from orpo_ray.orchestration.live_view import LiveView
-from orpo_ray.training.run_files import LOG, METRICS, read_metrics
+from orpo_ray.runs.files import LOG, METRICS, read_metrics
+from orpo_ray.runs.metrics import eval_prefixes, figure, set_name
 
 _POLL_S = 0.3
 # A run's page is written anew after so long at the earliest, and in so much of the time.
@@ -156,17 +157,6 @@ def figures_text(line: Mapping[str, Any]) -> str:
     )
 
 
-def eval_prefixes(figures: Mapping[str, Any]) -> list[str]:
-    """The prefixes of the evaluation sets whose figures these are: `eval_`, `eval_<name>_`."""
-    last = "rewards/accuracies"
-    return [n.removesuffix(last) for n in figures if n.startswith("eval_") and n.endswith(last)]
-
-
-def set_name(prefix: str) -> str:
-    """The name of an evaluation set in its metrics' prefix; empty where it has none."""
-    return prefix.removeprefix("eval_").removesuffix("_")
-
-
 def evaluation_text(line: Mapping[str, Any], prefix: str) -> str:
     """The figures of one evaluation set on one line."""
     name = f" of {set_name(prefix)}" if set_name(prefix) else ""
@@ -176,8 +166,3 @@ def evaluation_text(line: Mapping[str, Any], prefix: str) -> str:
         f"log odds {figure(line[prefix + 'log_odds_chosen'])}  "
         f"loss {figure(line[prefix + 'loss'])}"
     )
-
-
-def figure(value: float | None, form: str = ".4f") -> str:
-    """A figure of the metrics, which has none where it was not finite."""
-    return "not finite" if value is None else format(value, form)

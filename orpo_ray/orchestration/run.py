@@ -13,16 +13,8 @@ from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
 from orpo_ray.orchestration.model_card import write_model_card
-from orpo_ray.orchestration.progress import (
-    RunWatcher,
-    eval_prefixes,
-    figure,
-    set_name,
-    write_or_say,
-)
-from orpo_ray.orchestration.run_copy import working_on
+from orpo_ray.orchestration.progress import RunWatcher, write_or_say
 from orpo_ray.orchestration.run_curves import picture
-from orpo_ray.orchestration.run_lock import claimed
 from orpo_ray.orchestration.run_report import REPORT, write_run_report
 from orpo_ray.orchestration.start import (
     make_console,
@@ -34,16 +26,12 @@ from orpo_ray.orchestration.stop import STOPPED, stopping_on_sigterm
 from orpo_ray.orchestration.trackers import Trackers, refuse_missing
 from orpo_ray.orchestration.worker import evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
+from orpo_ray.runs.files import CONFIG, DATA_REPORT, FINAL, count_events, read_metrics, summary
+from orpo_ray.runs.lock import claimed
+from orpo_ray.runs.metrics import eval_prefixes, figure, set_name
+from orpo_ray.runs.mirror import working_on
+from orpo_ray.runs.suspects import SUSPECTS, write_suspects
 from orpo_ray.storage.bucket import address, local
-from orpo_ray.training.run_files import (
-    CONFIG,
-    DATA_REPORT,
-    FINAL,
-    count_events,
-    read_metrics,
-    summary,
-)
-from orpo_ray.training.suspects import SUSPECTS, write_suspects
 
 
 @dataclass(frozen=True)

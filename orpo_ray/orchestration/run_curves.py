@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.orchestration.page import make_axes, svg_of
-from orpo_ray.orchestration.progress import eval_prefixes, set_name
+from orpo_ray.runs.metrics import eval_prefixes, set_name
 
 CURVES = "curves.png"
 _COLUMNS, _WIDTH, _HEIGHT = 3, 3.7, 2.5

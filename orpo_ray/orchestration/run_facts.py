@@ -10,16 +10,9 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.data_page import budget_lines
 from orpo_ray.orchestration.data_report import QUARANTINE, data_lines, source_label
 from orpo_ray.orchestration.feed import TRAIN
-from orpo_ray.orchestration.progress import figure
 from orpo_ray.orchestration.run_curves import Lines, all_prefixes, set_label
-from orpo_ray.training.run_files import (
-    EVALUATIONS,
-    EVENTS,
-    PARTS,
-    SAMPLES,
-    SECONDS,
-    read_lines,
-)
+from orpo_ray.runs.files import EVALUATIONS, EVENTS, PARTS, SAMPLES, SECONDS, read_lines
+from orpo_ray.runs.metrics import figure
 
 # Metrics before and after, and their names in the table.
 HEADLINE = {

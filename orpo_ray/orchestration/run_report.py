@@ -28,9 +28,9 @@ from orpo_ray.orchestration.run_facts import (
     samples_of,
     time_spent,
 )
+from orpo_ray.runs.files import CONFIG, FINAL, count_events, exported_step, read_metrics
+from orpo_ray.runs.suspects import first_suspects
 from orpo_ray.storage.bucket import address
-from orpo_ray.training.run_files import CONFIG, FINAL, count_events, exported_step, read_metrics
-from orpo_ray.training.suspects import first_suspects
 
 REPORT = "report.html"
 _SHOWN_EVENTS, _SHOWN_SUSPECTS = 200, 10

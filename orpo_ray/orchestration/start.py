@@ -27,10 +27,9 @@ from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.shards import TokenSet
 from orpo_ray.preference.tokenization import Limits
+from orpo_ray.runs.files import CONFIG
+from orpo_ray.runs.resume import ResumeError, decisive_settings, newest_manifest, refuse_changes
 from orpo_ray.storage.bucket import local, make_folder
-from orpo_ray.training.errors import ResumeError
-from orpo_ray.training.resume import decisive_settings, newest_manifest, refuse_changes
-from orpo_ray.training.run_files import CONFIG
 
 _FILE_WIDTH = 160
 

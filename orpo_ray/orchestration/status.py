@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orpo_ray.orchestration.progress import figure
-from orpo_ray.orchestration.run_status import RunStatus, read_status
-from orpo_ray.training.run_files import EVENTS
+from orpo_ray.runs.files import EVENTS
+from orpo_ray.runs.metrics import figure
+from orpo_ray.runs.status import RunStatus, read_status
 
 _FILE_WIDTH = 10_000
 _FORMS = {"accuracy": ".3f", "pairs_per_s": ".1f", "tokens_per_s": ".0f"}

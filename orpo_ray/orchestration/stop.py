@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from orpo_ray.runs.files import STOP
 from orpo_ray.storage.mirror import remove
-from orpo_ray.training.run_files import STOP
 
 STOPPED = 128 + signal.SIGTERM  # the exit code of a process that ended on this signal
 

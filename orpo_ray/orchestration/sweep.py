@@ -23,8 +23,6 @@ from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.feed import TRAIN
-from orpo_ray.orchestration.run_copy import TUNE_STATE, refresh, working_on
-from orpo_ray.orchestration.run_lock import claimed
 from orpo_ray.orchestration.search_space import search_space
 from orpo_ray.orchestration.start import (
     Start,
@@ -35,7 +33,6 @@ from orpo_ray.orchestration.start import (
 )
 from orpo_ray.orchestration.sweep_progress import SweepWatcher, trial_text
 from orpo_ray.orchestration.sweep_report import write_sweep_report
-from orpo_ray.orchestration.sweep_results import Goal, Trial, read_trials, table_rows
 from orpo_ray.orchestration.trackers import refuse_missing
 from orpo_ray.orchestration.trial import (
     record_failure,
@@ -44,9 +41,12 @@ from orpo_ray.orchestration.trial import (
     trial_function,
 )
 from orpo_ray.preference.errors import DataError
+from orpo_ray.runs.files import FINAL, TRIALS
+from orpo_ray.runs.lock import claimed
+from orpo_ray.runs.mirror import TUNE_STATE, refresh, working_on
+from orpo_ray.runs.sweep import Goal, Trial, read_trials, table_rows
 from orpo_ray.storage.bucket import address
 from orpo_ray.storage.mirror import fetch_folder, publish, remove
-from orpo_ray.training.run_files import FINAL, TRIALS
 
 BETA_ZERO = "beta-0"
 CHAMPION, BEST_CONFIG = "champion", "best_config.yaml"

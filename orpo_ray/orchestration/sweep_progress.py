@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from orpo_ray.orchestration.sweep_results import Goal, Trial, read_trials
+from orpo_ray.runs.sweep import Goal, Trial, read_trials
 
 _POLL_S = 2.0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from orpo_ray.config.schema import SECTION_OF
 from orpo_ray.orchestration.page import make_axes, render_page, svg_of
-from orpo_ray.orchestration.sweep_results import Goal, Trial, table_rows
+from orpo_ray.runs.sweep import Goal, Trial, table_rows
 
 REPORT = "sweep_report.html"
 _CURVES = ("rewards/accuracies", "rewards/margins", "log_odds_chosen", "nll_loss")

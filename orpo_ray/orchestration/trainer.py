@@ -15,10 +15,10 @@ from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, ke
 from orpo_ray.orchestration.run import TrainResult, evaluate, train
 from orpo_ray.orchestration.start import run_directory_of
 from orpo_ray.preference.sources import find_files
+from orpo_ray.pretrained import ModelSource
+from orpo_ray.runs.files import FINAL
 from orpo_ray.storage.bucket import address, local
 from orpo_ray.storage.mirror import fetch_folder, publish
-from orpo_ray.training.model_source import ModelSource
-from orpo_ray.training.run_files import FINAL
 
 
 class ORPOTrainer:

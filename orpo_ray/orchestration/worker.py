@@ -17,16 +17,15 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.gauges import RunGauges
 from orpo_ray.preference.stream import TokenStream
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError
+from orpo_ray.runs.files import RunFiles
+from orpo_ray.runs.resume import ResumeError
 from orpo_ray.training.errors import (
     EvaluationError,
     MicrobatchTooLargeError,
     NonFiniteError,
-    ResumeError,
     StoppedError,
-    UnsupportedModelError,
 )
-from orpo_ray.training.model_source import ModelSource
-from orpo_ray.training.run_files import RunFiles
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,8 @@
 """Keeping the copy of a folder in step with the bucket that it is of; in every process of a run.
 
 Code works on paths. It calls `publish` for what the bucket is to have and `fetch` for what the
-bucket has; for a path that is no copy (`orpo_ray.storage.bucket`) both do nothing: there the disk is
-the storage, as it is of a shared file system.
+bucket has; for a path that is no copy (`orpo_ray.storage.bucket`) both do nothing: there the disk
+is the storage, as it is of a shared file system.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from orpo_ray.config.sections import ModelSection
-from orpo_ray.training.errors import UnsupportedModelError
+from orpo_ray.pretrained import UnsupportedModelError
 
 _ADAPTER = "default"  # peft's own name for an only adapter
 

@@ -25,9 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from orpo_ray.storage.bucket import is_copy
-from orpo_ray.storage.mirror import fetch_folder, forget_heavy, publish, remove
-from orpo_ray.training.manifest import (
+from orpo_ray.runs.files import WRITTEN_BY_WORKERS
+from orpo_ray.runs.manifest import (
     checkpoint_directories,
     checkpoint_directory,
     fingerprint,
@@ -35,7 +34,8 @@ from orpo_ray.training.manifest import (
     write_json,
     write_manifest,
 )
-from orpo_ray.training.run_files import WRITTEN_BY_WORKERS
+from orpo_ray.storage.bucket import is_copy
+from orpo_ray.storage.mirror import fetch_folder, forget_heavy, publish, remove
 
 # What is frozen is the base model's, and read from there again.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)

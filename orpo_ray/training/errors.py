@@ -5,14 +5,6 @@ from collections.abc import Sequence
 from orpo_ray.preference.groups import RowId
 
 
-class UnsupportedModelError(ValueError):
-    """A model whose loss this project would compute wrongly, or cannot compute at all."""
-
-
-class ResumeError(ValueError):
-    """The run directory's checkpoint does not fit the config it is to go on with."""
-
-
 class EvaluationError(ValueError):
     """The config asks of the run's evaluations what they do not have."""
 

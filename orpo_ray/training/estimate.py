@@ -5,8 +5,7 @@ from typing import Any
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.preference.readers import count_rows
 from orpo_ray.preference.sources import find_files
-from orpo_ray.training.errors import UnsupportedModelError
-from orpo_ray.training.model_source import ModelSource, empty_model, load_model_config
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError, empty_model, load_model_config
 
 _GIB = 2**30
 # fp32 master weight, gradient, and AdamW's two moments.

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from orpo_ray.runs.files import FINAL, RunFiles, exported_step
+from orpo_ray.runs.manifest import checkpoint_directory, find_damage
 from orpo_ray.storage.mirror import fetch_folder
 from orpo_ray.training.best import Evaluations
 from orpo_ray.training.checkpoint import load_weights
 from orpo_ray.training.export import export_model
 from orpo_ray.training.job import TrainingJob
-from orpo_ray.training.manifest import checkpoint_directory, find_damage
 from orpo_ray.training.model import OrpoModel
-from orpo_ray.training.run_files import FINAL, RunFiles, exported_step
 
 
 def write_final(

@@ -8,7 +8,7 @@ import torch
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.preference.stream import TokenStream
-from orpo_ray.training.model_source import ModelSource
+from orpo_ray.pretrained import ModelSource
 
 Report = Callable[[Mapping[str, Any]], None]
 

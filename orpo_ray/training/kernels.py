@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from orpo_ray.training.errors import UnsupportedModelError
+from orpo_ray.pretrained import UnsupportedModelError
 
 Kernel = Literal["varlen", "flash_attn", "flex", "sdpa"]
 _FLASH_WIDTH = 256  # of heads, the widest that flash attention takes

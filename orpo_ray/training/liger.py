@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from orpo_ray.config.sections import ModelSection
-from orpo_ray.training.errors import UnsupportedModelError
+from orpo_ray.pretrained import UnsupportedModelError
 
 # Its losses want logits or the whole hidden state; the head here is projected in chunks.
 _LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}

@@ -18,6 +18,9 @@ import torch.distributed as dist
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.stream import StepBatch
+from orpo_ray.runs.files import STOP, WRITTEN_BY_WORKERS, read_metrics, summary
+from orpo_ray.runs.resume import decisive_settings
+from orpo_ray.runs.statistics import Scores, estimates
 from orpo_ray.storage.bucket import make_folder
 from orpo_ray.storage.mirror import fetch_folder, forget_heavy, kept_in_step, light
 from orpo_ray.training.best import Evaluations
@@ -32,11 +35,8 @@ from orpo_ray.training.keeper import CheckpointKeeper, position, run_files
 from orpo_ray.training.margins import MarginLog
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.quantized import quantized_text
-from orpo_ray.training.resume import decisive_settings
-from orpo_ray.training.run_files import STOP, WRITTEN_BY_WORKERS, read_metrics, summary
 from orpo_ray.training.samples import Sampler
 from orpo_ray.training.sharding import build_model, use_bf16
-from orpo_ray.training.statistics import Scores, estimates
 from orpo_ray.training.step import StepResult, Trainee, train_step
 from orpo_ray.training.step_log import StepLog
 from orpo_ray.training.verify import settle_attention

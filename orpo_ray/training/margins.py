@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orpo_ray.preference.groups import RowId
-from orpo_ray.training.run_files import RunFiles
+from orpo_ray.runs.files import RunFiles
 
 PairMargins = tuple[tuple[RowId, ...], Tensor]
 """Pairs of one microbatch, and log-probability of the chosen answer less that of the rejected."""

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from orpo_ray.training.errors import UnsupportedModelError
-from orpo_ray.training.model_source import ModelSource, load_model
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_model
 
 
 def refuse_quantization(device: torch.device) -> None:

@@ -12,11 +12,11 @@ from transformers import GenerationConfig
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.packing import pack
+from orpo_ray.pretrained import load_tokenizer
+from orpo_ray.runs.files import RunFiles
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
-from orpo_ray.training.model_source import load_tokenizer
-from orpo_ray.training.run_files import RunFiles
 
 _LOOKED_AT = 256  # groups among which held-out prompts are chosen
 

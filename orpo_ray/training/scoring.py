@@ -14,10 +14,10 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.packing import balanced_bins, pack
+from orpo_ray.pretrained import ModelSource, load_model
 from orpo_ray.training.budget import head_chunk
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel
-from orpo_ray.training.model_source import ModelSource, load_model
 from orpo_ray.training.pair_scores import PairScores
 from orpo_ray.training.sharding import (
     attention_path,

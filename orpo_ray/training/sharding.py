@@ -18,17 +18,17 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.training.adapters import add_adapters
-from orpo_ray.training.errors import UnsupportedModelError
-from orpo_ray.training.kernels import Kernel, choose_kernel, circumstances
-from orpo_ray.training.liger import use_liger_kernels
-from orpo_ray.training.model import AttentionPath, OrpoModel
-from orpo_ray.training.model_source import (
+from orpo_ray.pretrained import (
     ModelSource,
+    UnsupportedModelError,
     empty_model,
     load_model,
     load_model_config,
 )
+from orpo_ray.training.adapters import add_adapters
+from orpo_ray.training.kernels import Kernel, choose_kernel, circumstances
+from orpo_ray.training.liger import use_liger_kernels
+from orpo_ray.training.model import AttentionPath, OrpoModel
 from orpo_ray.training.quantized import load_quantized, refuse_quantization
 
 # Settings under which logits are not `head(hidden)`; silently ignoring them would train wrongly.

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.preference.stream import StepBatch
+from orpo_ray.runs.files import PARTS, SECONDS, RunFiles
 from orpo_ray.training.flops import Work
 from orpo_ray.training.job import Report
-from orpo_ray.training.run_files import PARTS, SECONDS, RunFiles
 
 # A logged loss so many times the median of so many lines before it is a spike.
 _SPIKE, _RECENT = 10.0, 50

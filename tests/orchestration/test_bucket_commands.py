@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orpo_ray.runs.files import count_events
 from orpo_ray.storage.bucket import VIEWS, local
 from orpo_ray.storage.mirror import fetch_folder
-from orpo_ray.training.run_files import count_events
 from tests.conftest import ROOT
 from tests.orchestration.test_run import figures_of, wait_for, workers
 

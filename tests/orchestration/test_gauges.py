@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orpo_ray.orchestration import gauges
-from orpo_ray.training.manifest import checkpoint_directory, fingerprint, write_manifest
+from orpo_ray.runs.manifest import checkpoint_directory, fingerprint, write_manifest
 from tests.conftest import ROOT
 
 BOARD = ROOT / "cluster" / "grafana-dashboard.json"

@@ -23,7 +23,7 @@ from orpo_ray.orchestration.cluster import (
     with_cluster,
     workers_that_fit,
 )
-from orpo_ray.training.run_files import TIMING, count_events
+from orpo_ray.runs.files import TIMING, count_events
 from tests.conftest import ROOT
 
 PAIRS = {

@@ -21,7 +21,7 @@ from orpo_ray.orchestration.live_view import sparkline
 from orpo_ray.orchestration.model_card import write_model_card
 from orpo_ray.orchestration.progress import RunWatcher
 from orpo_ray.orchestration.run_report import write_run_report
-from orpo_ray.training.run_files import RunFiles
+from orpo_ray.runs.files import RunFiles
 
 CONFIG = ORPOConfig(max_steps=60, model_name_or_path="<b>base</b>", beta=0.25)
 LEARNED = (

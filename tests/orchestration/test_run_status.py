@@ -14,11 +14,11 @@ from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.orchestration.run_lock import claimed, last_driver
-from orpo_ray.orchestration.run_status import RunStatus, SweepStatus, read_status
 from orpo_ray.orchestration.status import show_status, span
-from orpo_ray.training.manifest import checkpoint_directory, fingerprint, write_manifest
-from orpo_ray.training.run_files import RunFiles
+from orpo_ray.runs.files import RunFiles
+from orpo_ray.runs.lock import claimed, last_driver
+from orpo_ray.runs.manifest import checkpoint_directory, fingerprint, write_manifest
+from orpo_ray.runs.status import RunStatus, SweepStatus, read_status
 from tests.test_command_line import imported_by
 
 LONG_AGO_S = 1000.0

@@ -17,10 +17,9 @@ from orpo_ray.orchestration.evaluation import evaluate_model
 from orpo_ray.orchestration.exposure import asks_for_token, reachable_addresses
 from orpo_ray.orchestration.inputs import find_inputs
 from orpo_ray.preference.errors import DataError
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_model, refuse_unsafe
 from orpo_ray.training.demo_model import make_demo_model
-from orpo_ray.training.errors import UnsupportedModelError
 from orpo_ray.training.estimate import plan_lines
-from orpo_ray.training.model_source import ModelSource, load_model, refuse_unsafe
 from tests.conftest import ROOT
 
 TRAIN = "jobs/train.py"

@@ -22,7 +22,7 @@ import orpo_ray
 from orpo_ray.config.file import load_config
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.inputs import find_inputs
-from orpo_ray.orchestration.sweep_results import read_trials
+from orpo_ray.runs.sweep import read_trials
 from tests.conftest import ROOT
 
 COMMAND = [

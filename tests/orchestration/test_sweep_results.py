@@ -6,7 +6,7 @@ import math
 import pytest
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.orchestration.sweep_results import Goal, read_trials, table_rows
+from orpo_ray.runs.sweep import Goal, read_trials, table_rows
 
 ACCURACY, NLL = "eval_rewards/accuracies", "eval_nll_loss"
 

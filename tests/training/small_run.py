@@ -15,10 +15,10 @@ from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.order import Order
 from orpo_ray.preference.shards import TokenSet, write_shard
 from orpo_ray.preference.stream import BatchPlan, TokenStream
+from orpo_ray.pretrained import ModelSource
+from orpo_ray.runs.files import TIMING, read_metrics
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.loop import run_training
-from orpo_ray.training.model_source import ModelSource
-from orpo_ray.training.run_files import TIMING, read_metrics
 
 VOCABULARY = 96
 N_SHARDS, SHARD_ROWS, BATCH = 5, 17, 8

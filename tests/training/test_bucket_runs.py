@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from orpo_ray.runs.files import count_events
+from orpo_ray.runs.manifest import find_damage, newest_checkpoint
 from orpo_ray.storage.bucket import WORKERS, local
 from orpo_ray.storage.mirror import fetch_folder
-from orpo_ray.training.manifest import find_damage, newest_checkpoint
-from orpo_ray.training.run_files import count_events
 from tests.distributed import run_ranks
 from tests.training.small_run import metrics_without_times, train_small
 from tests.training.test_loop import weights_digest

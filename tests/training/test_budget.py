@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.pretrained import ModelSource
 from orpo_ray.training.budget import (
     Measured,
     agreed,
@@ -18,7 +19,6 @@ from orpo_ray.training.budget import (
     with_plan,
 )
 from orpo_ray.training.job import TrainingJob
-from orpo_ray.training.model_source import ModelSource
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.sharding import build_model
 from orpo_ray.training.step import Trainee

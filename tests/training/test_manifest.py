@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_ray.training.manifest import (
+from orpo_ray.runs.manifest import (
     MANIFEST,
     checkpoint_directory,
     find_damage,

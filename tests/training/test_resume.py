@@ -3,8 +3,7 @@
 import pytest
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.training.errors import ResumeError
-from orpo_ray.training.resume import changed_settings, decisive_settings, refuse_changes
+from orpo_ray.runs.resume import ResumeError, changed_settings, decisive_settings, refuse_changes
 
 
 def settings(**changes):

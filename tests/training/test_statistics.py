@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from orpo_ray.training.statistics import Scores, differences, estimates
+from orpo_ray.runs.statistics import Scores, differences, estimates
 
 
 def scores(

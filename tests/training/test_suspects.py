@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from orpo_ray.preference.groups import RowId
-from orpo_ray.training.run_files import RunFiles
-from orpo_ray.training.suspects import write_suspects
+from orpo_ray.runs.files import RunFiles
+from orpo_ray.runs.suspects import write_suspects
 
 
 def write_run(run: Path, steps: list[dict[int, float]]) -> None:

@@ -5,16 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from orpo_ray.config.schema import ConfigError
+from orpo_ray.runs.files import FINAL, RECORD, TRIAL_RECORD, TRIALS, WRITTEN_BY_WORKERS
+from orpo_ray.runs.manifest import FOLDER
 from orpo_ray.storage.bucket import address
 from orpo_ray.storage.mirror import fetch_folder, forget_heavy, kept_in_step, light
-from orpo_ray.training.manifest import FOLDER
-from orpo_ray.training.run_files import (
-    FINAL,
-    RECORD,
-    TRIAL_RECORD,
-    TRIALS,
-    WRITTEN_BY_WORKERS,
-)
 
 # Of Ray Tune: its own state of a sweep, which it keeps in the bucket by itself.
 TUNE_STATE = "ray_tune"

@@ -12,7 +12,11 @@ from typing import Any
 
 from orpo_ray.config.sections import ModelSection
 from orpo_ray.storage.mirror import fetch_folder, light
-from orpo_ray.training.errors import UnsupportedModelError
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose loss this project would compute wrongly, or cannot compute at all."""
+
 
 _PICKLED = (("model", "pytorch_model"), ("adapter_model", "adapter_model"))
 

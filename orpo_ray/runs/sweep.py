@@ -9,7 +9,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.training.run_files import FINAL, TRIAL_RECORD, TRIALS, read_metrics
+from orpo_ray.runs.files import FINAL, TRIAL_RECORD, TRIALS, read_metrics
 
 LOSSES = ("loss", "nll_loss", "aux_loss")
 METRICS = (

@@ -11,8 +11,12 @@ from typing import Any
 import xxhash
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.training.errors import ResumeError
-from orpo_ray.training.manifest import checkpoint_directories, read_manifest
+from orpo_ray.runs.manifest import checkpoint_directories, read_manifest
+
+
+class ResumeError(ValueError):
+    """The run directory's checkpoint does not fit the config it is to go on with."""
+
 
 # What may differ from the checkpoint without a word: how long and how often, how the work is cut,
 # and which of the models is exported. The schedule of a longer run is the longer run's.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orpo_ray.training.run_files import LEDGER, MARGINS
+from orpo_ray.runs.files import LEDGER, MARGINS
 
 SUSPECTS = "suspects.jsonl"
 _AROUND = 25  # steps to each side
