@@ -27,7 +27,7 @@ BATCH = 16
 def orpo_ray_round(folder: Path, device: torch.device) -> Callable[[], float]:
     """Scores all pairs; gives the accuracy."""
     from orpo_ray.config.schema import ORPOConfig
-    from orpo_ray.preference.shards import TokenSet, read_shard
+    from orpo_ray.dataset.shards import TokenSet, read_shard
     from orpo_ray.training.scoring import PairScorer
 
     tokens = TokenSet.load(str(folder / "tokens-1"))

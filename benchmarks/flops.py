@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from orpo_ray.preference.packing import pack
-from orpo_ray.preference.shards import read_shard
+from orpo_ray.dataset.packing import pack
+from orpo_ray.dataset.shards import read_shard
 from orpo_ray.training import flops
 from workload import Work, padded_tokens
 

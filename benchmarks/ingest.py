@@ -45,7 +45,7 @@ def write_pairs(path: Path, n_rows: int) -> None:
 
 def make_tokenizer(pairs: Path, folder: Path) -> str:
     """A byte-level BPE trained on the first pairs."""
-    from orpo_ray.training.demo_model import train_tokenizer
+    from orpo_ray.demo.model import train_tokenizer
 
     texts = []
     with pairs.open() as file:
@@ -78,8 +78,8 @@ def with_datasets(pairs: Path, tokenizer_folder: str, cache: Path) -> int:
 
 def with_ray(pairs: Path, tokenizer_folder: str, cache: Path, shard_rows: int) -> int:
     """Ingest the same file; returns the rows that were kept."""
-    from orpo_ray.orchestration.ingest import ingest
-    from orpo_ray.orchestration.ingest_request import IngestRequest
+    from orpo_ray.dataset.ingest import ingest
+    from orpo_ray.dataset.request import IngestRequest
     from orpo_ray.preference.tokenization import Limits
 
     request = IngestRequest(

@@ -27,9 +27,9 @@ from typing import Any
 from claims import Curve, Curves, Point, all_claims, spread
 from orpo_ray.command_line import read_arguments
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.demo.model import make_demo_model
 from orpo_ray.orchestration.run import train
 from orpo_ray.runs.files import read_metrics
-from orpo_ray.training.demo_model import make_demo_model
 from workload import pair_texts
 
 ROOT = Path(__file__).resolve().parent.parent

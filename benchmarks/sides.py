@@ -27,10 +27,10 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     import torch.distributed as dist
 
     from orpo_ray.config.schema import ORPOConfig
+    from orpo_ray.dataset.order import Order
+    from orpo_ray.dataset.shards import TokenSet
+    from orpo_ray.dataset.stream import BatchPlan, TokenStream
     from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
-    from orpo_ray.preference.order import Order
-    from orpo_ray.preference.shards import TokenSet
-    from orpo_ray.preference.stream import BatchPlan, TokenStream
     from orpo_ray.runs.files import RunFiles
     from orpo_ray.training.checkpoint import CheckpointSaver, TrainState
     from orpo_ray.training.optimizer import build_optimizer, build_scheduler

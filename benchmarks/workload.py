@@ -11,12 +11,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from orpo_ray.preference.demo_pairs import FAMILIES, REQUIREMENTS
+from orpo_ray.dataset.shards import TokenSet, write_shard
+from orpo_ray.demo.pairs import FAMILIES, REQUIREMENTS
 from orpo_ray.preference.groups import PromptGroup, RowId, merge_groups
-from orpo_ray.preference.readers import read_split
+from orpo_ray.preference.reading.readers import read_split
+from orpo_ray.preference.reading.rows import Split
 from orpo_ray.preference.records import Refusal, normalise
-from orpo_ray.preference.rows import Split
-from orpo_ray.preference.shards import TokenSet, write_shard
 from orpo_ray.preference.templates import PairText, render
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
 

@@ -99,7 +99,7 @@ def read_arguments(settings: Sequence[str]) -> ORPOConfig:
     config = load_config(None, overrides)
     if config.model.model_name_or_path is not None:
         return config  # the demo's learning rate is for a model that knows nothing yet
-    with resources.as_file(resources.files("orpo_ray") / DEMO) as demo:
+    with resources.as_file(resources.files("orpo_ray.demo") / DEMO) as demo:
         return load_config(str(demo), overrides)
 
 

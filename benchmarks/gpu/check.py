@@ -250,7 +250,7 @@ def main(arguments: Sequence[str]) -> int:
 def _dry_pairs(folder: str) -> Path:
     """The demo's pairs: a dry run needs nothing that a clone does not have."""
     sys.path.insert(0, str(ROOT))
-    from orpo_ray.preference.demo_pairs import write_demo_pairs
+    from orpo_ray.demo.pairs import write_demo_pairs
 
     pairs, _ = write_demo_pairs(folder, 600, 10, seed=0)
     return Path(pairs)

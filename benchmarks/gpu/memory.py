@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from orpo_ray.dataset.packing import PackedRow, pack
+from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.preference.groups import PromptGroup, RowId
-from orpo_ray.preference.packing import PackedRow, pack
-from orpo_ray.preference.stream import StepBatch
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.training.budget import settle_budget
 from orpo_ray.training.checkpoint import CheckpointSaver, TrainState

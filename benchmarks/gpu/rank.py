@@ -13,10 +13,10 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.order import Order
+from orpo_ray.dataset.shards import TokenSet
+from orpo_ray.dataset.stream import BatchPlan, StepBatch, TokenStream
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
-from orpo_ray.preference.order import Order
-from orpo_ray.preference.shards import TokenSet
-from orpo_ray.preference.stream import BatchPlan, StepBatch, TokenStream
 from orpo_ray.training import sharding
 from orpo_ray.training.adapters import add_adapters
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler

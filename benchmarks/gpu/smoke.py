@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orpo_ray.preference.stream import StepBatch
+from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.training.checkpoint import CheckpointSaver, TrainState, load_checkpoint
 from orpo_ray.training.step import Trainee
 from rank import built, folder_of, losses, start_rank, stream

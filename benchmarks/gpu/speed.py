@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig
 
-from orpo_ray.preference.stream import StepBatch
+from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.training.flops import Work, matmul_rate
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.step import Trainee, gradient_norm, loss_scale, train_step

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration.data_report import (
     QUARANTINE,
     Tally,
@@ -14,7 +15,6 @@ from orpo_ray.orchestration.data_report import (
     source_label,
 )
 from orpo_ray.orchestration.page import make_axes, render_page, svg_of
-from orpo_ray.preference.shards import TokenSet
 
 PAGE = "data_report.html"
 _EXAMPLES, _BINS = 3, 30

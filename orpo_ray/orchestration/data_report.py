@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.orchestration.dropping import load_keys
-from orpo_ray.orchestration.feed import TRAIN
-from orpo_ray.orchestration.ingest import LENGTHS, first_refused, nothing_usable
-from orpo_ray.orchestration.pair_stats import PairStats
+from orpo_ray.dataset.ingest import LENGTHS, first_refused, nothing_usable
+from orpo_ray.dataset.pair_index import PairStats
+from orpo_ray.dataset.regroup import load_keys
+from orpo_ray.dataset.request import TRAIN
+from orpo_ray.dataset.shards import TokenSet, read_shard
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import ON_REQUEST, Reason
-from orpo_ray.preference.shards import TokenSet, read_shard
 from orpo_ray.runs.files import DATA_REPORT, LEDGER
 from orpo_ray.storage.bucket import address
 from orpo_ray.storage.mirror import fetch_once

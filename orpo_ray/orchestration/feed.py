@@ -9,11 +9,9 @@ import ray.data
 from ray.train import DataConfig
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.preference.order import Order
-from orpo_ray.preference.shards import TokenSet
-from orpo_ray.preference.stream import BatchPlan, TokenStream
-
-TRAIN = "train"
+from orpo_ray.dataset.order import Order
+from orpo_ray.dataset.shards import TokenSet
+from orpo_ray.dataset.stream import BatchPlan, TokenStream
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.dataset.request import TRAIN
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.feed import TRAIN, FeedPlan, PlannedFeed
+from orpo_ray.orchestration.feed import FeedPlan, PlannedFeed
 from orpo_ray.orchestration.worker import WorkerAnswer, WorkerTask
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.mirror import from_workers

@@ -12,9 +12,9 @@ import xxhash
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.config.sections import DataSource
-from orpo_ray.preference.demo_pairs import write_demo_pairs
+from orpo_ray.demo.pairs import write_demo_pairs
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.sources import find_files
+from orpo_ray.preference.reading.sources import find_files
 from orpo_ray.preference.templates import template_text
 from orpo_ray.pretrained import ModelSource, refuse_unsafe
 from orpo_ray.storage.bucket import PROTOCOLS, address, local, make_folder
@@ -170,7 +170,7 @@ def _make_demo(output_directory: Path, seed: int) -> RunInputs:
     if not (model / "config.json").exists():
         from transformers.utils.logging import disable_progress_bar
 
-        from orpo_ray.training.demo_model import make_demo_model
+        from orpo_ray.demo.model import make_demo_model
 
         disable_progress_bar()
         make_folder(home)

@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.request import TRAIN
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_page import budget_lines, write_data_page
 from orpo_ray.orchestration.data_report import count_trained, save_report
-from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
 from orpo_ray.orchestration.model_card import write_model_card

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.request import TRAIN
 from orpo_ray.orchestration.data_page import budget_lines
 from orpo_ray.orchestration.data_report import QUARANTINE, data_lines, source_label
-from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.run_curves import Lines, all_prefixes, set_label
 from orpo_ray.runs.files import EVALUATIONS, EVENTS, PARTS, SAMPLES, SECONDS, read_lines
 from orpo_ray.runs.metrics import figure

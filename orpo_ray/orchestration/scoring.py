@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 from ray.data import ActorPoolStrategy
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.pair_index import PairStats
+from orpo_ray.dataset.shards import TokenSet, read_shard
 from orpo_ray.orchestration.data_tasks import each
-from orpo_ray.orchestration.pair_stats import PairStats
 from orpo_ray.preference.groups import PromptGroup
-from orpo_ray.preference.shards import TokenSet, read_shard
 from orpo_ray.storage.bucket import make_folder
 from orpo_ray.storage.mirror import fetch_folder, publish, remove
 from orpo_ray.training.allocator import memory_settings

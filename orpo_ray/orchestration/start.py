@@ -11,6 +11,9 @@ from rich.console import Console
 from orpo_ray.config.file import load_config, to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.config.sections import DataSource
+from orpo_ray.dataset.ingest import ingest
+from orpo_ray.dataset.request import TRAIN, IngestRequest
+from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.data_report import (
     data_lines,
@@ -19,13 +22,10 @@ from orpo_ray.orchestration.data_report import (
     write_data_report,
 )
 from orpo_ray.orchestration.exposure import exposure_warning
-from orpo_ray.orchestration.feed import TRAIN, FeedPlan, eval_plan, train_plan
-from orpo_ray.orchestration.ingest import ingest
-from orpo_ray.orchestration.ingest_request import IngestRequest
+from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
-from orpo_ray.preference.shards import TokenSet
 from orpo_ray.preference.tokenization import Limits
 from orpo_ray.runs.files import CONFIG
 from orpo_ray.runs.resume import ResumeError, decisive_settings, newest_manifest, refuse_changes

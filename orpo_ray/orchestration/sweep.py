@@ -21,8 +21,8 @@ from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.dataset.request import TRAIN
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.feed import TRAIN
 from orpo_ray.orchestration.search_space import search_space
 from orpo_ray.orchestration.start import (
     Start,

@@ -14,7 +14,7 @@ from orpo_ray.config.sections import DataSource
 from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
 from orpo_ray.orchestration.run import TrainResult, evaluate, train
 from orpo_ray.orchestration.start import run_directory_of
-from orpo_ray.preference.sources import find_files
+from orpo_ray.preference.reading.sources import find_files
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.files import FINAL
 from orpo_ray.storage.bucket import address, local

@@ -14,9 +14,9 @@ import ray.train
 import ray.train.torch
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.orchestration.feed import TRAIN
+from orpo_ray.dataset.request import TRAIN
+from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.orchestration.gauges import RunGauges
-from orpo_ray.preference.stream import TokenStream
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.runs.resume import ResumeError

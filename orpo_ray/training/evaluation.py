@@ -8,8 +8,8 @@ import pyarrow as pa
 import torch
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.objective.metrics import OrpoWeights, metrics_from_sums
-from orpo_ray.preference.stream import TokenStream
 from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.sharding import build_model, use_bf16
 from orpo_ray.training.step import evaluate

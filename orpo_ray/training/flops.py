@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from orpo_ray.preference.packing import GroupSpan, PackedRow
+from orpo_ray.dataset.packing import GroupSpan, PackedRow
 from orpo_ray.training.quantized import n_weights
 
 _CPU_SIZE, _CUDA_SIZE = 1024, 8192

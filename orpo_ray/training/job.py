@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.preference.stream import TokenStream
+from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.pretrained import ModelSource
 
 Report = Callable[[Mapping[str, Any]], None]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from orpo_ray.preference.packing import GroupSpan
+from orpo_ray.dataset.packing import GroupSpan
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

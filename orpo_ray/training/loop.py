@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
-from orpo_ray.preference.stream import StepBatch
 from orpo_ray.runs.files import STOP, WRITTEN_BY_WORKERS, read_metrics, summary
 from orpo_ray.runs.resume import decisive_settings
 from orpo_ray.runs.statistics import Scores, estimates

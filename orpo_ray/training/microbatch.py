@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from orpo_ray.dataset.packing import PackedRow
 from orpo_ray.objective.head import Chunk, Targets
-from orpo_ray.preference.packing import PackedRow
 from orpo_ray.training.layout import PackedLayout, to_device
 
 

@@ -7,8 +7,8 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from orpo_ray.dataset.packing import PackedRow
 from orpo_ray.objective.odds_ratio import log_odds
-from orpo_ray.preference.packing import PackedRow
 from orpo_ray.training.model import OrpoOutput
 
 SCHEMA = pa.schema(

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
+from orpo_ray.dataset.packing import pack
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
-from orpo_ray.preference.packing import pack
 from orpo_ray.pretrained import load_tokenizer
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.training.job import TrainingJob

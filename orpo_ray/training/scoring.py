@@ -11,9 +11,9 @@ import pyarrow as pa
 import torch
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.packing import balanced_bins, pack
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
-from orpo_ray.preference.packing import balanced_bins, pack
 from orpo_ray.pretrained import ModelSource, load_model
 from orpo_ray.training.budget import head_chunk
 from orpo_ray.training.microbatch import Microbatch

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from orpo_ray.dataset.packing import PackedRow
+from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.objective.head import LossScale
 from orpo_ray.objective.metrics import N_SUMS
 from orpo_ray.preference.groups import RowId
-from orpo_ray.preference.packing import PackedRow
-from orpo_ray.preference.stream import StepBatch
 from orpo_ray.training.errors import MicrobatchTooLargeError, NonFiniteError
 from orpo_ray.training.margins import PairMargins
 from orpo_ray.training.microbatch import Microbatch

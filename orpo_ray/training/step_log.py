@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
-from orpo_ray.preference.stream import StepBatch
 from orpo_ray.runs.files import PARTS, SECONDS, RunFiles
 from orpo_ray.training.flops import Work
 from orpo_ray.training.job import Report

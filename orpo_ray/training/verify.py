@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from orpo_ray.dataset.packing import PackedRow
+from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.objective.head import LossScale
-from orpo_ray.preference.packing import PackedRow
-from orpo_ray.preference.stream import TokenStream
 from orpo_ray.training.attention import PackingNotSupportedError
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel

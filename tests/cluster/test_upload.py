@@ -24,7 +24,7 @@ def uploaded(folder: Path) -> Iterator[Path]:
 
 def test_a_job_has_its_code_and_no_more():
     files = {str(path.relative_to(ROOT)): path.stat().st_size for path in uploaded(ROOT)}
-    assert {"jobs/train.py", "jobs/tune.py", "orpo_ray/__init__.py", "orpo_ray/demo.yaml"} <= {
+    assert {"jobs/train.py", "jobs/tune.py", "orpo_ray/__init__.py", "orpo_ray/demo/demo.yaml"} <= {
         *files
     }
     assert {name.split("/")[0] for name in files if "/" in name} == {"jobs", "orpo_ray"}

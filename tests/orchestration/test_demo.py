@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orpo_ray.demo.pairs import write_demo_pairs
 from orpo_ray.orchestration.inputs import DEMO_TRAIN_PAIRS
-from orpo_ray.preference.demo_pairs import write_demo_pairs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -33,7 +33,7 @@ def test_flipped_pairs_are_among_the_first_suspects(run_command, tmp_path):
         pair = pairs[row - 1]
         pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
     Path(train).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    settings = yaml.safe_load(resources.files("orpo_ray").joinpath("demo.yaml").read_text())
+    settings = yaml.safe_load(resources.files("orpo_ray.demo").joinpath("demo.yaml").read_text())
     settings["train"] |= {"num_train_epochs": 6, "seed": 2, "eval_steps": None}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     arguments = ("config.yaml", "train_files=train.jsonl", "run_name=flipped")

@@ -17,19 +17,19 @@ import pytest
 from transformers import AutoTokenizer
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.ingest import ingest, nothing_usable
+from orpo_ray.dataset.regroup import load_keys
+from orpo_ray.dataset.request import IngestRequest
+from orpo_ray.dataset.shards import MANIFEST_NAME, TokenSet, read_shard
+from orpo_ray.dataset.tokenize import TokenizeSplit
+from orpo_ray.demo.model import CHAT_TEMPLATE, train_tokenizer
 from orpo_ray.orchestration.data_report import write_data_report
-from orpo_ray.orchestration.dropping import load_keys
-from orpo_ray.orchestration.ingest import ingest, nothing_usable
-from orpo_ray.orchestration.ingest_request import IngestRequest
-from orpo_ray.orchestration.tokenize_task import TokenizeSplit
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
-from orpo_ray.preference.readers import split_file
+from orpo_ray.preference.reading.readers import split_file
 from orpo_ray.preference.records import Reason, Record, normalise
-from orpo_ray.preference.shards import MANIFEST_NAME, TokenSet, read_shard
 from orpo_ray.preference.templates import render
 from orpo_ray.preference.tokenization import Limits, PairTokenizer, TokenizedPair
-from orpo_ray.training.demo_model import CHAT_TEMPLATE, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -255,8 +255,8 @@ def test_an_ingest_that_died_before_its_manifest_is_done_again(
 
 CACHED = """
 import json, pickle, sys
-from orpo_ray.orchestration.dropping import load_keys
-from orpo_ray.orchestration.ingest import ingest, nothing_usable
+from orpo_ray.dataset.regroup import load_keys
+from orpo_ray.dataset.ingest import ingest, nothing_usable
 tokens = ingest(pickle.loads(bytes.fromhex(sys.argv[1])))
 print(json.dumps([tokens.directory, tokens.report, "ray" in sys.modules]))
 """

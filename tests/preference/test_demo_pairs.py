@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_ray.preference.demo_pairs import FAMILIES, demo_pairs, write_demo_pairs
+from orpo_ray.demo.pairs import FAMILIES, demo_pairs, write_demo_pairs
 
 N_TRAIN, N_EVAL, SEED = 4000, 500, 7
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_ray.preference.order import Order
+from orpo_ray.dataset.order import Order
 
 LENGTHS = (5, 1, 8, 3, 7, 2)
 

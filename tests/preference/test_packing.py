@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from orpo_ray.dataset.packing import balanced_bins, nll_tokens, pack
 from orpo_ray.preference.groups import PromptGroup, RowId
-from orpo_ray.preference.packing import balanced_bins, nll_tokens, pack
 
 
 def group(prompt, completions, pairs, row=0) -> PromptGroup:

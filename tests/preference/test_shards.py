@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orpo_ray.dataset.shards import MANIFEST_NAME, Shard, TokenSet, read_shard, write_shard
 from orpo_ray.preference.groups import PromptGroup, RowId, TokenIds
-from orpo_ray.preference.shards import MANIFEST_NAME, Shard, TokenSet, read_shard, write_shard
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 ROW_IDS = st.builds(RowId, st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1))

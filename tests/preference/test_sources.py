@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.readers import count_rows, read_split, split_file
+from orpo_ray.preference.reading.readers import count_rows, read_split, split_file
+from orpo_ray.preference.reading.rows import RawRow, Split
+from orpo_ray.preference.reading.sources import find_files, identity
 from orpo_ray.preference.records import Reason
-from orpo_ray.preference.rows import RawRow, Split
-from orpo_ray.preference.sources import find_files, identity
 
 BOM = b"\xef\xbb\xbf"
 # A line separator, an escaped line end and letters of several bytes: none of them ends a line.

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from orpo_ray.demo.model import train_tokenizer
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import Message, Reason, Record, Refusal
 from orpo_ray.preference.templates import (
@@ -16,7 +17,6 @@ from orpo_ray.preference.templates import (
     special_token_in,
     template_text,
 )
-from orpo_ray.training.demo_model import train_tokenizer
 
 CHATML = (
     "{% for message in messages %}"

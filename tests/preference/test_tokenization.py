@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from orpo_ray.demo.model import train_tokenizer
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.records import Reason, Record, Refusal, normalise
 from orpo_ray.preference.templates import PairText, shared_length
 from orpo_ray.preference.tokenization import Limits, PairTokenizer, TokenizedPair
-from orpo_ray.training.demo_model import train_tokenizer
 
 HARMLESS = Path(__file__).parents[2] / "../shared/data/hh_rlhf_harmless.jsonl"
 ROW = RowId(2, 5)

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.order import Order
+from orpo_ray.dataset.shards import TokenSet, write_shard
+from orpo_ray.dataset.stream import BatchPlan, TokenStream
 from orpo_ray.preference.groups import PromptGroup, RowId
-from orpo_ray.preference.order import Order
-from orpo_ray.preference.shards import TokenSet, write_shard
-from orpo_ray.preference.stream import BatchPlan, TokenStream
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.files import TIMING, read_metrics
 from orpo_ray.training.job import TrainingJob

@@ -8,8 +8,8 @@ import torch
 from torch import library
 from torch.nn.attention.flex_attention import create_block_mask
 
+from orpo_ray.dataset.packing import GroupSpan, pack
 from orpo_ray.objective.head import LossScale
-from orpo_ray.preference.packing import GroupSpan, pack
 from orpo_ray.pretrained import UnsupportedModelError
 from orpo_ray.training.attention import by_segment
 from orpo_ray.training.flex import flex, packed_block_mask, seen_blocks

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from orpo_ray.dataset.packing import GroupSpan, pack
 from orpo_ray.objective.head import LossScale
-from orpo_ray.preference.packing import GroupSpan, pack
 from orpo_ray.training.flops import Work, matmul_rate, seen_keys
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel

@@ -8,8 +8,8 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.packing import pack
 from orpo_ray.objective.head import LossScale
-from orpo_ray.preference.packing import pack
 from orpo_ray.pretrained import UnsupportedModelError
 from orpo_ray.training.liger import patch
 from orpo_ray.training.microbatch import Microbatch

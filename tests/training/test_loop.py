@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from orpo_ray.preference.shards import read_shard
+from orpo_ray.dataset.shards import read_shard
 from orpo_ray.runs.files import count_events
 from tests.distributed import run_ranks
 from tests.training.small_run import metrics_without_times, token_stream, train_small

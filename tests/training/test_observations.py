@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.preference.shards import read_shard
+from orpo_ray.dataset.shards import read_shard
 from orpo_ray.runs.files import PARTS, SECONDS, read_lines, read_metrics
 from orpo_ray.training.scoring import PairScorer
 from tests.distributed import run_ranks

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.packing import pack
 from orpo_ray.objective.head import LossScale
-from orpo_ray.preference.packing import pack
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_model_config
 from orpo_ray.training.export import export_model
 from orpo_ray.training.flops import Work

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.packing import pack
 from orpo_ray.objective.head import LossScale
-from orpo_ray.preference.packing import pack
 from orpo_ray.training.errors import MicrobatchTooLargeError
 from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.model import OrpoModel

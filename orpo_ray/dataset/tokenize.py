@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.orchestration.ingest_request import IngestRequest
-from orpo_ray.orchestration.pair_stats import STATS, StatsOfPairs
+from orpo_ray.dataset.pair_index import STATS, StatsOfPairs
+from orpo_ray.dataset.request import IngestRequest
+from orpo_ray.dataset.shards import write_shard
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import RowId
-from orpo_ray.preference.readers import read_split, split_file
+from orpo_ray.preference.reading.readers import read_split, split_file
+from orpo_ray.preference.reading.rows import RawRow, Split
 from orpo_ray.preference.records import Reason, Record, Refusal, excerpt
-from orpo_ray.preference.rows import RawRow, Split
-from orpo_ray.preference.shards import write_shard
 from orpo_ray.preference.templates import PairText, empty_answer, render, special_token_in
 from orpo_ray.preference.tokenization import TokenizedPair
 from orpo_ray.storage.bucket import make_folder

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import xxhash
 
+from orpo_ray.dataset.order import Order
+from orpo_ray.dataset.packing import PackedRow, balanced_bins, nll_tokens, pack
+from orpo_ray.dataset.shards import TokenSet, read_shard
 from orpo_ray.preference.groups import PromptGroup, RowId, without_rows
-from orpo_ray.preference.order import Order
-from orpo_ray.preference.packing import PackedRow, balanced_bins, nll_tokens, pack
-from orpo_ray.preference.shards import TokenSet, read_shard
 
 Place = tuple[int, int]
 

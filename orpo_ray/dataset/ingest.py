@@ -15,19 +15,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from orpo_ray.dataset.regroup import dropped_pairs, rewritten, stats_of
+from orpo_ray.dataset.request import IngestRequest
+from orpo_ray.dataset.shards import Shard, TokenSet
+from orpo_ray.dataset.tokenize import DONE, QUARANTINE, SplitFile, TokenizeSplit, make_folders
 from orpo_ray.orchestration.data_tasks import each
-from orpo_ray.orchestration.dropping import dropped_pairs, rewritten, stats_of
-from orpo_ray.orchestration.ingest_request import IngestRequest
-from orpo_ray.orchestration.tokenize_task import (
-    DONE,
-    QUARANTINE,
-    SplitFile,
-    TokenizeSplit,
-    make_folders,
-)
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.shards import Shard, TokenSet
-from orpo_ray.preference.sources import identity
+from orpo_ray.preference.reading.sources import identity
 from orpo_ray.storage.mirror import fetch_once, publish, remove, sizes
 
 # Raised whenever the same input would give other tokens or another report.

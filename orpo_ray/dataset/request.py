@@ -9,6 +9,9 @@ from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
 from orpo_ray.pretrained import ModelSource, load_tokenizer
 
+TRAIN = "train"
+"""The name of the training pairs' token set; evaluation sets have names of their own."""
+
 
 @dataclass(frozen=True)
 class IngestRequest:

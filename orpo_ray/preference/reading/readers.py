@@ -7,17 +7,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from orpo_ray.preference.columns import (
+from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.reading.columns import (
     UNREADABLE,
     count_parquet,
     read_arrow,
     read_parquet,
     split_parquet,
 )
-from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.records import Reason
-from orpo_ray.preference.rows import RawRow, Split
-from orpo_ray.preference.sources import (
+from orpo_ray.preference.reading.rows import RawRow, Split
+from orpo_ray.preference.reading.sources import (
     ARROW,
     LINES,
     PARQUET,
@@ -26,6 +25,7 @@ from orpo_ray.preference.sources import (
     kind_of,
     opened,
 )
+from orpo_ray.preference.records import Reason
 
 _BLOCK_BYTES = 1 << 20
 _MARK = b"\xef\xbb\xbf"

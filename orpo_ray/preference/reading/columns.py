@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.reading.rows import RawRow, Split
+from orpo_ray.preference.reading.sources import opened
 from orpo_ray.preference.records import Reason
-from orpo_ray.preference.rows import RawRow, Split
-from orpo_ray.preference.sources import opened
 
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
 _BATCH_ROWS = 512

@@ -1,0 +1,1 @@
+"""From files of any place and format to raw rows."""
