@@ -30,11 +30,11 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     from orpo_ray.dataset.order import Order
     from orpo_ray.dataset.shards import TokenSet
     from orpo_ray.dataset.stream import BatchPlan, TokenStream
+    from orpo_ray.models.build import build_model
     from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
     from orpo_ray.runs.files import RunFiles
-    from orpo_ray.training.checkpoint import CheckpointSaver, TrainState
+    from orpo_ray.training.checkpoint.saver import CheckpointSaver, TrainState
     from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-    from orpo_ray.training.sharding import build_model
     from orpo_ray.training.step import Trainee, train_step
 
     cuda = work.device == "cuda"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from orpo_ray.dataset.packing import GroupSpan
-from orpo_ray.training.attention import _KERNELS
-from orpo_ray.training.layout import PackedLayout, Scores
+from orpo_ray.models.attention.interface import _KERNELS
+from orpo_ray.models.attention.layout import PackedLayout, Scores
 from results import CUDA, DEVICE, DRY, attempt, median_s, print_machine, record, wait
 
 HALF = torch.bfloat16

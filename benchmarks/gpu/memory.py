@@ -12,7 +12,7 @@ from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.training.budget import settle_budget
-from orpo_ray.training.checkpoint import CheckpointSaver, TrainState
+from orpo_ray.training.checkpoint.saver import CheckpointSaver, TrainState
 from orpo_ray.training.job import TrainingJob
 from rank import N_PAIRS, built, folder_of, losses, start_rank, stream
 from results import CUDA, DRY, attempt, peak_gib, record, seconds_left, wait

@@ -16,11 +16,11 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.order import Order
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.dataset.stream import BatchPlan, StepBatch, TokenStream
+from orpo_ray.models import build as sharding
+from orpo_ray.models.adapters import add_adapters
+from orpo_ray.models.build import build_model
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
-from orpo_ray.training import sharding
-from orpo_ray.training.adapters import add_adapters
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-from orpo_ray.training.sharding import build_model
 from orpo_ray.training.step import Trainee, train_step
 from results import CUDA, DEVICE, DRY, print_machine, record
 from workload import make_folder

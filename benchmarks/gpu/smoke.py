@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.dataset.stream import StepBatch
-from orpo_ray.training.checkpoint import CheckpointSaver, TrainState, load_checkpoint
+from orpo_ray.training.checkpoint.saver import CheckpointSaver, TrainState, load_checkpoint
 from orpo_ray.training.step import Trainee
 from rank import built, folder_of, losses, start_rank, stream
 from results import CUDA, DRY, attempt, record

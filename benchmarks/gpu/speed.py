@@ -18,8 +18,8 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 from orpo_ray.dataset.stream import StepBatch
+from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.training.flops import Work, matmul_rate
-from orpo_ray.training.microbatch import Microbatch
 from orpo_ray.training.step import Trainee, gradient_norm, loss_scale, train_step
 from rank import built, built_with_lora, folder_of, start_rank, stream, zeros
 from results import CUDA, DEVICE, DRY, OUT, attempt, peak_gib, record, seconds_left, wait

@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.packing import pack
 from orpo_ray.dataset.stream import TokenStream
+from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.training.job import TrainingJob
-from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.step import Trainee, forward_backward
 
 _GIB = 2**30

@@ -1,19 +1,113 @@
-"""Metrics of a model over evaluation sets, without training it; in training workers."""
+"""Metrics and scores of a model over evaluation sets, without training it; in training workers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.dataset.stream import TokenStream
-from orpo_ray.objective.metrics import OrpoWeights, metrics_from_sums
-from orpo_ray.training.model import OrpoModel
-from orpo_ray.training.sharding import build_model, use_bf16
-from orpo_ray.training.step import evaluate
-from orpo_ray.training.verify import settle_attention
+from orpo_ray.dataset.packing import PackedRow
+from orpo_ray.dataset.stream import StepBatch, TokenStream
+from orpo_ray.models.build import build_model, use_bf16
+from orpo_ray.models.microbatch import Microbatch
+from orpo_ray.models.orpo_model import OrpoModel, OrpoOutput
+from orpo_ray.models.packing_check import settle_attention
+from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.objective.odds_ratio import log_odds
+from orpo_ray.training.step import loss_scale
+
+SCHEMA = pa.schema(
+    [
+        ("source", pa.int32()),
+        ("row", pa.int64()),
+        ("prompt_key", pa.uint64()),
+        ("chosen_tokens", pa.int32()),
+        ("rejected_tokens", pa.int32()),
+        ("logps_chosen", pa.float64()),
+        ("logps_rejected", pa.float64()),
+        ("log_odds", pa.float64()),
+        ("margin", pa.float64()),
+    ]
+)
+"""Source and row count from 0, `prompt_key` is equal for pairs of one prompt, `logps_*` are mean
+log-probabilities a token of the two answers in nats, and `margin` is the one less the other."""
+_KNOWN = 5  # columns that no model is needed for
+
+
+class PairScores:
+    """Pairs as they are scored, microbatch by microbatch; what the model says stays on its device.
+
+    So nothing waits for the device before the table is asked for.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[pa.Table] = []
+        self._log_probs: list[Tensor] = []
+
+    def add(self, row: PackedRow, output: OrpoOutput) -> None:
+        """Take up the pairs of one microbatch."""
+        if not row.n_pairs:
+            return
+        lengths = row.completion_lengths.astype(np.int32)
+        columns = [
+            [row_id.source for row_id in row.row_ids],
+            [row_id.row for row_id in row.row_ids],
+            _prompt_keys(row),
+            lengths[row.chosen],
+            lengths[row.rejected],
+        ]
+        fields = list(SCHEMA)[:_KNOWN]
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, fields, strict=True)]
+        self._known.append(pa.table(arrays, names=[field.name for field in fields]))
+        self._log_probs.append(torch.stack([output.chosen_log_probs, output.rejected_log_probs]))
+
+    def table(self) -> pa.Table:
+        """A table of `SCHEMA` in the order in which pairs were added."""
+        if not self._known:
+            return SCHEMA.empty_table()
+        chosen, rejected = torch.cat(self._log_probs, dim=1).double()
+        figures = (chosen, rejected, log_odds(chosen, rejected), chosen - rejected)
+        known = pa.concat_tables(self._known)
+        columns = [*known.columns, *(pa.array(figure.cpu().numpy()) for figure in figures)]
+        return pa.table(columns, schema=SCHEMA)
+
+    def gather(self) -> pa.Table | None:
+        """The pairs of all ranks by source and row, on rank 0; a collective, None elsewhere."""
+        parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(self.table(), parts)
+        if parts is None:
+            return None
+        return pa.concat_tables(parts).sort_by([("source", "ascending"), ("row", "ascending")])
+
+
+def _prompt_keys(row: PackedRow) -> list[int]:
+    """A hash of the prompt of every pair."""
+    of_completion: list[int] = []
+    start = 0
+    for span in row.spans:
+        prompt = row.token_ids[start : start + span.prompt]
+        of_completion += [xxhash.xxh3_64_intdigest(prompt.tobytes())] * len(span.completions)
+        start += span.n_tokens
+    return [of_completion[completion] for completion in row.chosen]
+
+
+@dataclass(frozen=True)
+class SetFigures:
+    """An evaluation set through the model's eyes.
+
+    Args:
+        sums: (10,) of `batch_sums`, over all ranks.
+        scores: a row a pair, see `pair_scores.SCHEMA`; on rank 0 only.
+    """
+
+    sums: Tensor
+    scores: pa.Table | None
 
 
 @dataclass(frozen=True)
@@ -27,6 +121,35 @@ class EvaluationFigures:
 
     metrics: dict[str, Any]
     scores: dict[str, pa.Table]
+
+
+@torch.no_grad()
+def evaluate(
+    model: OrpoModel,
+    batches: Iterable[StepBatch],
+    beta: float,
+    device: torch.device,
+) -> SetFigures:
+    """The metrics of an evaluation set over all ranks, and the scores of its pairs.
+
+    Args:
+        model: left in training mode.
+        batches: this rank's share of the set.
+        beta: weight of the odds-ratio term.
+        device: of this rank.
+    """
+    sums = torch.zeros(N_SUMS, dtype=torch.float64, device=device)
+    scores = PairScores()
+    model.eval()
+    for batch in batches:
+        scale = loss_scale(batch, beta)
+        for row in batch.rows:
+            output = model(Microbatch(row, device), scale)
+            sums += output.sums
+            scores.add(row, output)
+    model.train()
+    dist.all_reduce(sums)
+    return SetFigures(sums, scores.gather())
 
 
 def evaluate_streams(

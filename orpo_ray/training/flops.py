@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from orpo_ray.dataset.packing import GroupSpan, PackedRow
-from orpo_ray.training.quantized import n_weights
+from orpo_ray.models.quantized import n_weights
 
 _CPU_SIZE, _CUDA_SIZE = 1024, 8192
 _TRIES = 24

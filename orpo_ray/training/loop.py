@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.dataset.stream import StepBatch
+from orpo_ray.models.build import build_model, use_bf16
+from orpo_ray.models.packing_check import settle_attention
+from orpo_ray.models.quantized import quantized_text
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
 from orpo_ray.runs.files import STOP, WRITTEN_BY_WORKERS, read_metrics, summary
@@ -23,23 +26,18 @@ from orpo_ray.runs.resume import decisive_settings
 from orpo_ray.runs.statistics import Scores, estimates
 from orpo_ray.storage.bucket import make_folder
 from orpo_ray.storage.mirror import fetch_folder, forget_heavy, kept_in_step, light
-from orpo_ray.training.best import Evaluations
 from orpo_ray.training.budget import settle_budget, settle_head_chunk
-from orpo_ray.training.checkpoint import TrainState
+from orpo_ray.training.checkpoint.best import Evaluations, write_final
+from orpo_ray.training.checkpoint.saver import TrainState
+from orpo_ray.training.checkpoint.schedule import CheckpointKeeper, position, run_files
 from orpo_ray.training.errors import NonFiniteError, StoppedError
 from orpo_ray.training.evaluation import evaluate_streams
-from orpo_ray.training.finish import write_final
 from orpo_ray.training.flops import Work, matmul_rate
 from orpo_ray.training.job import TrainingJob
-from orpo_ray.training.keeper import CheckpointKeeper, position, run_files
-from orpo_ray.training.margins import MarginLog
+from orpo_ray.training.metrics import MarginLog, StepLog
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-from orpo_ray.training.quantized import quantized_text
 from orpo_ray.training.samples import Sampler
-from orpo_ray.training.sharding import build_model, use_bf16
 from orpo_ray.training.step import StepResult, Trainee, train_step
-from orpo_ray.training.step_log import StepLog
-from orpo_ray.training.verify import settle_attention
 
 
 def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:

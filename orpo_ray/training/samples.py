@@ -10,13 +10,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
 from orpo_ray.dataset.packing import pack
+from orpo_ray.models.microbatch import Microbatch
+from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.pretrained import load_tokenizer
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.training.job import TrainingJob
-from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.model import OrpoModel
 
 _LOOKED_AT = 256  # groups among which held-out prompts are chosen
 

@@ -12,20 +12,15 @@ import torch
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.packing import balanced_bins, pack
+from orpo_ray.models.build import attention_path, packed_kernel, refuse_unknown_heads, use_bf16
+from orpo_ray.models.microbatch import Microbatch
+from orpo_ray.models.orpo_model import OrpoModel
+from orpo_ray.models.packing_check import COMPARED, disagreement
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.pretrained import ModelSource, load_model
 from orpo_ray.training.budget import head_chunk
-from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.model import OrpoModel
-from orpo_ray.training.pair_scores import PairScores
-from orpo_ray.training.sharding import (
-    attention_path,
-    packed_kernel,
-    refuse_unknown_heads,
-    use_bf16,
-)
-from orpo_ray.training.verify import COMPARED, disagreement
+from orpo_ray.training.evaluation import PairScores
 
 _SAMPLE_GROUPS = 4
 

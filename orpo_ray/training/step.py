@@ -1,11 +1,9 @@
-"""One optimizer step and one evaluation over packed rows; in training workers."""
+"""One optimizer step over packed rows; in training workers."""
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,14 +11,12 @@ from torch.distributed.tensor import DTensor
 
 from orpo_ray.dataset.packing import PackedRow
 from orpo_ray.dataset.stream import StepBatch
+from orpo_ray.models.microbatch import Microbatch
+from orpo_ray.models.orpo_model import OrpoModel, OrpoOutput
 from orpo_ray.objective.head import LossScale
-from orpo_ray.objective.metrics import N_SUMS
 from orpo_ray.preference.groups import RowId
 from orpo_ray.training.errors import MicrobatchTooLargeError, NonFiniteError
-from orpo_ray.training.margins import PairMargins
-from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.model import OrpoModel, OrpoOutput
-from orpo_ray.training.pair_scores import PairScores
+from orpo_ray.training.metrics import PairMargins
 
 
 @dataclass(frozen=True)
@@ -49,19 +45,6 @@ class StepResult:
     norm: Tensor
     margins: list[PairMargins]
     optimizer_s: float
-
-
-@dataclass(frozen=True)
-class SetFigures:
-    """An evaluation set through the model's eyes.
-
-    Args:
-        sums: (10,) of `batch_sums`, over all ranks.
-        scores: a row a pair, see `pair_scores.SCHEMA`; on rank 0 only.
-    """
-
-    sums: Tensor
-    scores: pa.Table | None
 
 
 def loss_scale(batch: StepBatch, beta: float) -> LossScale:
@@ -135,35 +118,6 @@ def gradient_norm(model: OrpoModel, max_norm: float) -> Tensor:
     limit = max_norm if max_norm > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-@torch.no_grad()
-def evaluate(
-    model: OrpoModel,
-    batches: Iterable[StepBatch],
-    beta: float,
-    device: torch.device,
-) -> SetFigures:
-    """The metrics of an evaluation set over all ranks, and the scores of its pairs.
-
-    Args:
-        model: left in training mode.
-        batches: this rank's share of the set.
-        beta: weight of the odds-ratio term.
-        device: of this rank.
-    """
-    sums = torch.zeros(N_SUMS, dtype=torch.float64, device=device)
-    scores = PairScores()
-    model.eval()
-    for batch in batches:
-        scale = loss_scale(batch, beta)
-        for row in batch.rows:
-            output = model(Microbatch(row, device), scale)
-            sums += output.sums
-            scores.add(row, output)
-    model.train()
-    dist.all_reduce(sums)
-    return SetFigures(sums, scores.gather())
 
 
 def _non_finite(trainee: Trainee, batch: StepBatch, scale: LossScale) -> NonFiniteError:

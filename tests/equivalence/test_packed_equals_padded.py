@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from orpo_ray.dataset.packing import pack
+from orpo_ray.models.microbatch import Microbatch
+from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.objective.metrics import OrpoWeights, metrics_from_sums
-from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.model import OrpoModel
 from tests.reference.models import MIXTURES, odd_groups, tiny_model
 from tests.reference.padded import Reference, reference_orpo
 

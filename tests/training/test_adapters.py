@@ -10,8 +10,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from orpo_ray.config.sections import ModelSection
+from orpo_ray.models.adapters import add_adapters
 from orpo_ray.pretrained import UnsupportedModelError
-from orpo_ray.training.adapters import add_adapters
 from tests.distributed import run_ranks
 from tests.reference.models import tiny_model
 from tests.training.small_run import metrics_without_times, train_small

@@ -9,15 +9,15 @@ from torch import library
 from torch.nn.attention.flex_attention import create_block_mask
 
 from orpo_ray.dataset.packing import GroupSpan, pack
+from orpo_ray.models.attention.flex import flex, packed_block_mask, seen_blocks
+from orpo_ray.models.attention.interface import by_segment
+from orpo_ray.models.attention.kernels import Circumstances, choose_kernel, circumstances
+from orpo_ray.models.attention.layout import PackedLayout, Scores
+from orpo_ray.models.attention.varlen import flash_attn, varlen
+from orpo_ray.models.microbatch import Microbatch
+from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.pretrained import UnsupportedModelError
-from orpo_ray.training.attention import by_segment
-from orpo_ray.training.flex import flex, packed_block_mask, seen_blocks
-from orpo_ray.training.kernels import Circumstances, choose_kernel, circumstances
-from orpo_ray.training.layout import PackedLayout, Scores
-from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.model import OrpoModel
-from orpo_ray.training.varlen import flash_attn, varlen
 from tests.reference.models import odd_groups, tiny_model
 
 H100 = Circumstances(

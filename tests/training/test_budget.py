@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.models.build import build_model
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.training.budget import (
     Measured,
@@ -20,7 +21,6 @@ from orpo_ray.training.budget import (
 )
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-from orpo_ray.training.sharding import build_model
 from orpo_ray.training.step import Trainee
 from tests.distributed import run_ranks
 from tests.training.small_run import metrics_without_times, token_stream, train_small

@@ -5,10 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from orpo_ray.dataset.packing import GroupSpan, pack
+from orpo_ray.models.microbatch import Microbatch
+from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.training.flops import Work, matmul_rate, seen_keys
-from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.model import OrpoModel
 from tests.reference.models import odd_groups, tiny_model
 
 

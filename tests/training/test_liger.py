@@ -9,11 +9,11 @@ from transformers.models.llama import modeling_llama
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.packing import pack
+from orpo_ray.models.build import build_model
+from orpo_ray.models.liger import patch
+from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.objective.head import LossScale
 from orpo_ray.pretrained import UnsupportedModelError
-from orpo_ray.training.liger import patch
-from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.sharding import build_model
 from tests.distributed import run_ranks
 from tests.reference.models import odd_groups, tiny_model
 

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.packing import pack
+from orpo_ray.models.build import build_model, build_quantized
+from orpo_ray.models.export import export_model
+from orpo_ray.models.microbatch import Microbatch
+from orpo_ray.models.quantized import quantized_text
 from orpo_ray.objective.head import LossScale
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_model_config
-from orpo_ray.training.export import export_model
 from orpo_ray.training.flops import Work
-from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.quantized import quantized_text
-from orpo_ray.training.sharding import build_model, build_quantized
 from tests.distributed import run_ranks
 from tests.reference.models import odd_groups
 

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.models.build import build_model
 from orpo_ray.training.samples import SamplePrompt, Sampler
-from orpo_ray.training.sharding import build_model
 from tests.distributed import run_ranks
 from tests.reference.models import VOCABULARY, tiny_model
 

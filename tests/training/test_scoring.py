@@ -8,7 +8,7 @@ import torch
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.preference.groups import PromptGroup
-from orpo_ray.training.pair_scores import SCHEMA
+from orpo_ray.training.evaluation import SCHEMA
 from orpo_ray.training.scoring import PairScorer
 from tests.reference.models import odd_groups, tiny_model
 from tests.reference.padded import reference_orpo

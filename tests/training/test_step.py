@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.packing import pack
+from orpo_ray.models.build import build_model
+from orpo_ray.models.microbatch import Microbatch
+from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.training.errors import MicrobatchTooLargeError
-from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.model import OrpoModel
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-from orpo_ray.training.sharding import build_model
 from orpo_ray.training.step import Trainee, train_step
 from tests.distributed import run_ranks
 from tests.reference.models import odd_groups, tiny_model

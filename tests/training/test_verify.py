@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.training.sharding import build_model
-from orpo_ray.training.verify import COMPARED, settle_attention
+from orpo_ray.models.build import build_model
+from orpo_ray.models.packing_check import COMPARED, settle_attention
 from tests.distributed import run_ranks
 from tests.equivalence.test_packed_equals_padded import FAMILIES
 from tests.reference.models import tiny_model

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from orpo_ray.training.flex import block_mask, flex
-from orpo_ray.training.kernels import Kernel
-from orpo_ray.training.layout import PackedLayout, Scores, Segment
-from orpo_ray.training.varlen import flash_attn, varlen
+from orpo_ray.models.attention.flex import block_mask, flex
+from orpo_ray.models.attention.kernels import Kernel
+from orpo_ray.models.attention.layout import PackedLayout, Scores, Segment
+from orpo_ray.models.attention.varlen import flash_attn, varlen
 
 PACKED_ATTENTION = "orpo_ray_packed"
 # What decoders pass along that changes nothing here.

@@ -1,11 +1,11 @@
-"""What goes into `metrics.jsonl`: the figures since the last logged step; in training workers."""
+"""What a step is measured by: lines of `metrics.jsonl`, the margin of every pair; in workers."""
 
 import contextlib
 import math
 import statistics
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.preference.groups import RowId
 from orpo_ray.runs.files import PARTS, SECONDS, RunFiles
 from orpo_ray.training.flops import Work
 from orpo_ray.training.job import Report
@@ -136,3 +137,50 @@ class StepLog:
         self.files.metrics(line | seconds)
         if self.files.is_writer:
             self.watch(line | seconds)
+
+
+PairMargins = tuple[tuple[RowId, ...], Tensor]
+"""Pairs of one microbatch, and log-probability of the chosen answer less that of the rejected."""
+
+
+class MarginLog:
+    """Keeps margins on the device until they are written to `margins.jsonl`, many steps at once.
+
+    Args:
+        files: of the run directory.
+    """
+
+    def __init__(self, files: RunFiles) -> None:
+        self._files = files
+        self._steps: list[tuple[int, tuple[RowId, ...]]] = []
+        self._parts: list[tuple[int, PairMargins]] = []
+
+    def add(self, step: int, rows: tuple[RowId, ...], margins: Sequence[PairMargins]) -> None:
+        """Take up a step.
+
+        Args:
+            step: optimizer steps done, this one included.
+            rows: of the global batch, in the order in which they are written.
+            margins: this rank's share.
+        """
+        self._steps.append((step, rows))
+        self._parts += [(step, part) for part in margins if part[0]]
+
+    def flush(self) -> None:
+        """Write what was added since the last time; a collective and one wait for the device."""
+        if not self._steps:
+            return
+        tensors = [margins for _, (_, margins) in self._parts]
+        figures = torch.cat(tensors).tolist() if tensors else []
+        keys = [(step, row_id) for step, (row_ids, _) in self._parts for row_id in row_ids]
+        mine = list(zip(keys, figures, strict=True))
+        everywhere = [mine] * dist.get_world_size() if self._files.is_writer else None
+        dist.gather_object(mine, everywhere)
+        if everywhere is not None:
+            found: defaultdict[tuple[int, RowId], list[float]] = defaultdict(list)
+            for part in everywhere:
+                for key, figure in part:
+                    found[key].append(figure)
+            for step, rows in self._steps:
+                self._files.margins(step, [found[step, row_id].pop(0) for row_id in rows])
+        self._steps, self._parts = [], []

@@ -7,13 +7,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from orpo_ray.models.attention.interface import PACKED_ATTENTION, prepare
+from orpo_ray.models.attention.kernels import Kernel, sliding_windows
+from orpo_ray.models.microbatch import Microbatch, pad_rows
 from orpo_ray.objective.head import HeadOutput, LossScale, orpo_head
 from orpo_ray.objective.metrics import N_SUMS, batch_sums
 from orpo_ray.objective.router import router_loss
-from orpo_ray.training.attention import PACKED_ATTENTION, prepare
-from orpo_ray.training.kernels import Kernel, sliding_windows
-from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.padded import pad_rows
 
 AttentionPath = Literal["packed", "padded"]
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from orpo_ray.training.layout import GatheredKeys, PackedLayout, Scores
+from orpo_ray.models.attention.layout import GatheredKeys, PackedLayout, Scores
 
 Heads = Float[Tensor, "1 heads tokens width"]
 KeyHeads = Float[Tensor, "1 kv_heads tokens width"]

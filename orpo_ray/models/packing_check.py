@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from orpo_ray.dataset.packing import PackedRow
 from orpo_ray.dataset.stream import TokenStream
+from orpo_ray.models.attention.interface import PackingNotSupportedError
+from orpo_ray.models.microbatch import Microbatch
+from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
-from orpo_ray.training.attention import PackingNotSupportedError
-from orpo_ray.training.microbatch import Microbatch
-from orpo_ray.training.model import OrpoModel
 
 # Families that the project's own tests compare with a padded float64 reference.
 COMPARED = frozenset(

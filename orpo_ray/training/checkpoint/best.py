@@ -1,18 +1,23 @@
-"""Which evaluation of a run is the best, and when to stop for want of a better one.
-
-Runs in training workers.
-"""
+"""Which evaluation is the best, when to stop for want of a better one, and what `final/` holds."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from orpo_ray.config.sections import TrainSection
+from orpo_ray.models.export import export_model
+from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.runs.files import FINAL, RunFiles, exported_step
+from orpo_ray.runs.manifest import checkpoint_directory, find_damage
+from orpo_ray.storage.mirror import fetch_folder
+from orpo_ray.training.checkpoint.saver import load_weights
 from orpo_ray.training.errors import EvaluationError
+from orpo_ray.training.job import TrainingJob
 
 _PREFIX = "eval_"
 
@@ -150,3 +155,51 @@ def _refuse_unknown(metric: str, known: Sequence[str]) -> None:
         raise EvaluationError(
             f"metric_for_best_model: the evaluations have no {metric}; known are {', '.join(known)}"
         )
+
+
+def write_final(
+    job: TrainingJob, model: OrpoModel, evaluations: Evaluations, files: RunFiles, step: int
+) -> None:
+    """Export the last model, or that of the best evaluation, unless an earlier attempt did.
+
+    Args:
+        job: of this rank; every rank has to call this.
+        model: as it is after the last step; afterwards it is the exported one.
+        evaluations: of the run.
+        files: of the run directory.
+        step: the last one.
+    """
+    choice = [_choose(evaluations, files, step) if files.is_writer else None]
+    dist.broadcast_object_list(choice)
+    exported = choice[0]
+    if exported is None:
+        return
+    if exported != step:
+        load_weights(job.run_directory, exported, model)
+    final = str(Path(job.run_directory, FINAL))
+    export_model(final, model, job.model, job.config.model, exported)
+    if evaluations.keep_best:
+        files.notice(evaluations.export_text(exported))
+
+
+def _choose(evaluations: Evaluations, files: RunFiles, step: int) -> int | None:
+    """The step whose model is to be exported, or None where it lies there already; on rank 0.
+
+    Where the best one's checkpoint is lost, it is the best of those that are there.
+    """
+    ranking = evaluations.ranking if evaluations.keep_best else ()
+    done = exported_step(files.directory / FINAL)
+    lost: str | None = None
+    for candidate in (*ranking, step):
+        damage = None
+        if candidate not in (step, done):
+            directory = fetch_folder(checkpoint_directory(files.directory, candidate))
+            damage = find_damage(directory)
+        if damage is None:
+            break
+        lost = lost or f"the checkpoint of the best evaluation, step {candidate}, is lost: {damage}"
+    if candidate == done:
+        return None
+    if lost:
+        files.event(lost, best_checkpoints_lost=1)
+    return candidate

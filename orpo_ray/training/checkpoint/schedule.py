@@ -12,8 +12,8 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.runs.manifest import checkpoint_directory, newest_checkpoint, read_manifest
 from orpo_ray.runs.resume import ResumeError, changed_settings, refuse_changes, settings_hash
-from orpo_ray.training.best import Evaluations
-from orpo_ray.training.checkpoint import CheckpointSaver, TrainState, load_checkpoint
+from orpo_ray.training.checkpoint.best import Evaluations
+from orpo_ray.training.checkpoint.saver import CheckpointSaver, TrainState, load_checkpoint
 from orpo_ray.training.step import Trainee
 
 # Seconds between two looks at a save under way and at notices of preemption.

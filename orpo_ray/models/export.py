@@ -10,11 +10,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedConfig
 
 from orpo_ray.config.sections import ModelSection
+from orpo_ray.models.adapters import save_adapters
+from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.pretrained import ModelSource, load_model, load_model_config, load_tokenizer
 from orpo_ray.runs.files import RECORD
 from orpo_ray.storage.mirror import publish, remove
-from orpo_ray.training.adapters import save_adapters
-from orpo_ray.training.model import OrpoModel
 
 
 def export_model(

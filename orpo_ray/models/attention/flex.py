@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from orpo_ray.training.layout import PackedLayout, Scores, Segment, to_device
+from orpo_ray.models.attention.layout import PackedLayout, Scores, Segment, to_device
 
 _BLOCK = 128
 _OPTIONS: Any = {"BACKEND": "TRITON"}  # also for short rows: never the kernel of decoding

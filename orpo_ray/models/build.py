@@ -18,6 +18,11 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.models.adapters import add_adapters
+from orpo_ray.models.attention.kernels import Kernel, choose_kernel, circumstances
+from orpo_ray.models.liger import use_liger_kernels
+from orpo_ray.models.orpo_model import AttentionPath, OrpoModel
+from orpo_ray.models.quantized import load_quantized, refuse_quantization
 from orpo_ray.pretrained import (
     ModelSource,
     UnsupportedModelError,
@@ -25,11 +30,6 @@ from orpo_ray.pretrained import (
     load_model,
     load_model_config,
 )
-from orpo_ray.training.adapters import add_adapters
-from orpo_ray.training.kernels import Kernel, choose_kernel, circumstances
-from orpo_ray.training.liger import use_liger_kernels
-from orpo_ray.training.model import AttentionPath, OrpoModel
-from orpo_ray.training.quantized import load_quantized, refuse_quantization
 
 # Settings under which logits are not `head(hidden)`; silently ignoring them would train wrongly.
 _UNKNOWN_HEADS = {"logit_scale": 1.0, "logits_scaling": 1.0}

@@ -1,0 +1,1 @@
+"""Attention over a packed row: its mask, the kernels, and their interface to transformers."""

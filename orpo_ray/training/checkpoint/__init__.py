@@ -1,0 +1,1 @@
+"""Checkpoints: how one is written, when, and which is the best."""
