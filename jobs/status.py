@@ -11,7 +11,7 @@ from orpo_ray.command_line import run_directory_job
 
 def action(directory: str, as_json: bool) -> None:
     """Print it; reads files only, and imports neither Ray nor torch."""
-    from orpo_ray.orchestration.status import show_status
+    from orpo_ray.reports.status import show_status
     from orpo_ray.storage.bucket import VIEWS, local
 
     show_status(local(directory, VIEWS), as_json)

@@ -8,14 +8,8 @@ from typing import Any
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.data_page import budget_lines, write_data_page
-from orpo_ray.orchestration.data_report import count_trained, save_report
 from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
-from orpo_ray.orchestration.model_card import write_model_card
-from orpo_ray.orchestration.progress import RunWatcher, write_or_say
-from orpo_ray.orchestration.run_curves import picture
-from orpo_ray.orchestration.run_report import REPORT, write_run_report
 from orpo_ray.orchestration.start import (
     make_console,
     run_directory_of,
@@ -26,6 +20,12 @@ from orpo_ray.orchestration.stop import STOPPED, stopping_on_sigterm
 from orpo_ray.orchestration.trackers import Trackers, refuse_missing
 from orpo_ray.orchestration.worker import evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
+from orpo_ray.reports.card import write_model_card
+from orpo_ray.reports.curves import picture
+from orpo_ray.reports.data import count_trained, save_report
+from orpo_ray.reports.data_page import budget_lines, write_data_page
+from orpo_ray.reports.live import RunWatcher, write_or_say
+from orpo_ray.reports.run import REPORT, write_run_report
 from orpo_ray.runs.files import CONFIG, DATA_REPORT, FINAL, count_events, read_metrics, summary
 from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.metrics import eval_prefixes, figure, set_name

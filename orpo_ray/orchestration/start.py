@@ -15,18 +15,13 @@ from orpo_ray.dataset.ingest import ingest
 from orpo_ray.dataset.request import TRAIN, IngestRequest
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.data_report import (
-    data_lines,
-    first_pair_lines,
-    refuse_bad_data,
-    write_data_report,
-)
 from orpo_ray.orchestration.exposure import exposure_warning
 from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits
+from orpo_ray.reports.data import data_lines, first_pair_lines, refuse_bad_data, write_data_report
 from orpo_ray.runs.files import CONFIG
 from orpo_ray.runs.resume import ResumeError, decisive_settings, newest_manifest, refuse_changes
 from orpo_ray.storage.bucket import local, make_folder

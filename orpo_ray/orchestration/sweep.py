@@ -31,8 +31,6 @@ from orpo_ray.orchestration.start import (
     start_run,
     with_run_name,
 )
-from orpo_ray.orchestration.sweep_progress import SweepWatcher, trial_text
-from orpo_ray.orchestration.sweep_report import write_sweep_report
 from orpo_ray.orchestration.trackers import refuse_missing
 from orpo_ray.orchestration.trial import (
     record_failure,
@@ -41,6 +39,8 @@ from orpo_ray.orchestration.trial import (
     trial_function,
 )
 from orpo_ray.preference.errors import DataError
+from orpo_ray.reports.live_sweep import SweepWatcher, trial_text
+from orpo_ray.reports.sweep import write_sweep_report
 from orpo_ray.runs.files import FINAL, TRIALS
 from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.mirror import TUNE_STATE, refresh, working_on

@@ -11,15 +11,10 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.ingest import LENGTHS
 from orpo_ray.dataset.pair_index import StatsOfPairs
 from orpo_ray.dataset.shards import Shard, TokenSet
-from orpo_ray.orchestration.data_report import (
-    count_trained,
-    data_lines,
-    refuse_bad_data,
-    write_data_report,
-)
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.templates import PairText
+from orpo_ray.reports.data import count_trained, data_lines, refuse_bad_data, write_data_report
 
 CONFIG = ORPOConfig(per_device_train_batch_size=2, max_bad_fraction=0.3)
 

@@ -23,13 +23,13 @@ from orpo_ray.dataset.request import IngestRequest
 from orpo_ray.dataset.shards import MANIFEST_NAME, TokenSet, read_shard
 from orpo_ray.dataset.tokenize import TokenizeSplit
 from orpo_ray.demo.model import CHAT_TEMPLATE, train_tokenizer
-from orpo_ray.orchestration.data_report import write_data_report
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.reading.readers import split_file
 from orpo_ray.preference.records import Reason, Record, normalise
 from orpo_ray.preference.templates import render
 from orpo_ray.preference.tokenization import Limits, PairTokenizer, TokenizedPair
+from orpo_ray.reports.data import write_data_report
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

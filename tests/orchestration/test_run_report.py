@@ -17,10 +17,9 @@ from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.orchestration.live_view import sparkline
-from orpo_ray.orchestration.model_card import write_model_card
-from orpo_ray.orchestration.progress import RunWatcher
-from orpo_ray.orchestration.run_report import write_run_report
+from orpo_ray.reports.card import write_model_card
+from orpo_ray.reports.live import RunWatcher, sparkline
+from orpo_ray.reports.run import write_run_report
 from orpo_ray.runs.files import RunFiles
 
 CONFIG = ORPOConfig(max_steps=60, model_name_or_path="<b>base</b>", beta=0.25)

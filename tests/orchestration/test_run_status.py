@@ -14,7 +14,7 @@ from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.orchestration.status import show_status, span
+from orpo_ray.reports.status import show_status, span
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.runs.lock import claimed, last_driver
 from orpo_ray.runs.manifest import checkpoint_directory, fingerprint, write_manifest

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.schema import SECTION_OF
-from orpo_ray.orchestration.page import make_axes, render_page, svg_of
+from orpo_ray.reports.page import make_axes, render_page, svg_of
 from orpo_ray.runs.sweep import Goal, Trial, table_rows
 
 REPORT = "sweep_report.html"

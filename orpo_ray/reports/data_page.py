@@ -8,13 +8,8 @@ from typing import Any
 import numpy as np
 
 from orpo_ray.dataset.shards import TokenSet
-from orpo_ray.orchestration.data_report import (
-    QUARANTINE,
-    Tally,
-    length_tallies,
-    source_label,
-)
-from orpo_ray.orchestration.page import make_axes, render_page, svg_of
+from orpo_ray.reports.data import QUARANTINE, Tally, length_tallies, source_label
+from orpo_ray.reports.page import make_axes, render_page, svg_of
 
 PAGE = "data_report.html"
 _EXAMPLES, _BINS = 3, 30

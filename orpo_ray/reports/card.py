@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from orpo_ray import __version__
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.orchestration.run_curves import CURVES
-from orpo_ray.orchestration.run_facts import HEADLINE, evaluations_until, facts, headline
+from orpo_ray.reports.curves import CURVES
+from orpo_ray.reports.run import HEADLINE, evaluations_until, facts, headline
 from orpo_ray.runs.files import FINAL, exported_step, read_metrics
 from orpo_ray.storage.mirror import publish
 

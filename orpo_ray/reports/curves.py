@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.orchestration.page import make_axes, svg_of
+from orpo_ray.reports.page import make_axes, svg_of
 from orpo_ray.runs.metrics import eval_prefixes, set_name
 
 CURVES = "curves.png"
