@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from claims import Curve, Curves, Point, all_claims, spread
-from orpo_ray.command_line import read_arguments
+from orpo_ray.cli import read_arguments
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.demo.model import make_demo_model
-from orpo_ray.orchestration.run import train
+from orpo_ray.orchestration.train import train
 from orpo_ray.runs.files import read_metrics
 from workload import pair_texts
 

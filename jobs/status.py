@@ -6,7 +6,7 @@ from pathlib import Path
 # `ray job submit --working-dir .` runs this file without installing the package.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from orpo_ray.command_line import run_directory_job
+from orpo_ray.cli import run_directory_job
 
 
 def action(directory: str, as_json: bool) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 # `ray job submit --working-dir .` runs this file without installing the package.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from orpo_ray.command_line import run_job
+from orpo_ray.cli import run_job
 from orpo_ray.config.schema import ORPOConfig
 
 
 def action(config: ORPOConfig) -> None:
     """Train; imports Ray and torch only once the config is known to be good."""
-    from orpo_ray.orchestration.run import train
+    from orpo_ray.orchestration.train import train
 
     train(config)
 

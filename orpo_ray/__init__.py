@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orpo_ray.config.schema import ConfigError, ORPOConfig
-    from orpo_ray.orchestration.run import TrainResult, prepare, train
-    from orpo_ray.orchestration.sweep import SweepResult, trainable, tune
+    from orpo_ray.orchestration.sweep.tune import SweepResult, trainable, tune
+    from orpo_ray.orchestration.train import TrainResult, prepare, train
     from orpo_ray.orchestration.trainer import ORPOTrainer
     from orpo_ray.preference.errors import DataError
 
@@ -31,12 +31,12 @@ _HOME = {
     "DataError": "orpo_ray.preference.errors",
     "ORPOConfig": "orpo_ray.config.schema",
     "ORPOTrainer": "orpo_ray.orchestration.trainer",
-    "SweepResult": "orpo_ray.orchestration.sweep",
-    "TrainResult": "orpo_ray.orchestration.run",
-    "prepare": "orpo_ray.orchestration.run",
-    "train": "orpo_ray.orchestration.run",
-    "trainable": "orpo_ray.orchestration.sweep",
-    "tune": "orpo_ray.orchestration.sweep",
+    "SweepResult": "orpo_ray.orchestration.sweep.tune",
+    "TrainResult": "orpo_ray.orchestration.train",
+    "prepare": "orpo_ray.orchestration.train",
+    "train": "orpo_ray.orchestration.train",
+    "trainable": "orpo_ray.orchestration.sweep.tune",
+    "tune": "orpo_ray.orchestration.sweep.tune",
 }
 
 

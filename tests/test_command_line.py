@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from orpo_ray.command_line import read_arguments
+from orpo_ray.cli import read_arguments
 from orpo_ray.config.schema import SECTION_OF, ORPOConfig
 from tests.conftest import ROOT
 

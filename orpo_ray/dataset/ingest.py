@@ -19,7 +19,7 @@ from orpo_ray.dataset.regroup import dropped_pairs, rewritten, stats_of
 from orpo_ray.dataset.request import IngestRequest
 from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.dataset.tokenize import DONE, QUARANTINE, SplitFile, TokenizeSplit, make_folders
-from orpo_ray.orchestration.data_tasks import each
+from orpo_ray.orchestration.tasks import each
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.sources import identity
 from orpo_ray.storage.mirror import fetch_once, publish, remove, sizes

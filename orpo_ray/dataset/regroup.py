@@ -13,7 +13,7 @@ from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.request import IngestRequest
 from orpo_ray.dataset.shards import Shard, read_shard, write_shard
 from orpo_ray.dataset.tokenize import QUARANTINE
-from orpo_ray.orchestration.data_tasks import each
+from orpo_ray.orchestration.tasks import each
 from orpo_ray.preference.groups import PromptGroup, merge_groups
 from orpo_ray.preference.records import Reason
 from orpo_ray.storage.mirror import publish

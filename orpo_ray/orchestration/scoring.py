@@ -12,7 +12,7 @@ from ray.data import ActorPoolStrategy
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.shards import TokenSet, read_shard
-from orpo_ray.orchestration.data_tasks import each
+from orpo_ray.orchestration.tasks import each
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.storage.bucket import make_folder
 from orpo_ray.storage.mirror import fetch_folder, publish, remove

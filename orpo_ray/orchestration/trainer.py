@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.config.sections import DataSource
 from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
-from orpo_ray.orchestration.run import TrainResult, evaluate, train
 from orpo_ray.orchestration.start import run_directory_of
+from orpo_ray.orchestration.train import TrainResult, evaluate, train
 from orpo_ray.preference.reading.sources import find_files
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.files import FINAL

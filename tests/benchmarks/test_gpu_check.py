@@ -12,7 +12,7 @@ IMPORTS = """
 import importlib, pkgutil, sys
 sys.path[:0] = sys.argv[1:]
 import orpo_ray
-above = ("orpo_ray.orchestration", "orpo_ray.command_line")
+above = ("orpo_ray.orchestration", "orpo_ray.cli")
 for module in pkgutil.walk_packages(orpo_ray.__path__, "orpo_ray."):
     if not module.name.startswith(above):
         importlib.import_module(module.name)

@@ -194,7 +194,7 @@ def test_the_entrypoint_is_a_command_of_the_project_with_a_config_it_takes(name,
 
 
 def test_what_is_searched_are_settings_with_domains(tmp_path):
-    from orpo_ray.orchestration.search_space import search_space
+    from orpo_ray.orchestration.sweep.search_space import search_space
 
     assert search_space(config_of("rayjob-tune.yaml", tmp_path)).keys() == {"beta", "learning_rate"}
 

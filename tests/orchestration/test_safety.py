@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.demo.model import make_demo_model
-from orpo_ray.orchestration.evaluation import evaluate_model
+from orpo_ray.orchestration.evaluate import evaluate_model
 from orpo_ray.orchestration.exposure import asks_for_token, reachable_addresses
 from orpo_ray.orchestration.inputs import find_inputs
 from orpo_ray.preference.errors import DataError

@@ -4,8 +4,8 @@ import pytest
 from ray.tune.search.sample import Categorical, Float, Integer
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.orchestration.search_space import search_space
-from orpo_ray.orchestration.trial import trial_config
+from orpo_ray.orchestration.sweep.search_space import search_space
+from orpo_ray.orchestration.sweep.trial import trial_config
 
 
 def space(**search):

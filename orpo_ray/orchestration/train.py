@@ -1,14 +1,17 @@
 """The commands' one function each: from a config to a trained model; on the driver."""
 
-from contextlib import closing
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.fit import Fit
 from orpo_ray.orchestration.inputs import RunInputs
 from orpo_ray.orchestration.start import (
     make_console,
@@ -16,9 +19,8 @@ from orpo_ray.orchestration.start import (
     start_run,
     with_run_name,
 )
-from orpo_ray.orchestration.stop import STOPPED, stopping_on_sigterm
 from orpo_ray.orchestration.trackers import Trackers, refuse_missing
-from orpo_ray.orchestration.worker import evaluate_worker, train_worker
+from orpo_ray.orchestration.workers import Fit, evaluate_worker, train_worker
 from orpo_ray.preference.errors import DataError
 from orpo_ray.reports.card import write_model_card
 from orpo_ray.reports.curves import picture
@@ -26,12 +28,45 @@ from orpo_ray.reports.data import count_trained, save_report
 from orpo_ray.reports.data_page import budget_lines, write_data_page
 from orpo_ray.reports.live import RunWatcher, write_or_say
 from orpo_ray.reports.run import REPORT, write_run_report
-from orpo_ray.runs.files import CONFIG, DATA_REPORT, FINAL, count_events, read_metrics, summary
+from orpo_ray.runs.files import (
+    CONFIG,
+    DATA_REPORT,
+    FINAL,
+    STOP,
+    count_events,
+    read_metrics,
+    summary,
+)
 from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.metrics import eval_prefixes, figure, set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.suspects import SUSPECTS, write_suspects
 from orpo_ray.storage.bucket import address, local
+from orpo_ray.storage.mirror import remove
+
+STOPPED = 128 + signal.SIGTERM  # the exit code of a process that ended on this signal
+
+
+@contextmanager
+def stopping_on_sigterm(run_directory: Path) -> Iterator[None]:
+    """Let SIGTERM (of `ray job stop`, of a pod that ends) ask the workers to save and to stop.
+
+    Outside the main thread signals cannot be handled, and nothing is done.
+
+    Args:
+        run_directory: where the workers look for the request.
+    """
+    request = run_directory / STOP
+    remove(request)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: request.touch())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        remove(request)
 
 
 @dataclass(frozen=True)

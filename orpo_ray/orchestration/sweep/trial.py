@@ -15,10 +15,9 @@ from rich.console import Console
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.cluster import set_aside_broken_snapshot
-from orpo_ray.orchestration.fit import Fit, TrainingError
 from orpo_ray.orchestration.start import Start, make_console, start_run
 from orpo_ray.orchestration.trackers import Trackers
-from orpo_ray.orchestration.worker import train_worker
+from orpo_ray.orchestration.workers import Fit, TrainingError, train_worker
 from orpo_ray.preference.errors import DataError
 from orpo_ray.reports.card import write_model_card
 from orpo_ray.reports.live import RunWatcher

@@ -23,7 +23,6 @@ from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.search_space import search_space
 from orpo_ray.orchestration.start import (
     Start,
     make_console,
@@ -31,13 +30,14 @@ from orpo_ray.orchestration.start import (
     start_run,
     with_run_name,
 )
-from orpo_ray.orchestration.trackers import refuse_missing
-from orpo_ray.orchestration.trial import (
+from orpo_ray.orchestration.sweep.search_space import search_space
+from orpo_ray.orchestration.sweep.trial import (
     record_failure,
     run_trial,
     trial_config,
     trial_function,
 )
+from orpo_ray.orchestration.trackers import refuse_missing
 from orpo_ray.preference.errors import DataError
 from orpo_ray.reports.live_sweep import SweepWatcher, trial_text
 from orpo_ray.reports.sweep import write_sweep_report
