@@ -80,6 +80,7 @@ def with_ray(pairs: Path, tokenizer_folder: str, cache: Path, shard_rows: int) -
     """Ingest the same file; returns the rows that were kept."""
     from orpo_ray.dataset.ingest import ingest
     from orpo_ray.dataset.request import IngestRequest
+    from orpo_ray.orchestration.tasks import map_tasks
     from orpo_ray.preference.tokenization import Limits
 
     request = IngestRequest(
@@ -90,7 +91,7 @@ def with_ray(pairs: Path, tokenizer_folder: str, cache: Path, shard_rows: int) -
         shard_rows=shard_rows,
         cache_directory=str(cache),
     )
-    return int(ingest(request).report["rows_kept"])
+    return int(ingest(request, map_tasks).report["rows_kept"])
 
 
 def timed(work: Callable[[], int], n_rows: int) -> float:

@@ -3,14 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from orpo_ray.version import __version__
+
 if TYPE_CHECKING:
     from orpo_ray.config.schema import ConfigError, ORPOConfig
     from orpo_ray.orchestration.sweep.tune import SweepResult, trainable, tune
     from orpo_ray.orchestration.train import TrainResult, prepare, train
     from orpo_ray.orchestration.trainer import ORPOTrainer
     from orpo_ray.preference.errors import DataError
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ConfigError",
@@ -19,6 +19,7 @@ __all__ = [
     "ORPOTrainer",
     "SweepResult",
     "TrainResult",
+    "__version__",
     "prepare",
     "train",
     "trainable",

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed import run_ranks
+from tests.reference.small_run import make_inputs, train_small
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # read when TRL's ORPO, an oracle, is imported
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -117,4 +120,20 @@ def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
             check=False,
         )
 
+    return run
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """A small model and its token set; nothing writes into it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run(inputs: Path, tmp_path_factory) -> Path:
+    """24 steps on two ranks, never interrupted; nothing writes into it."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    run_ranks(2, train_small, inputs, run, {})
     return run

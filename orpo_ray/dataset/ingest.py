@@ -1,4 +1,4 @@
-"""Ingest: files of pairs to token shards with Ray Data; on the driver, reading in data tasks.
+"""Ingest: files of pairs to token shards; on the driver, reading in data tasks.
 
 A data task reads one split of a file and writes its own token shards, named by file and row, so
 no token passes through the driver, a shard that is there is not written again, and the order of
@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ import numpy as np
 import xxhash
 
 from orpo_ray.dataset.regroup import dropped_pairs, rewritten, stats_of
-from orpo_ray.dataset.request import IngestRequest
+from orpo_ray.dataset.request import IngestRequest, MapTasks
 from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.dataset.tokenize import DONE, QUARANTINE, SplitFile, TokenizeSplit, make_folders
-from orpo_ray.orchestration.tasks import each
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.sources import identity
 from orpo_ray.storage.mirror import fetch_once, publish, remove, sizes
@@ -34,8 +34,12 @@ _COUNTS = (
 )
 
 
-def ingest(request: IngestRequest) -> TokenSet:
+def ingest(request: IngestRequest, map_tasks: MapTasks) -> TokenSet:
     """Tokenize the files, or find them tokenized already.
+
+    Args:
+        request: what decides the tokens.
+        map_tasks: runs the tasks that read files and write shards.
 
     Raises:
         DataError: for files that cannot be read.
@@ -44,7 +48,7 @@ def ingest(request: IngestRequest) -> TokenSet:
     found = TokenSet.load(str(directory))
     if found is None:
         make_folders(str(directory))
-        found = _gathered(request, str(directory), _run_tasks(request, str(directory)))
+        found = _gathered(request, str(directory), map_tasks)
         found.save()
         remove(directory / DONE)
         kept = {shard.name for shard in (*found.shards, *found.held_out)}
@@ -70,25 +74,24 @@ def _cache_key(request: IngestRequest) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, default=str).encode())
 
 
-def _run_tasks(request: IngestRequest, directory: str) -> list[dict[str, Any]]:
-    """Read all files with Ray Data; returns a summary of every shard in source order.
+def _run_tasks(request: IngestRequest, directory: str, map_tasks: MapTasks) -> list[dict[str, Any]]:
+    """Read all files; returns a summary of every shard in source order.
 
     Raises:
         DataError: with what is wrong with each file that cannot be read.
     """
     files = [{"source": source, "path": path} for source, path in enumerate(request.files)]
-    splits = each(files, SplitFile(request.shard_rows))
-    answers = each(splits, TokenizeSplit(request, directory))
+    splits = map_tasks(files, SplitFile(request.shard_rows))
+    answers = map_tasks(splits, TokenizeSplit(request, directory))
     problems = [line for answer in answers for line in answer.get("problems", ())]
     if problems:
         raise DataError(sorted(set(problems)))
     return sorted(answers, key=lambda summary: (summary["source"], summary["first_row"]))
 
 
-def _gathered(
-    request: IngestRequest, directory: str, summaries: Sequence[dict[str, Any]]
-) -> TokenSet:
+def _gathered(request: IngestRequest, directory: str, map_tasks: MapTasks) -> TokenSet:
     """The token set of all shards, with the counts of every source."""
+    summaries = _run_tasks(request, directory, map_tasks)
     dropped = dropped_pairs(request, directory, summaries)
     shards = {
         part: tuple(Shard(**s[part]) for s in summaries if s[part])
@@ -97,8 +100,9 @@ def _gathered(
     longest: Any = max((s["longest_group_tokens"] for s in summaries), default=0)
     some_dropped = any(mask.any() for mask in dropped)
     if request.group_by_prompt or some_dropped:
-        shards["shard"], longest = rewritten(request, directory, summaries, dropped, "shard")
-        shards["held_shard"], _ = rewritten(request, directory, summaries, dropped, "held_shard")
+        again = partial(rewritten, request, directory, summaries, dropped, map_tasks=map_tasks)
+        shards["shard"], longest = again("shard")
+        shards["held_shard"], _ = again("held_shard")
     figures: dict[str, Any] = {"pairs_read": sum(len(mask) for mask in dropped)}
     figures |= _length_figures(directory, summaries, dropped, request.limits.max_length)
     by_source = {

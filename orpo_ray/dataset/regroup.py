@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from orpo_ray.dataset.pair_index import PairStats
-from orpo_ray.dataset.request import IngestRequest
+from orpo_ray.dataset.request import IngestRequest, MapTasks
 from orpo_ray.dataset.shards import Shard, read_shard, write_shard
 from orpo_ray.dataset.tokenize import QUARANTINE
-from orpo_ray.orchestration.tasks import each
 from orpo_ray.preference.groups import PromptGroup, merge_groups
 from orpo_ray.preference.records import Reason
 from orpo_ray.storage.mirror import publish
@@ -46,7 +45,7 @@ def by_prompt(pairs: Iterable[tuple[int, Place]]) -> Iterable[list[Place]]:
 
 
 def rewrite(
-    directory: str, parts: Sequence[NewShards], shard_groups: int
+    directory: str, parts: Sequence[NewShards], shard_groups: int, map_tasks: MapTasks
 ) -> tuple[tuple[Shard, ...], int]:
     """Write new shards beside the old ones.
 
@@ -54,6 +53,7 @@ def rewrite(
         directory: of the token set.
         parts: in order.
         shard_groups: groups of a new shard.
+        map_tasks: runs the tasks that write.
 
     Returns:
         The new shards in order, and the tokens of the longest group.
@@ -65,7 +65,7 @@ def rewrite(
             name = f"{part.name}-{len(items):06d}"
             item = {"name": name, "source": part.source, "members": members}
             items.append(item | {"number": len(items)})
-    answers = sorted(each(items, _MergeGroups(directory)), key=lambda answer: answer["number"])
+    answers = sorted(map_tasks(items, _MergeGroups(directory)), key=lambda answer: answer["number"])
     shards = tuple(Shard(**answer["shard"]) for answer in answers)
     return shards, max((answer["longest_group_tokens"] for answer in answers), default=0)
 
@@ -189,6 +189,7 @@ def rewritten(
     summaries: Sequence[Mapping[str, Any]],
     dropped: Sequence[Any],
     part: str,
+    map_tasks: MapTasks,
 ) -> tuple[tuple[Shard, ...], int]:
     """Shards of one part of the set without the pairs that are left out, of prompts if wanted.
 
@@ -204,4 +205,4 @@ def rewritten(
         for source, _, place in places:
             kept.setdefault(source, []).append([place])
         parts = [NewShards(f"{part}-kept", source, kept[source]) for source in sorted(kept)]
-    return rewrite(directory, parts, request.shard_rows)
+    return rewrite(directory, parts, request.shard_rows, map_tasks)

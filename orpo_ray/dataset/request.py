@@ -2,12 +2,20 @@
 
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
 from orpo_ray.pretrained import ModelSource, load_tokenizer
+
+MapTasks = Callable[[list[dict[str, Any]], Any], list[dict[str, Any]]]
+"""Runs `work({"item": JSON})`, which gives a list of such rows, on each of some small descriptions.
+
+With Ray Data it is `orchestration.tasks.map_tasks`.
+"""
 
 TRAIN = "train"
 """The name of the training pairs' token set; evaluation sets have names of their own."""

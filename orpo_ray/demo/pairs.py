@@ -9,7 +9,7 @@ better of two drafts, not a perfect one, as in data that people rate.
 0.52 of the time, and among chosen drafts those that meet one requirement are likelier than those
 that meet two or three. NLL on chosen answers learns these frequencies, so it prefers the common
 draft to the good one, however long it trains; learnt perfectly, they order 0.73 of the pairs
-(`tests/preference/test_demo_pairs.py` derives both numbers), and hardly any pair by a margin.
+(`tests/demo/test_pairs.py` derives both numbers), and hardly any pair by a margin.
 Which of two drafts is better is said by the comparison alone, and only the odds-ratio term reads
 it. That is why `beta=0` on the same pairs learns the language and little of the preference.
 

@@ -12,7 +12,7 @@ from ray.data import ActorPoolStrategy
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.shards import TokenSet, read_shard
-from orpo_ray.orchestration.tasks import each
+from orpo_ray.orchestration.tasks import map_tasks
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.storage.bucket import make_folder
 from orpo_ray.storage.mirror import fetch_folder, publish, remove
@@ -82,7 +82,7 @@ def score_token_set(
         for number, (shard, first) in enumerate(stretches)
     ]
     resources = dict(config.ray.resources_per_worker or {})
-    found = each(
+    found = map_tasks(
         items,
         _ScoreGroups,
         fn_constructor_args=(config, model, tokens, str(folder)),

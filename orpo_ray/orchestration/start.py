@@ -18,6 +18,7 @@ from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.exposure import exposure_warning
 from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
+from orpo_ray.orchestration.tasks import map_tasks
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits
@@ -144,7 +145,7 @@ def _ingest_all(
     """The token set of every data set, by its name in the feed; the training set comes first."""
     data = config.data
     evals = {
-        name: ingest(_request(config, inputs, sources, output_directory))
+        name: ingest(_request(config, inputs, sources, output_directory), map_tasks)
         for name, sources in inputs.eval_files.items()
     }
     if only_evals:
@@ -156,7 +157,7 @@ def _ingest_all(
         drop_duplicates=data.drop_duplicates,
         other_sets=tuple(t.directory for t in evals.values()) if data.drop_overlap else (),
     )
-    train = ingest(request)
+    train = ingest(request, map_tasks)
     if data.val_set_size:
         free = [name for name in ("eval_", "eval_held_out_", "eval_val_set_") if name not in evals]
         evals[free[0]] = _held_out(train)

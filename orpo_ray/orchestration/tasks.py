@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 
-def each(items: list[dict[str, Any]], work: Any, **how: Any) -> list[dict[str, Any]]:
-    """Apply `work` to every item in a data task of its own; items and answers travel as JSON.
+def map_tasks(items: list[dict[str, Any]], work: Any, **how: Any) -> list[dict[str, Any]]:
+    """Apply `work` to every item in a Ray Data task of its own; items and answers are JSON.
 
     An error of `work` is raised here as it was raised there.
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from orpo_ray import __version__
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.reports.curves import CURVES
 from orpo_ray.reports.run import HEADLINE, evaluations_until, facts, headline
 from orpo_ray.runs.files import FINAL, exported_step, read_metrics
 from orpo_ray.storage.mirror import publish
+from orpo_ray.version import __version__
 
 _CARD = """---
 {{ card_data }}

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from orpo_ray import __version__
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.request import TRAIN
@@ -41,6 +40,7 @@ from orpo_ray.runs.files import (
 from orpo_ray.runs.metrics import figure
 from orpo_ray.runs.suspects import first_suspects
 from orpo_ray.storage.bucket import address
+from orpo_ray.version import __version__
 
 # Metrics before and after, and their names in the table.
 HEADLINE = {

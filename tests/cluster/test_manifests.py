@@ -11,9 +11,9 @@ import pytest
 import ray
 import yaml
 
-from orpo_ray import __version__
 from orpo_ray.config.file import load_config
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.version import __version__
 from tests.cluster.manifests import (
     CLUSTER,
     PLAIN,

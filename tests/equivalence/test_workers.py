@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed import run_ranks
-from tests.training.small_run import make_inputs, metrics_without_times, train_small
+from tests.reference.small_run import make_inputs, metrics_without_times, train_small
 
 STEPS = {"max_steps": 8, "logging_steps": 1, "eval_steps": 4, "save_steps": 8}
 

@@ -15,7 +15,7 @@ from orpo_ray.runs.files import count_events
 from orpo_ray.storage.bucket import VIEWS, local
 from orpo_ray.storage.mirror import fetch_folder
 from tests.conftest import ROOT
-from tests.orchestration.test_run import figures_of, wait_for, workers
+from tests.orchestration.test_train import figures_of, wait_for, workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = ["train_files=s3://bucket/pairs.jsonl", "max_steps=90", "save_steps=5"]

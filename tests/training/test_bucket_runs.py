@@ -12,7 +12,7 @@ from orpo_ray.runs.manifest import find_damage, newest_checkpoint
 from orpo_ray.storage.bucket import WORKERS, local
 from orpo_ray.storage.mirror import fetch_folder
 from tests.distributed import run_ranks
-from tests.training.small_run import metrics_without_times, train_small
+from tests.reference.small_run import metrics_without_times, train_small
 from tests.training.test_loop import weights_digest
 
 

@@ -23,7 +23,7 @@ from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.step import Trainee
 from tests.distributed import run_ranks
-from tests.training.small_run import metrics_without_times, token_stream, train_small
+from tests.reference.small_run import metrics_without_times, token_stream, train_small
 
 
 def test_tokens_by_a_straight_line():

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from orpo_ray.dataset.shards import read_shard
 from orpo_ray.runs.files import count_events
 from tests.distributed import run_ranks
-from tests.training.small_run import metrics_without_times, token_stream, train_small
+from tests.reference.small_run import metrics_without_times, token_stream, train_small
 
 
 def weights_digest(run: Path) -> str:

@@ -21,7 +21,7 @@ from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.step import Trainee, train_step
 from tests.distributed import run_ranks
 from tests.reference.models import odd_groups, tiny_model
-from tests.training.small_run import make_inputs, token_stream
+from tests.reference.small_run import make_inputs, token_stream
 
 
 class CountReads(TorchDispatchMode):

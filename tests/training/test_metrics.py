@@ -13,7 +13,7 @@ from orpo_ray.dataset.shards import read_shard
 from orpo_ray.runs.files import PARTS, SECONDS, read_lines, read_metrics
 from orpo_ray.training.scoring import PairScorer
 from tests.distributed import run_ranks
-from tests.training.small_run import train_small
+from tests.reference.small_run import train_small
 
 
 def scores(folder: Path, model: Path) -> dict[tuple[int, int], dict[str, Any]]:

@@ -11,7 +11,7 @@ from orpo_ray.models.packing_check import COMPARED, settle_attention
 from tests.distributed import run_ranks
 from tests.equivalence.test_packed_equals_padded import FAMILIES
 from tests.reference.models import tiny_model
-from tests.training.small_run import make_inputs, token_stream
+from tests.reference.small_run import make_inputs, token_stream
 
 
 def settled(folder: Path, name: str) -> tuple[str, list[str]]:

@@ -12,7 +12,7 @@ from orpo_ray.runs.files import count_events, exported_step, summary
 from orpo_ray.training.checkpoint.best import Evaluations
 from orpo_ray.training.errors import EvaluationError
 from tests.distributed import run_ranks
-from tests.training.small_run import metrics_without_times, train_small
+from tests.reference.small_run import metrics_without_times, train_small
 from tests.training.test_loop import interrupted_copy, weights_digest
 
 # So high a rate first throws the model off and then lets it come back: the loss rises, then falls,

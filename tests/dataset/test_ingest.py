@@ -23,6 +23,7 @@ from orpo_ray.dataset.request import IngestRequest
 from orpo_ray.dataset.shards import MANIFEST_NAME, TokenSet, read_shard
 from orpo_ray.dataset.tokenize import TokenizeSplit
 from orpo_ray.demo.model import CHAT_TEMPLATE, train_tokenizer
+from orpo_ray.orchestration.tasks import map_tasks
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.reading.readers import split_file
@@ -135,7 +136,7 @@ def ingested(
         shard_rows=SHARD_ROWS,
         cache_directory=str(tmp_path_factory.mktemp("cache")),
     )
-    return Ingested(request, ingest(request))
+    return Ingested(request, ingest(request, map_tasks))
 
 
 def file_bytes(directory: str) -> dict[str, bytes]:
@@ -233,7 +234,7 @@ def test_every_refused_row_is_in_quarantine(ingested: Ingested, tmp_path: Path) 
 
 
 def test_the_same_files_give_the_same_bytes(ingested: Ingested, tmp_path: Path) -> None:
-    again = ingest(replace(ingested.request, cache_directory=str(tmp_path)))
+    again = ingest(replace(ingested.request, cache_directory=str(tmp_path)), map_tasks)
     assert again == replace(ingested.tokens, directory=again.directory)
     assert Path(again.directory).name == Path(ingested.tokens.directory).name
     old, new = file_bytes(ingested.tokens.directory), file_bytes(again.directory)
@@ -244,12 +245,12 @@ def test_the_same_files_give_the_same_bytes(ingested: Ingested, tmp_path: Path) 
 def test_an_ingest_that_died_before_its_manifest_is_done_again(
     ingested: Ingested, tmp_path: Path
 ) -> None:
-    first = ingest(replace(ingested.request, cache_directory=str(tmp_path)))
+    first = ingest(replace(ingested.request, cache_directory=str(tmp_path)), map_tasks)
     whole = file_bytes(first.directory)
     Path(first.directory, MANIFEST_NAME).unlink()
     Path(first.directory, first.shards[0].name).write_bytes(b"torn")
     Path(first.directory, first.shards[-1].name).unlink()
-    assert ingest(replace(ingested.request, cache_directory=str(tmp_path))) == first
+    assert ingest(replace(ingested.request, cache_directory=str(tmp_path)), map_tasks) == first
     assert file_bytes(first.directory) == whole
 
 
@@ -257,7 +258,7 @@ CACHED = """
 import json, pickle, sys
 from orpo_ray.dataset.regroup import load_keys
 from orpo_ray.dataset.ingest import ingest, nothing_usable
-tokens = ingest(pickle.loads(bytes.fromhex(sys.argv[1])))
+tokens = ingest(pickle.loads(bytes.fromhex(sys.argv[1])), None)  # no task is run
 print(json.dumps([tokens.directory, tokens.report, "ray" in sys.modules]))
 """
 
@@ -293,10 +294,10 @@ def test_what_changes_the_tokens_changes_the_key(
         replace(base, tokenizer=str(tmp_path / "template")),
         replace(base, tokenizer=str(tmp_path / "other")),
     ]
-    directories = [ingest(request).directory for request in requests]
-    assert ingest(base).directory == directories[0]
+    directories = [ingest(request, map_tasks).directory for request in requests]
+    assert ingest(base, map_tasks).directory == directories[0]
     (tmp_path / "rows.jsonl").write_text(json.dumps(text_row(2)) + "\n")
-    changed = ingest(base)
+    changed = ingest(base, map_tasks)
     assert len({*directories, changed.directory}) == len(requests) + 1
     assert changed.report["rows_kept"] == 1
 
@@ -321,7 +322,7 @@ def test_a_file_that_cannot_be_read_ends_the_ingest(
 ) -> None:
     """The data task's error reaches the driver as it is, and no token set exists."""
     with pytest.raises(DataError, match=name.replace(".", r"\.")) as caught:
-        ingest(request_for(ingested, tmp_path, name, content))
+        ingest(request_for(ingested, tmp_path, name, content), map_tasks)
     assert len(caught.value.lines) == 1
     assert list(tmp_path.rglob(MANIFEST_NAME)) == []
 
@@ -331,14 +332,16 @@ def test_when_every_row_is_refused_the_first_are_shown(ingested: Ingested, tmp_p
     request = request_for(ingested, tmp_path, "bad.jsonl", b"{\n\n" + b'{"prompt": "p"}\n' * 4)
     path = tmp_path / "bad.jsonl"
     for _ in range(2):
-        counts, *rows = nothing_usable(ingest(request))
+        counts, *rows = nothing_usable(ingest(request, map_tasks))
         assert counts == f"no usable row in {path}: 1 malformed_json, 4 missing_field"
         assert rows[0] == f"{path}:1: malformed_json: the line is no JSON"
         assert rows[1].startswith(f"{path}:3: missing_field: chosen is missing")
 
 
 def test_files_without_rows_are_refused(ingested: Ingested, tmp_path: Path) -> None:
-    (line,) = nothing_usable(ingest(request_for(ingested, tmp_path, "blank.jsonl", b"\n  \n")))
+    (line,) = nothing_usable(
+        ingest(request_for(ingested, tmp_path, "blank.jsonl", b"\n  \n"), map_tasks)
+    )
     assert line.endswith("the files hold no row")
 
 
@@ -348,7 +351,7 @@ def test_messages_without_a_template_are_refused(ingested: Ingested, tmp_path: P
     plain.save_pretrained(tmp_path / "plain")
     request = request_for(ingested, tmp_path, "chat.jsonl", json.dumps(chat_row(0)).encode())
     with pytest.raises(DataError, match="no chat template"):
-        ingest(replace(request, tokenizer=str(tmp_path / "plain")))
+        ingest(replace(request, tokenizer=str(tmp_path / "plain")), map_tasks)
 
 
 SURROGATE = chat_row(1) | {"chosen": [{"role": "assistant", "content": "half \ud83d"}]}
@@ -368,7 +371,7 @@ def test_a_row_that_cannot_be_rendered_or_encoded_costs_one_row(
     strict.save_pretrained(tmp_path / "strict")
     lines = "\n".join(map(json.dumps, [chat_row(0), row, chat_row(2)]))
     request = request_for(ingested, tmp_path, "chat.jsonl", lines.encode())
-    report = ingest(replace(request, tokenizer=str(tmp_path / "strict"))).report
+    report = ingest(replace(request, tokenizer=str(tmp_path / "strict")), map_tasks).report
     assert (report["rows_read"], report["rows_kept"], report["rows_refused"]) == (3, 2, 1)
 
 
@@ -396,9 +399,9 @@ def test_pairs_of_one_prompt_become_one_group_wherever_they_stand(
         tmp_path,
         shard_rows=2,
     )
-    apart = Ingested(request, ingest(request)).groups()
+    apart = Ingested(request, ingest(request, map_tasks)).groups()
     grouped = replace(request, group_by_prompt=True)
-    result = Ingested(grouped, ingest(grouped))
+    result = Ingested(grouped, ingest(grouped, map_tasks))
     together = result.groups()
     assert [len(group.pairs) for group in together] == [5, 5, 4]
     assert [len(group.completions) for group in together] == [3, 3, 3]
@@ -466,7 +469,7 @@ def test_a_held_out_share_is_split_by_prompt(tokenizer_folder: str, tmp_path: Pa
         val_set_size=0.3,
     )
     for grouped in (False, True):
-        tokens = ingest(replace(request, group_by_prompt=grouped))
+        tokens = ingest(replace(request, group_by_prompt=grouped), map_tasks)
         trained, held = prompts(tokens), prompts(tokens, held=True)
         assert len(trained) + len(held) == 120
         assert not set(trained) & set(held)
@@ -475,7 +478,7 @@ def test_a_held_out_share_is_split_by_prompt(tokenizer_folder: str, tmp_path: Pa
         assert (report["rows_kept"], report["rows_held_out"]) == (len(trained), len(held))
         assert report["rows_read"] == 120 == report["rows_kept"] + report["rows_held_out"]
         assert report["tokens"] == sum(shard.n_tokens for shard in tokens.shards)
-    again = ingest(replace(request, shard_rows=50))
+    again = ingest(replace(request, shard_rows=50), map_tasks)
     assert set(prompts(again, held=True)) == set(held)
 
 
@@ -486,9 +489,9 @@ def test_repeated_pairs_are_counted_and_dropped_where_asked(
     rows = [text_row(i) for i in range(10)]
     files = (write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[5:]))
     request = request_of(files, tokenizer_folder, tmp_path, shard_rows=4)
-    kept = ingest(request)
+    kept = ingest(request, map_tasks)
     assert (kept.n_pairs, kept.report["duplicate_pairs"]) == (15, 5)
-    dropped = ingest(replace(request, drop_duplicates=True))
+    dropped = ingest(replace(request, drop_duplicates=True), map_tasks)
     assert (dropped.n_pairs, dropped.report["duplicate_pairs"]) == (10, 5)
     assert dropped.report["refused"] == {"duplicate": 5}
     parts = dropped.report["sources"].values()
@@ -508,13 +511,13 @@ def test_prompts_of_another_set_are_dropped_where_asked(
     request = request_of(
         (write_rows(tmp_path / "eval.jsonl", others),), tokenizer_folder, tmp_path, shard_rows=4
     )
-    evals = ingest(request)
+    evals = ingest(request, map_tasks)
     train = replace(request, files=(write_rows(tmp_path / "train.jsonl", rows),))
-    tokens = ingest(replace(train, other_sets=(evals.directory,)))
+    tokens = ingest(replace(train, other_sets=(evals.directory,)), map_tasks)
     groups = [g for s in tokens.shards for g in read_shard(f"{tokens.directory}/{s.name}")]
     assert [group.row_ids[0].row for group in groups] == [0, 1, 3, 5, 6]
     assert tokens.report["refused"] == {"overlap": 2}
-    assert ingest(train).n_pairs == 7
+    assert ingest(train, map_tasks).n_pairs == 7
 
 
 def test_a_ranking_is_one_row_of_several_pairs(tokenizer_folder: str, tmp_path: Path) -> None:
@@ -528,7 +531,7 @@ def test_a_ranking_is_one_row_of_several_pairs(tokenizer_folder: str, tmp_path: 
         shard_rows=4,
     )
     for grouped, n_groups in ((False, 6), (True, 2)):
-        tokens = ingest(replace(request, group_by_prompt=grouped))
+        tokens = ingest(replace(request, group_by_prompt=grouped), map_tasks)
         assert (tokens.n_pairs, tokens.n_groups) == (6, n_groups)
         assert (tokens.report["rows_read"], tokens.report["rows_kept"]) == (2, 2)
         assert tokens.report["pairs_left_out"] == 1

@@ -19,7 +19,7 @@ from orpo_ray.runs.files import RunFiles
 from orpo_ray.runs.lock import claimed, last_driver
 from orpo_ray.runs.manifest import checkpoint_directory, fingerprint, write_manifest
 from orpo_ray.runs.status import RunStatus, SweepStatus, read_status
-from tests.test_command_line import imported_by
+from tests.test_cli import imported_by
 
 LONG_AGO_S = 1000.0
 

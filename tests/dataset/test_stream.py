@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from tests.training.small_run import BATCH, N_SHARDS, SHARD_ROWS, make_inputs, token_stream
+from tests.reference.small_run import BATCH, N_SHARDS, SHARD_ROWS, make_inputs, token_stream
 
 N_PAIRS = N_SHARDS * SHARD_ROWS  # 85 = 10 batches of 8, and one of 5
 

@@ -14,7 +14,7 @@ from orpo_ray.models.adapters import add_adapters
 from orpo_ray.pretrained import UnsupportedModelError
 from tests.distributed import run_ranks
 from tests.reference.models import tiny_model
-from tests.training.small_run import metrics_without_times, train_small
+from tests.reference.small_run import metrics_without_times, train_small
 
 LORA = {"lora_r": 4, "lora_alpha": 8.0, "max_steps": 10, "save_steps": 5, "logging_steps": 1}
 
