@@ -39,7 +39,7 @@ wheel: .venv/test.installed
 		> $$(build/wheel/bin/python -c 'import site; print(site.getsitepackages()[0])')/others.pth
 	build/wheel/bin/pip --disable-pip-version-check install --quiet --no-deps --force-reinstall \
 		dist/*.whl
-	cd build/wheel && bin/python -c 'import orpo_ray; from orpo_ray.command_line import read_arguments; \
+	cd build/wheel && bin/python -c 'import orpo_ray; from orpo_ray.cli import read_arguments; \
 		assert "build/wheel" in orpo_ray.__file__, orpo_ray.__file__; \
 		print(orpo_ray.__version__, read_arguments([]).orpo.beta)'
 

@@ -43,7 +43,7 @@ class Scores:
 
     @staticmethod
     def of(table: pa.Table) -> "Scores":
-        """The columns of a table of `pair_scores.SCHEMA`, or of `scores.parquet`."""
+        """The columns of a table of `evaluation.SCHEMA`, or of `scores.parquet`."""
         names = ("logps_chosen", "logps_rejected", "log_odds", "chosen_tokens", "rejected_tokens")
         columns = [table[name].to_numpy().astype(np.float64) for name in names]
         prompts = np.unique(table["prompt_key"].to_numpy(), return_inverse=True)[1]

@@ -103,7 +103,7 @@ class SetFigures:
 
     Args:
         sums: (10,) of `batch_sums`, over all ranks.
-        scores: a row a pair, see `pair_scores.SCHEMA`; on rank 0 only.
+        scores: a row a pair, see `SCHEMA`; on rank 0 only.
     """
 
     sums: Tensor
@@ -116,7 +116,7 @@ class EvaluationFigures:
 
     Args:
         metrics: of every set, each name after the set's prefix.
-        scores: a row a pair, by the set's prefix; see `pair_scores.SCHEMA`. On rank 0 only.
+        scores: a row a pair, by the set's prefix; see `SCHEMA`. On rank 0 only.
     """
 
     metrics: dict[str, Any]

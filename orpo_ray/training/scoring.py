@@ -78,7 +78,7 @@ class PairScorer:
         """Score every pair of some groups.
 
         Returns:
-            A table of `pair_scores.SCHEMA` in the order of the groups.
+            A table of `evaluation.SCHEMA` in the order of the groups.
         """
         config = self.config
         chunk_tokens = head_chunk(config, self.model, self.device)

@@ -551,7 +551,8 @@ def test_a_ranking_without_a_prompt_is_on_one_side_only(
             tmp_path,
             shard_rows=8,
             val_set_size=0.3,
-        )
+        ),
+        map_tasks,
     )
     report = tokens.report
     assert report["rows_read"] == report["rows_kept"] + report["rows_held_out"] == 30
@@ -570,7 +571,8 @@ def test_held_out_repeats_are_dropped_too_and_half_written_stats_do_not_matter(
             shard_rows=7,
             val_set_size=0.3,
             drop_duplicates=True,
-        )
+        ),
+        map_tasks,
     )
     held = sum(shard.n_pairs for shard in tokens.held_out)
     assert (tokens.n_pairs, held) == (tokens.report["rows_kept"], tokens.report["rows_held_out"])

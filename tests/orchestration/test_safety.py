@@ -157,7 +157,7 @@ def test_no_secret_is_shown(folder, run_command, ray_cluster, monkeypatch):
 
 def test_an_error_is_printed_without_secrets(tmp_path):
     script = (
-        "import sys\nfrom orpo_ray.command_line import run_job\n"
+        "import sys\nfrom orpo_ray.cli import run_job\n"
         "def action(config):\n    import os\n"
         "    raise OSError('401 for ' + os.environ['HF_TOKEN'])\n"
         "sys.exit(run_job([], 'x', action))\n"
