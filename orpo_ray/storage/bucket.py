@@ -146,9 +146,19 @@ def remote(path: Path) -> tuple[Any, str]:
     if parts is None:
         raise ValueError(f"{path} is no copy")
     _, protocol, rest = parts
+    return file_system(f"{protocol}://{rest}")
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of pyarrow that a URL is in, and the path in it.
+
+    Raises:
+        OSError: when there is no such bucket.
+    """
+    protocol, _, rest = url.partition("://")
     bucket, _, inner = rest.partition("/")
     system, name = _file_system(protocol, bucket)
-    return system, f"{name}/{inner}"
+    return system, f"{name}/{inner}".rstrip("/")
 
 
 @functools.lru_cache(maxsize=16)
