@@ -15,6 +15,7 @@ from orpo_ray.config.schema import (
 )
 from orpo_ray.config.secrets import take_out_secrets
 from orpo_ray.storage.bucket import URLS, VIEWS, local
+from orpo_ray.storage.files import one_line
 from orpo_ray.storage.mirror import fetch
 
 # What users of other trainers type for settings that are far from ours by letters.
@@ -89,9 +90,9 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         findings.append(f"{path}: no such config file")
     except (OSError, UnicodeDecodeError) as error:
-        findings.append(f"{path}: cannot be read: {_on_one_line(error)}")
+        findings.append(f"{path}: cannot be read: {one_line(error)}")
     except (YAMLError, OmegaConfBaseException) as error:
-        findings.append(f"{path}: not valid YAML: {_on_one_line(error)}")
+        findings.append(f"{path}: not valid YAML: {one_line(error)}")
     else:
         if isinstance(values, dict):
             return {str(key): value for key, value in values.items()}
@@ -116,7 +117,7 @@ def _override_layer(override: str, findings: list[str]) -> dict[str, Any]:
     try:
         values = _resolved(OmegaConf.from_dotlist([override]), findings)
     except (YAMLError, OmegaConfBaseException) as error:
-        findings.append(f"{override}: not valid YAML: {_on_one_line(error)}")
+        findings.append(f"{override}: not valid YAML: {one_line(error)}")
         return {}
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
@@ -169,7 +170,3 @@ def _nearest(name: str) -> str:
         return "; --help lists all of them"
     section = SECTION_OF.get(near[0])
     return f"; did you mean {section}.{near[0]}?" if section else f"; did you mean {near[0]}?"
-
-
-def _on_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

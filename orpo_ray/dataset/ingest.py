@@ -22,6 +22,7 @@ from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.dataset.tokenize import DONE, QUARANTINE, SplitFile, TokenizeSplit, make_folders
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.sources import identity
+from orpo_ray.storage.files import replacing
 from orpo_ray.storage.mirror import fetch_once, publish, remove, sizes
 
 # Raised whenever the same input would give other tokens or another report.
@@ -167,7 +168,7 @@ def _length_figures(
             tallies[name] += np.bincount(column, minlength=max_length + 1)
         longer += int((chosen > rejected).sum())
         equal += int((chosen == rejected).sum())
-    with Path(directory, LENGTHS).open("wb") as file:
+    with replacing(Path(directory, LENGTHS)) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **tallies)
     publish(Path(directory, LENGTHS))
     return {"pairs_chosen_longer": longer, "pairs_equally_long": equal}

@@ -1,6 +1,5 @@
 """Hashes and lengths of every pair: for duplicates, overlaps, groups, and what reports say."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import xxhash
 
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.templates import PairText
+from orpo_ray.storage.files import replacing
 from orpo_ray.storage.mirror import fetch_folder, fetch_once, publish
 
 STATS = "stats"
@@ -44,10 +44,8 @@ class PairStats:
     def save(self, directory: str, name: str) -> None:
         """Write atomically, as the stats of one shard of a token set."""
         path = Path(directory, STATS, f"{name}.npz")
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **vars(self))
-        temporary.replace(path)
         publish(path)
 
     @staticmethod

@@ -15,6 +15,7 @@ from orpo_ray.dataset.shards import Shard, read_shard, write_shard
 from orpo_ray.dataset.tokenize import QUARANTINE
 from orpo_ray.preference.groups import PromptGroup, merge_groups
 from orpo_ray.preference.records import Reason
+from orpo_ray.storage.files import write_atomic
 from orpo_ray.storage.mirror import publish
 
 _OPEN_SHARDS = 8
@@ -133,7 +134,7 @@ def dropped_pairs(
             lines += _leave_out(request, summary, stats, reasons)
     if lines:
         path = Path(directory, QUARANTINE, "dropped.jsonl")
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_atomic(path, "\n".join(lines) + "\n")
         publish(path)
     return masks
 

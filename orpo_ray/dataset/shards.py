@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.storage.files import read_json, replacing, write_atomic
 from orpo_ray.storage.mirror import fetch, fetch_once, publish
 
 _IDS = pa.list_(pa.int32())
@@ -88,18 +89,16 @@ class TokenSet:
     def save(self) -> None:
         """Write the manifest, last and atomically: from then on the token set exists."""
         path = Path(self.directory) / MANIFEST_NAME
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1))
-        temporary.replace(path)
+        write_atomic(path, json.dumps(dataclasses.asdict(self), indent=1))
         publish(path)
 
     @staticmethod
     def load(directory: str) -> "TokenSet | None":
         """Read the token set in `directory`, or None when no complete one is there."""
         path = fetch(Path(directory) / MANIFEST_NAME)
-        if not path.exists():
+        fields = read_json(path)
+        if not fields:
             return None
-        fields = json.loads(path.read_text())
         return TokenSet(
             directory=directory,
             shards=tuple(Shard(**shard) for shard in fields["shards"]),
@@ -119,9 +118,8 @@ def write_shard(path: str, groups: Sequence[PromptGroup], source: int = -1) -> S
         "source": [[row_id.source for row_id in group.row_ids] for group in groups],
         "row": [[row_id.row for row_id in group.row_ids] for group in groups],
     }
-    temporary = f"{path}.{os.getpid()}.tmp"
-    pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd")
-    os.replace(temporary, path)
+    with replacing(Path(path)) as temporary:
+        pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd")
     publish(Path(path))
     return Shard(
         name=os.path.basename(path),

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from orpo_ray.preference.records import Reason, Record, Refusal, excerpt
 from orpo_ray.preference.templates import PairText, empty_answer, render, special_token_in
 from orpo_ray.preference.tokenization import TokenizedPair
 from orpo_ray.storage.bucket import make_folder
+from orpo_ray.storage.files import read_json, write_atomic, write_json
 from orpo_ray.storage.mirror import fetch_once, publish
 
 QUARANTINE, DONE = "quarantine", "done"
@@ -86,12 +86,9 @@ class TokenizeSplit:
         done = fetch_once(Path(self.directory, DONE, f"{name}.json"))
         if not done.exists():
             make_folders(self.directory)
-            temporary = done.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(self._tokenize_chunk(name, source, chunk)))
-            temporary.replace(done)
+            write_json(done, self._tokenize_chunk(name, source, chunk))
             publish(done)
-        summary: dict[str, Any] = json.loads(done.read_text())
-        return summary
+        return read_json(done)
 
     def _tokenize_chunk(self, name: str, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
         """Tokenize up to `shard_rows` rows, write what is kept and what is not."""
@@ -144,9 +141,7 @@ class TokenizeSplit:
             for raw, refusal in sorted(refused, key=lambda entry: entry[0].number)
         ]
         target = Path(self.directory, QUARANTINE, f"{name}.jsonl")
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
-        temporary.replace(target)
+        write_atomic(target, ("\n".join(lines) + "\n").encode(errors="backslashreplace"))
         publish(target)
 
 

@@ -1,6 +1,5 @@
 """The evaluation command: figures with intervals, by subset and length, of one model or two."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from orpo_ray.runs.metrics import set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.statistics import Difference, Estimate, Scores, differences, estimates
 from orpo_ray.storage.bucket import address
+from orpo_ray.storage.files import write_json
 
 RESULT = "evaluation.json"
 _SHOWN = ("accuracy", "length_controlled_accuracy", "margin", "log_odds", "perplexity")
@@ -93,7 +93,7 @@ def _evaluate_sets(config: ORPOConfig, baseline: str | None, console: Console) -
             console.print(table)
     result = EvaluationResult(address(start.run_directory), sets)
     path = start.run_directory / RESULT
-    path.write_text(json.dumps(asdict(result), indent=1) + "\n")
+    write_json(path, asdict(result), indent=1)
     console.print(f"evaluation: {address(path)}", markup=False)
     for part in sets.values():
         console.print(f"a row a pair: {part.scores}", markup=False)

@@ -4,7 +4,6 @@ Ray serves them on every node (`MetricsExportPort`), with `ray_` before the name
 with the run's name, those of an evaluation also with its set.
 """
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from ray.util.metrics import Gauge
 from orpo_ray.runs.files import DATA_REPORT
 from orpo_ray.runs.manifest import MANIFEST, checkpoint_directories
 from orpo_ray.runs.metrics import eval_prefixes, set_name
+from orpo_ray.storage.files import read_json
 
 # Gauges of logged steps by the metric that they show, and their meaning.
 TRAINED = {
@@ -86,10 +86,7 @@ class RunGauges:
 
     def _show_refused(self) -> None:
         """Set once: the data of a run does not change while it goes on."""
-        path = self._directory / DATA_REPORT
-        if not path.exists():
-            return
-        for data, figures in json.loads(path.read_text()).items():
+        for data, figures in read_json(self._directory / DATA_REPORT).items():
             for reason, rows in figures.get("refused", {}).items():
                 self._refused.set(rows, self._run | {_DATA: data, _REASON: reason})
 

@@ -1,7 +1,6 @@
 """Turning what a user names (files, a hub id, objects in memory) into files; on the driver."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from orpo_ray.preference.reading.sources import find_files
 from orpo_ray.preference.templates import template_text
 from orpo_ray.pretrained import ModelSource, refuse_unsafe
 from orpo_ray.storage.bucket import PROTOCOLS, address, local, make_folder
+from orpo_ray.storage.files import first_line, one_line, read_lines, replacing
 from orpo_ray.storage.mirror import fetch_folder, light, publish
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400
@@ -146,7 +146,7 @@ def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]
     try:
         refuse_unsafe(source)
     except (OSError, ValueError) as error:  # also what transformers says of ids that are none
-        problems.append(f"{setting}: {str(error).splitlines()[0]}")
+        problems.append(f"{setting}: {first_line(error)}")
     return source
 
 
@@ -157,7 +157,7 @@ def _unfetched(name: str, path: Path) -> str | None:
     try:
         fetch_folder(path, light)
     except OSError as error:
-        return f"{name}: cannot be read: {' '.join(str(error).split())}"
+        return f"{name}: cannot be read: {one_line(error)}"
     return None
 
 
@@ -176,8 +176,7 @@ def _make_demo(output_directory: Path, seed: int) -> RunInputs:
         make_folder(home)
         write_demo_pairs(str(home), DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS, seed)
         texts = []
-        for line in train.read_text().splitlines():
-            pair = json.loads(line)
+        for pair in read_lines(train):
             texts += [pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]]
         make_demo_model(str(model), texts, seed)
         publish(train, evals, model)
@@ -202,8 +201,8 @@ def _from_hub(config: ORPOConfig, output_directory: Path) -> RunInputs:
                     revision=data.dataset_revision,
                 )
             except (OSError, ValueError) as error:  # datasets' own errors are one or the other
-                first_line = str(error).splitlines()[0]
-                raise DataError([f"dataset_name: {data.dataset_name}: {first_line}"]) from error
+                problem = f"dataset_name: {data.dataset_name}: {first_line(error)}"
+                raise DataError([problem]) from error
             files[prefix] = (keep_dataset(dataset, output_directory / "inputs"),)
     evals = files.get("eval_", data.eval_files)
     local = config.replace(dataset_name=None, train_files=files[""], eval_files=evals)
@@ -243,9 +242,8 @@ def keep_dataset(dataset: Any, directory: Path) -> str:
         )
     path = directory / f"{dataset._fingerprint}.parquet"
     if not path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        dataset.to_parquet(str(temporary))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            dataset.to_parquet(str(temporary))
     publish(path)
     return address(path)
 

@@ -17,6 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from rich.console import Console
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.storage.files import one_line, read_json, write_json
 
 PROJECT = "orpo_ray"
 _STATE = "trackers.json"
@@ -46,7 +47,7 @@ class Trackers:
     def __init__(self, config: ORPOConfig, run_directory: Path, console: Console) -> None:
         self._console = console
         self._directory = run_directory
-        self._state = _read_state(run_directory)
+        self._state = read_json(run_directory / _STATE)
         self._trackers: dict[str, GeneralTracker] = {}
         refuse_missing(config.output.report_to)
         for variable, value in _PATIENCE.items():
@@ -63,12 +64,12 @@ class Trackers:
                 if name not in self._state or name == "trackio":
                     tracker.store_init_configuration(_flat(config))
             except Exception as error:
-                reason = " ".join(str(error).split())
-                raise ConfigError([f"report_to: {name} cannot be used: {reason}"]) from error
+                problem = f"report_to: {name} cannot be used: {one_line(error)}"
+                raise ConfigError([problem]) from error
             self._trackers[name] = tracker
             self._state[name] = self._mlflow_run if name == "mlflow" else run_directory.name
         if self._trackers:
-            (run_directory / _STATE).write_text(json.dumps(self._state) + "\n")
+            write_json(run_directory / _STATE, self._state)
 
     def close(self) -> None:
         """End what is tracked."""
@@ -155,11 +156,6 @@ def refuse_missing(names: Sequence[str]) -> None:
         raise ConfigError(
             [f"report_to: {n} is not installed: pip install 'orpo_ray[{n}]'" for n in missing]
         )
-
-
-def _read_state(run_directory: Path) -> dict[str, str]:
-    path = run_directory / _STATE
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _flat(config: ORPOConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from orpo_ray.reports.page import make_axes, svg_of
 from orpo_ray.runs.metrics import eval_prefixes, set_name
+from orpo_ray.storage.files import write_atomic
 
 CURVES = "curves.png"
 _COLUMNS, _WIDTH, _HEIGHT = 3, 3.7, 2.5
@@ -79,9 +80,7 @@ def write_picture(path: Path, lines: Lines) -> None:
     figure = picture(lines)
     if figure is None:
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(_png(figure))
-    temporary.replace(path)
+    write_atomic(path, _png(figure))
 
 
 def _png(figure: Any) -> bytes:

@@ -19,6 +19,7 @@ from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import ON_REQUEST, Reason
 from orpo_ray.runs.files import DATA_REPORT, LEDGER
 from orpo_ray.storage.bucket import address
+from orpo_ray.storage.files import write_json
 from orpo_ray.storage.mirror import fetch_once
 
 QUARANTINE = "quarantine"
@@ -79,10 +80,7 @@ def source_label(path: str, part: Mapping[str, Any]) -> str:
 
 def save_report(run_directory: Path, report: Mapping[str, Any]) -> None:
     """Write `data_report.json` atomically."""
-    path = run_directory / DATA_REPORT
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(run_directory / DATA_REPORT, report, indent=1)
 
 
 def _list_refused(run_directory: Path, name: str, tokens: TokenSet) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.reports.data import QUARANTINE, Tally, length_tallies, source_label
 from orpo_ray.reports.page import make_axes, render_page, svg_of
+from orpo_ray.storage.files import write_atomic
 
 PAGE = "data_report.html"
 _EXAMPLES, _BINS = 3, 30
@@ -110,7 +111,7 @@ def write_data_page(
         _BODY, run_directory.name, parts=parts, columns=[c.replace("_", " ") for c in _COLUMNS]
     )
     path = run_directory / PAGE
-    path.write_text(page, encoding="utf-8")
+    write_atomic(path, page)
     return path
 
 

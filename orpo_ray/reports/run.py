@@ -34,12 +34,12 @@ from orpo_ray.runs.files import (
     SECONDS,
     count_events,
     exported_step,
-    read_lines,
     read_metrics,
 )
 from orpo_ray.runs.metrics import figure
 from orpo_ray.runs.suspects import first_suspects
 from orpo_ray.storage.bucket import address
+from orpo_ray.storage.files import read_lines, write_atomic
 from orpo_ray.version import __version__
 
 # Metrics before and after, and their names in the table.
@@ -389,7 +389,5 @@ def write_run_report(
     )
     write_picture(run_directory / CURVES, lines)
     path = run_directory / REPORT
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(path, page)
     return path

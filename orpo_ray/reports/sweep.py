@@ -8,6 +8,7 @@ from typing import Any
 from orpo_ray.config.schema import SECTION_OF
 from orpo_ray.reports.page import make_axes, render_page, svg_of
 from orpo_ray.runs.sweep import Goal, Trial, table_rows
+from orpo_ray.storage.files import write_atomic
 
 REPORT = "sweep_report.html"
 _CURVES = ("rewards/accuracies", "rewards/margins", "log_odds_chosen", "nll_loss")
@@ -77,7 +78,7 @@ def write_sweep_report(
         figures=figures,
     )
     path = directory / REPORT
-    path.write_text(page, encoding="utf-8")
+    write_atomic(path, page)
     return path
 
 

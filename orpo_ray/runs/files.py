@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.preference.groups import RowId
+from orpo_ray.storage.files import one_line, read_json, read_lines
 
 CONFIG = "config.yaml"
 DATA_REPORT = "data_report.json"
@@ -125,7 +126,7 @@ class RunFiles:
                 with (self.directory / name).open("a") as file:
                     os.fsync(file.fileno())
         except OSError as error:
-            return str(error)
+            return one_line(error)
         return None
 
     def _append(self, name: str, text: str) -> None:
@@ -154,15 +155,6 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return read_lines(directory / METRICS)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file of JSON lines, if there is one; a torn last one is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def count_events(directory: Path) -> dict[str, int]:
     """What a run met on its way, by kind."""
     counts: dict[str, int] = {}
@@ -176,8 +168,8 @@ def count_events(directory: Path) -> dict[str, int]:
 
 def exported_step(folder: Path) -> int | None:
     """The step of the model that lies in an export folder, or None when there is none."""
-    record = folder / RECORD
-    return int(json.loads(record.read_text())["step"]) if record.exists() else None
+    record = read_json(folder / RECORD)
+    return int(record["step"]) if record else None
 
 
 def summary(directory: Path) -> dict[str, dict[str, float]]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 import threading
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 from orpo_ray.runs.mirror import in_use, unusable
 from orpo_ray.storage.bucket import is_copy, make_folder
+from orpo_ray.storage.files import read_json, write_json
 from orpo_ray.storage.mirror import age_s, fetch, publish
 
 LEASE = ".lease"
@@ -59,8 +59,7 @@ def leased(run_directory: Path, driver: str) -> Iterator[None]:
 def read_lease(path: Path) -> dict[str, Any]:
     """What the last driver wrote into the bucket; empty where there was none."""
     fetch(path)
-    lease: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return lease
+    return read_json(path)
 
 
 def _wait_until_free(path: Path) -> None:
@@ -110,7 +109,7 @@ def _renew(path: Path, mine: dict[str, Any], ended: threading.Event) -> None:
 
 
 def _write(path: Path, lease: dict[str, Any]) -> None:
-    path.write_text(json.dumps(lease))
+    write_json(path, lease)
     publish(path)
 
 

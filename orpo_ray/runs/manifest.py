@@ -4,7 +4,6 @@ Runs in training workers and on the driver; needs no torch.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import xxhash
 
 from orpo_ray.storage.bucket import is_copy
+from orpo_ray.storage.files import write_atomic
 from orpo_ray.storage.mirror import fetch_folder, publish, remove, rename, sizes
 
 MANIFEST = "MANIFEST.json"
@@ -38,7 +38,7 @@ def write_manifest(directory: Path, about: Mapping[str, Any], files: Mapping[str
         about: what else the manifest says (step, epoch, position, world size, settings).
         files: `fingerprint` of every file by name.
     """
-    write_json(directory / MANIFEST, _sealed({**about, "files": dict(files)}))
+    write_atomic(directory / MANIFEST, _text(_sealed({**about, "files": dict(files)})))
     publish(directory / MANIFEST)
 
 
@@ -149,19 +149,6 @@ def fingerprint(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 22):
             digest.update(block)
     return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON so that the file is whole or absent, and on disk."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(_text(content))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from orpo_ray.config.schema import ConfigError
 from orpo_ray.runs.files import FINAL, RECORD, TRIAL_RECORD, TRIALS, WRITTEN_BY_WORKERS
 from orpo_ray.runs.manifest import FOLDER
 from orpo_ray.storage.bucket import address
+from orpo_ray.storage.files import one_line
 from orpo_ray.storage.mirror import fetch_folder, forget_heavy, kept_in_step, light
 
 # Of Ray Tune: its own state of a sweep, which it keeps in the bucket by itself.
@@ -44,8 +45,8 @@ def refresh(run_directory: Path) -> None:
 
 def unusable(run_directory: Path, error: OSError) -> ConfigError:
     """What to say of a bucket that cannot be used."""
-    reason = " ".join(str(error).split())
-    return ConfigError([f"output_dir: {address(run_directory.parent)} cannot be used: {reason}"])
+    place, reason = address(run_directory.parent), one_line(error)
+    return ConfigError([f"output_dir: {place} cannot be used: {reason}"])
 
 
 def in_use(run_directory: Path, driver: str) -> ConfigError:

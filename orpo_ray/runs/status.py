@@ -25,7 +25,6 @@ from orpo_ray.runs.files import (
     TRIALS,
     count_events,
     exported_step,
-    read_lines,
     read_metrics,
 )
 from orpo_ray.runs.lock import Driver, last_driver
@@ -33,6 +32,7 @@ from orpo_ray.runs.manifest import MANIFEST, checkpoint_directories, find_damage
 from orpo_ray.runs.metrics import eval_prefixes, set_name
 from orpo_ray.runs.mirror import refresh
 from orpo_ray.storage.bucket import address, is_copy
+from orpo_ray.storage.files import read_json, read_lines
 
 Line = Mapping[str, Any]
 # A run that wrote nothing for so long, and for so many times its usual pause, is a quiet one.
@@ -133,12 +133,6 @@ def _read_config(directory: Path) -> ORPOConfig | None:
         return ORPOConfig.model_validate(yaml.safe_load((directory / CONFIG).read_text()))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no file."""
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return content
 
 
 _SHOWN = {

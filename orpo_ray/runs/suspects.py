@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_ray.runs.files import LEDGER, MARGINS
+from orpo_ray.storage.files import replacing
 
 SUSPECTS = "suspects.jsonl"
 _AROUND = 25  # steps to each side
@@ -88,8 +89,7 @@ def write_suspects(run_directory: Path, sources: Sequence[str]) -> Path:
     """
     found = RowMargins.of(run_directory)
     path = run_directory / SUSPECTS
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         columns = (found.places.tolist(), found.mean, found.spread, found.count.tolist())
         for (source, row), mean, spread, count in zip(*columns, strict=True):
             if source >= len(sources):
@@ -102,7 +102,6 @@ def write_suspects(run_directory: Path, sources: Sequence[str]) -> Path:
                 "passes": count,
             }
             file.write(json.dumps(line) + "\n")
-    temporary.replace(path)
     return path
 
 

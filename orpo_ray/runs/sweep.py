@@ -1,6 +1,5 @@
 """What came of the trials of a sweep, read from their folders alone; on the driver."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.runs.files import FINAL, TRIAL_RECORD, TRIALS, read_metrics
+from orpo_ray.storage.files import read_json
 
 LOSSES = ("loss", "nll_loss", "aux_loss")
 METRICS = (
@@ -158,7 +158,7 @@ def read_trials(sweep_directory: Path) -> list[Trial]:
     """All trials of a sweep that were begun, by name."""
     trials = []
     for path in sorted((sweep_directory / TRIALS).glob(f"*/{TRIAL_RECORD}")):
-        record = json.loads(path.read_text())
+        record = read_json(path)
         lines = read_metrics(path.parent)
         trials.append(
             Trial(record["trial"], path.parent, record["values"], record.get("failure"), lines)

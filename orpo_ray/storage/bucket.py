@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.storage.files import replacing
+
 PROTOCOLS = ("s3", "gs")
 URLS = tuple(f"{protocol}://" for protocol in PROTOCOLS)
 DRIVER, WORKERS, VIEWS = "driver", "workers", "views"
@@ -101,11 +103,10 @@ def download(system: Any, info: Any, path: Path) -> None:
     if path.exists() and stamp(path) == (info.size, info.mtime_ns):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    with system.open_input_stream(info.path) as source, beside.open("wb") as target:
-        shutil.copyfileobj(source, target, _BLOCK)
-    os.utime(beside, ns=(info.mtime_ns, info.mtime_ns))
-    beside.replace(path)
+    with replacing(path) as beside:
+        with system.open_input_stream(info.path) as source, beside.open("wb") as target:
+            shutil.copyfileobj(source, target, _BLOCK)
+        os.utime(beside, ns=(info.mtime_ns, info.mtime_ns))
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -145,9 +146,19 @@ def remote(path: Path) -> tuple[Any, str]:
     if parts is None:
         raise ValueError(f"{path} is no copy")
     _, protocol, rest = parts
+    return file_system(f"{protocol}://{rest}")
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of pyarrow that a URL is in, and the path in it.
+
+    Raises:
+        OSError: when there is no such bucket.
+    """
+    protocol, _, rest = url.partition("://")
     bucket, _, inner = rest.partition("/")
     system, name = _file_system(protocol, bucket)
-    return system, f"{name}/{inner}"
+    return system, f"{name}/{inner}".rstrip("/")
 
 
 @functools.lru_cache(maxsize=16)

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.shards import read_shard
-from orpo_ray.runs.files import PARTS, SECONDS, read_lines, read_metrics
+from orpo_ray.runs.files import PARTS, SECONDS, read_metrics
+from orpo_ray.storage.files import read_lines
 from orpo_ray.training.scoring import PairScorer
 from tests.distributed import run_ranks
 from tests.reference.small_run import train_small

@@ -1,7 +1,6 @@
 """One trial of a sweep: a training run with some settings of its own; in Tune's trial actors."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from orpo_ray.reports.live import RunWatcher
 from orpo_ray.runs.files import CONFIG, TRIAL_RECORD, TRIALS
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.storage.bucket import address, make_folder
+from orpo_ray.storage.files import first_line, read_json, write_json
 from orpo_ray.storage.mirror import publish
 
 # Settings that change tokens or the base model: a trial with its own of these ingests for itself.
@@ -96,7 +96,7 @@ def run_trial(
             fit.run(train_worker)
         write_model_card(directory, trial.config, trial.data_report)
     except (ConfigError, DataError, TrainingError, TrainingFailedError) as error:
-        _write(directory, record | {"failure": str(error).strip().splitlines()[0]})
+        _write(directory, record | {"failure": first_line(error)})
         raise
 
 
@@ -136,12 +136,10 @@ def _with_found_inputs(config: ORPOConfig, start: Start, values: Mapping[str, An
 
 def record_failure(directory: Path, reason: str) -> None:
     """Say in a trial's folder why it failed, unless it says so itself."""
-    record = json.loads((directory / TRIAL_RECORD).read_text())
+    record = read_json(directory / TRIAL_RECORD)
     _write(directory, {"failure": reason} | record)
 
 
 def _write(directory: Path, record: Mapping[str, Any]) -> None:
-    temporary = directory / f"{TRIAL_RECORD}.tmp"
-    temporary.write_text(json.dumps(record) + "\n")
-    temporary.replace(directory / TRIAL_RECORD)
+    write_json(directory / TRIAL_RECORD, record)
     publish(directory / TRIAL_RECORD)

@@ -15,14 +15,16 @@ from typing import Any
 import pyarrow as pa
 
 from orpo_ray.preference.errors import DataError
+from orpo_ray.storage.bucket import file_system
 
 LINES, ARRAYS, TABLES = (".jsonl", ".ndjson"), (".json",), (".csv", ".tsv")
 PARQUET, ARROW = (".parquet",), (".arrow", ".feather")
 KINDS = (*LINES, *ARRAYS, *TABLES, *PARQUET, *ARROW)
 # pyarrow brings these file systems; every other protocol is fsspec's.
-_PYARROW_PROTOCOLS = ("s3", "gs", "gcs")
-_PYARROW_URLS = tuple(f"{protocol}://" for protocol in _PYARROW_PROTOCOLS)
+_PYARROW_URLS = ("s3://", "gs://", "gcs://")
 _BUFFER_BYTES = 4 << 20
+# Before the name of a bucket that is read without credentials.
+_ANONYMOUS = "anonymous@"
 # Not every server of these gives a part of a file.
 STREAMED = ("http://", "https://")
 
@@ -111,7 +113,8 @@ def _saved_to_disk(folder: str, open_in: Callable[[str], Any]) -> list[str] | No
 def _remote_matches(pattern: str) -> list[str]:
     """The same for a URL."""
     system, path = _filesystem(pattern)
-    protocol = pattern.partition("://")[0]
+    protocol, _, rest = pattern.partition("://")
+    head = f"{protocol}://{_ANONYMOUS if rest.startswith(_ANONYMOUS) else ''}"
     if pattern.startswith(STREAMED):  # to list or to look for a folder would fetch the page
         return [pattern] if system.exists(path) else []
     if system.isdir(path):
@@ -121,19 +124,17 @@ def _remote_matches(pattern: str) -> list[str]:
         paths = [name for name in system.find(path) if name.endswith(SUFFIXES)]
     else:
         paths = [path] if system.exists(path) else system.glob(path)
-    return sorted(f"{protocol}://{name}" for name in paths)
+    return sorted(f"{head}{name}" for name in paths)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """A file system with fsspec's interface, and the path of `url` in it."""
     import fsspec
     from fsspec.implementations.arrow import ArrowFSWrapper
-    from pyarrow import fs
 
-    protocol, _, rest = url.partition("://")
-    if protocol in _PYARROW_PROTOCOLS:
-        bucket = rest.partition("/")[0]
-        return ArrowFSWrapper(fs.FileSystem.from_uri(f"{protocol}://{bucket}")[0]), rest
+    if url.startswith(_PYARROW_URLS):
+        system, path = file_system(url)
+        return ArrowFSWrapper(system), path
     system, path = fsspec.core.url_to_fs(url)
     return system, path
 

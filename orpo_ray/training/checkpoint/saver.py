@@ -31,10 +31,10 @@ from orpo_ray.runs.manifest import (
     checkpoint_directory,
     fingerprint,
     keep_newest,
-    write_json,
     write_manifest,
 )
 from orpo_ray.storage.bucket import is_copy
+from orpo_ray.storage.files import first_line, one_line, read_json, write_atomic
 from orpo_ray.storage.mirror import fetch_folder, forget_heavy, publish, remove
 
 # What is frozen is the base model's, and read from there again.
@@ -144,9 +144,10 @@ class CheckpointSaver:
             if rank == 0:
                 remove(directory)  # a torn save of the same step
                 directory.mkdir(parents=True)
-                write_json(directory / _STATE, dataclasses.asdict(state))
+                text = json.dumps(dataclasses.asdict(state), indent=1)
+                write_atomic(directory / _STATE, text)
         except OSError as error:
-            problem = str(error)
+            problem = one_line(error)
         problem = self._first_problem(problem)
         if problem is None:
             try:
@@ -183,7 +184,7 @@ class CheckpointSaver:
                 publish(*(path for path in texts if path.exists()))
                 write_manifest(directory, about, files)
             except OSError as error:
-                problem = str(error)
+                problem = one_line(error)
             else:
                 with contextlib.suppress(OSError):  # it is committed: what stays goes next time
                     keep()
@@ -216,7 +217,7 @@ def load_checkpoint(
         optim_state_dict=tensors["optimizer"],
         options=_OPTIONS,
     )
-    fields = json.loads((directory / _STATE).read_text())
+    fields = read_json(directory / _STATE)
     return TrainState(**fields | {"sums": tuple(map(tuple, fields["sums"]))})
 
 
@@ -297,4 +298,4 @@ def _reason(error: BaseException) -> str:
     """What went wrong on the first rank that failed, on one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return first_line(f"{type(error).__name__}: {error}")

@@ -1,0 +1,76 @@
+"""Files that are written whole or not at all, and JSON read from them."""
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write to; at the end what was written there replaces `path`, on disk.
+
+    A reader finds the old file or the new one, also after a crash. On an error the old one stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is whole or absent, and on disk; text as UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write JSON as one line, or indented, with `write_atomic`."""
+    write_atomic(path, json.dumps(content, indent=indent) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file.
+
+    Raises:
+        ValueError: for a file that holds something else.
+    """
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a file of JSON lines, if there is one; a torn last one is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def one_line(error: BaseException | str) -> str:
+    """The whole text of an error on one line."""
+    return " ".join(str(error).split())
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error whose other lines are a traceback or general advice."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _sync(path: Path) -> None:
+    """Have the operating system write a file, or the names in a folder, to its disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
