@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -47,6 +48,11 @@ class StepResult:
     optimizer_s: float
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of torch's generators for one step of one rank, the same in every Python."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
 def loss_scale(batch: StepBatch, beta: float) -> LossScale:
     """The divisors of a global batch; FSDP averages over ranks, so each counts that often."""
     world_size = dist.get_world_size()
@@ -65,7 +71,7 @@ def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> StepResult:
         NonFiniteError: on all ranks; nothing was changed.
     """
     # The generator's state is a function of the step, so there is none to save.
-    torch.manual_seed(hash((trainee.seed, batch.step, dist.get_rank())))
+    torch.manual_seed(step_seed(trainee.seed, batch.step, dist.get_rank()))
     scale = loss_scale(batch, trainee.beta)
     step_sums = torch.zeros_like(sums)
     trainee.model.train()
