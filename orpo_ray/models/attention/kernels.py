@@ -8,7 +8,7 @@ import torch
 
 from orpo_ray.pretrained import UnsupportedModelError
 
-Kernel = Literal["varlen", "flash_attn", "flex", "sdpa"]
+Kernel = Literal["varlen", "flex", "sdpa"]
 _FLASH_WIDTH = 256  # of heads, the widest that flash attention takes
 _FLEX_WIDTH = 16  # the narrowest that FlexAttention takes on GPUs
 _AMPERE = (8, 0)
@@ -23,14 +23,14 @@ class Circumstances:
         half: whether scores are products of bfloat16 or float16.
         softcap: whether the model presses its scores together.
         widths: of a head's queries and values.
-        installed: those of `flash_attn` and `triton` that are at hand.
+        has_triton: whether triton, which compiles FlexAttention, is installed.
     """
 
     capability: tuple[int, int] | None
     half: bool
     softcap: bool
     widths: tuple[int, int]
-    installed: frozenset[str]
+    has_triton: bool
 
 
 def choose_kernel(asked: Kernel | Literal["auto"], there: Circumstances) -> Kernel:
@@ -58,12 +58,10 @@ def obstacle(kernel: Kernel, there: Circumstances) -> str | None:
     if kernel == "flex":
         if min(there.widths) < _FLEX_WIDTH:
             return f"it does not take heads narrower than {_FLEX_WIDTH}: these are {there.widths}"
-        return None if "triton" in there.installed else "it is compiled by triton: pip install it"
-    if kernel == "flash_attn" and kernel not in there.installed:
-        return "it is not installed: pip install flash-attn"
+        return None if there.has_triton else "it is compiled by triton: pip install triton"
     if not there.half:
         return "it computes in bfloat16 and float16 only: set bf16=true"
-    if kernel == "varlen" and there.softcap:
+    if there.softcap:
         return "it knows no softcap, which this model has"
     width, value_width = there.widths
     if width != value_width or width > _FLASH_WIDTH or width % 8:
@@ -84,7 +82,7 @@ def circumstances(model_config: Any, device: torch.device, half: bool) -> Circum
         half=half,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         widths=(query_width, value_width),
-        installed=frozenset(name for name in ("flash_attn", "triton") if find_spec(name)),
+        has_triton=find_spec("triton") is not None,
     )
 
 
