@@ -152,7 +152,7 @@ def _measure(trainee: Trainee, folder: Path, size: str, variant: Variant, peak: 
     wait()
     seconds = time.perf_counter() - started
     torch.use_deterministic_algorithms(False)
-    work = Work.of(trainee.model.causal_lm)
+    work = Work.from_model(trainee.model.causal_lm)
     flops = sum(work.flops(row) for step in timed for row in step.rows)
     n_tokens = sum(step.n_tokens for step in timed)
     record(

@@ -32,7 +32,7 @@ from orpo_ray.training.checkpoint.saver import TrainState
 from orpo_ray.training.checkpoint.schedule import CheckpointKeeper, position, run_files
 from orpo_ray.training.errors import NonFiniteError, StoppedError
 from orpo_ray.training.evaluation import evaluate_streams
-from orpo_ray.training.flops import Work, matmul_rate
+from orpo_ray.training.flops import MfuMeter
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.metrics import MarginLog, StepLog
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
@@ -102,10 +102,11 @@ class _Loop:
             device=job.device,
         )
         weights = OrpoWeights(config.orpo.beta, model.router_coef)
-        dtype = torch.bfloat16 if use_bf16(config, job.device) else torch.float32
-        peak_flops = dist.get_world_size() * matmul_rate(job.device, dtype)
-        work = Work.of(model.causal_lm)
-        self.log = StepLog(self.files, weights, job.device, job.watch, work, peak_flops)
+        mfu_meter = None
+        if job.device.type == "cuda":
+            dtype = torch.bfloat16 if use_bf16(config, job.device) else torch.float32
+            mfu_meter = MfuMeter(model.causal_lm, job.device, dtype)
+        self.log = StepLog(self.files, weights, job.device, job.watch, mfu_meter)
         self.margins = MarginLog(self.files)
         self.sampler = Sampler.of(job, model, self.files)
         settings = decisive_settings(config, job.train.data_digest)
