@@ -18,7 +18,7 @@ from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.training.errors import MicrobatchTooLargeError
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-from orpo_ray.training.step import Trainee, step_seed, train_step
+from orpo_ray.training.step import TrainState, step_seed, train_step
 from tests.distributed import run_ranks
 from tests.reference.models import odd_groups, tiny_model
 from tests.reference.small_run import make_inputs, token_stream
@@ -97,16 +97,16 @@ def too_large(folder: Path) -> str:
     model = build_model(config, str(folder / "model"), device)
     optimizer = build_optimizer(model, config.train)
     scheduler = build_scheduler(optimizer, config.train, 1)
-    trainee = Trainee(model, optimizer, scheduler, 0.1, 1.0, 0, device)
+    state = TrainState(model, optimizer, scheduler, 0.1, 1.0, 0, device)
     stream = token_stream(folder, 0, 1, 1)
     whole = token_stream(folder, 0, 1, 85)
     plan = dataclasses.replace(whole.plan, budget_tokens=10**6, chunk_tokens=10**6)
     batch = next(dataclasses.replace(whole, plan=plan).batches(0, 1))
-    train_step(trainee, next(stream.batches(0, 1)), torch.zeros(10, dtype=torch.float64))
+    train_step(state, next(stream.batches(0, 1)), torch.zeros(10, dtype=torch.float64))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), resource.RLIM_INFINITY))
     try:
-        train_step(trainee, batch, torch.zeros(10, dtype=torch.float64))
+        train_step(state, batch, torch.zeros(10, dtype=torch.float64))
     except MicrobatchTooLargeError as error:
         return str(error)
     finally:
