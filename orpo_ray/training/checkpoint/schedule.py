@@ -102,9 +102,8 @@ class CheckpointSchedule:
             last: whether there is none after it.
         """
         self._must_wait = self._poll(step) or last
-        ranking = self._evaluations.ranking if self._evaluations.keep_best else ()
         due = step == self._retry_at or step % self._config.train.save_steps == 0
-        due = due or step in ranking[:1]
+        due = due or step in self._ranking[:1]
         return step != self._committed_step and (self._must_wait or due)
 
     def save(self, snapshot: Snapshot) -> None:
@@ -123,12 +122,16 @@ class CheckpointSchedule:
             "config_hash": settings_hash(self._settings),
             "settings": self._settings,
         }
-        ranking = self._evaluations.ranking if self._evaluations.keep_best else ()
         state = self._state
-        self._saver.start(state.model, state.optimizer, snapshot.progress, about, problem, ranking)
+        self._saver.start(state.model, state.optimizer, snapshot.progress, about, problem, self._ranking)
         self._saving_step = step
         if self._must_wait:
             self._finish(step)
+
+    @property
+    def _ranking(self) -> tuple[int, ...]:
+        """Steps whose checkpoints are kept, the best evaluation's first."""
+        return self._evaluations.ranking if self._evaluations.keep_best else ()
 
     def _poll(self, step: int) -> bool:
         """Finish a save that is ready; whether to save at once."""
