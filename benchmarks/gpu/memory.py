@@ -11,7 +11,7 @@ from orpo_ray.dataset.packing import PackedRow, pack
 from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.pretrained import ModelSource
-from orpo_ray.training.budget import settle_budget
+from orpo_ray.training.budget import with_token_budget
 from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress
 from orpo_ray.training.job import TrainingJob
 from rank import N_PAIRS, built, folder_of, losses, start_rank, stream
@@ -29,7 +29,7 @@ def budget(size: str) -> None:
     )
     notices: list[str] = []
     started = time.perf_counter()
-    settled = settle_budget(job, state, notices.append)
+    settled = with_token_budget(job, state, notices.append)
     tokens = settled.train.plan.budget_tokens
     record(
         "budget", size=size, tokens=tokens, notices=notices, seconds=time.perf_counter() - started

@@ -40,7 +40,7 @@ def head_chunk(config: ORPOConfig, model: OrpoModel, device: torch.device) -> in
     return config.train.head_chunk(vocab_size, device.type == "cuda")
 
 
-def settle_head_chunk(job: TrainingJob, model: OrpoModel) -> TrainingJob:
+def with_head_chunk(job: TrainingJob, model: OrpoModel) -> TrainingJob:
     """The job with the chunks of its device; the feed was planned before that was known."""
     chunk_tokens = head_chunk(job.config, model, job.device)
     if chunk_tokens == job.config.train.head_chunk():
@@ -48,7 +48,7 @@ def settle_head_chunk(job: TrainingJob, model: OrpoModel) -> TrainingJob:
     return _with_plan(job, chunk_tokens=chunk_tokens)
 
 
-def settle_budget(
+def with_token_budget(
     job: TrainingJob, state: TrainState, notice: Callable[[str], None]
 ) -> TrainingJob:
     """The job with the budget that `max_tokens_per_microbatch=auto` comes to.

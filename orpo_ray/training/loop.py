@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.models.build import build_model, use_bf16
-from orpo_ray.models.packing_check import settle_attention
+from orpo_ray.models.packing_check import check_packing
 from orpo_ray.models.quantized import quantized_text
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
@@ -26,7 +26,7 @@ from orpo_ray.runs.resume import decisive_settings
 from orpo_ray.runs.statistics import Scores, estimates
 from orpo_ray.storage.bucket import make_folder
 from orpo_ray.storage.mirror import fetch_folder, forget_heavy, kept_in_step, light
-from orpo_ray.training.budget import settle_budget, settle_head_chunk
+from orpo_ray.training.budget import with_head_chunk, with_token_budget
 from orpo_ray.training.checkpoint.best import Evaluations, write_final
 from orpo_ray.training.checkpoint.saver import Progress
 from orpo_ray.training.checkpoint.schedule import CheckpointSchedule, Snapshot
@@ -58,7 +58,7 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
         torch.use_deterministic_algorithms(True)
     with _files_in_step(Path(job.run_directory)):
         loop = _Loop(job)
-        loop.settle_attention()  # by the base model: a resumed run has to decide the same
+        loop.plan_microbatches()  # by the base model: a resumed run has to decide the same
         loop.restore()
         loop.run()
         loop.finish()
@@ -87,7 +87,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         job, config = self.job, self.job.config
-        self.evaluations = Evaluations.of(config.train, list(job.evals))
+        self.evaluations = Evaluations.from_config(config.train, list(job.evals))
         self.files = RunFiles(Path(job.run_directory), is_writer=dist.get_rank() == 0)
         self.n_steps = config.total_steps(job.train.steps_per_epoch)
         model = build_model(config, job.model.model, job.device)
@@ -108,7 +108,7 @@ class _Loop:
             mfu_meter = MfuMeter(model.causal_lm, job.device, dtype)
         self.log = StepLog(self.files, weights, job.device, job.watch, mfu_meter)
         self.margins = MarginLog(self.files)
-        self.sampler = Sampler.of(job, model, self.files)
+        self.sampler = Sampler.from_job(job, model, self.files)
         settings = decisive_settings(config, job.train.data_digest)
         self.schedule = CheckpointSchedule(
             config, settings, self.files, self.state, self.evaluations, job.preemption_notice
@@ -126,7 +126,7 @@ class _Loop:
         for line in lines:
             self.log.remember(line)
         self.evaluations.restore(lines)
-        self._mind_patience()
+        self._check_patience()
         if progress is None and not redone:
             return
         text = f"resumed at step {self.step} of {self.n_steps}"
@@ -137,17 +137,17 @@ class _Loop:
         else:
             self.files.notice(text)
 
-    def settle_attention(self) -> None:
+    def plan_microbatches(self) -> None:
         """Decide between packed and padded rows and how long they are, and say so."""
         model = self.state.model
-        self.job = job = settle_head_chunk(self.job, model)
+        self.job = job = with_head_chunk(self.job, model)
         bf16 = use_bf16(job.config, job.device)
         if job.config.model.load_in_4bit:
             self.files.notice(quantized_text(model))
-        settle_attention(model, job.train, job.device, bf16, self.files.notice)
+        check_packing(model, job.train, job.device, bf16, self.files.notice)
         liger = "; Liger's kernels" if model.has_liger else ""
         self.files.notice(f"attention: {model.attention_text}{liger}; {self.n_steps} steps")
-        self.job = settle_budget(job, self.state, self.files.notice)
+        self.job = with_token_budget(job, self.state, self.files.notice)
 
     def run(self) -> None:
         """All steps from here to the end."""
@@ -156,7 +156,7 @@ class _Loop:
         batches = self.job.train.batches(self.step, self.n_steps)
         started = time.perf_counter()
         for batch in batches:
-            self.log.spend("data_wait", time.perf_counter() - started)
+            self.log.add_time("data_wait", time.perf_counter() - started)
             if batch.step != self.step:
                 raise AssertionError(f"the feed gave step {batch.step}, not {self.step}")
             rate = self.state.scheduler.get_last_lr()[0]
@@ -175,21 +175,21 @@ class _Loop:
             try:
                 result = train_step(self.state, batch, self.log.sums)
             except NonFiniteError as error:
-                self._mind_nonfinite(error)
+                self._check_nonfinite(error)
                 left_out += error.rows
                 batch = self.job.train.batch_without(batch.step, set(left_out))
         if result is None:
             self.state.scheduler.step()  # nothing is left to train on in this step
         ended = time.perf_counter()
         optimizer_s = result.optimizer_s if result else 0.0
-        self.log.spend("optimizer", optimizer_s)
-        self.log.spend("forward_backward", ended - started - optimizer_s)
+        self.log.add_time("optimizer", optimizer_s)
+        self.log.add_time("forward_backward", ended - started - optimizer_s)
         self.log.add(batch, result.norm if result else None, ended - asked_at)
         self.step += 1
         self.files.ledger(self.step, batch.epoch, batch.row_ids, left_out)
         self.margins.add(self.step, batch.row_ids, result.margins if result else [])
 
-    def _mind_nonfinite(self, error: NonFiniteError) -> None:
+    def _check_nonfinite(self, error: NonFiniteError) -> None:
         """Say which rows are left out.
 
         Raises:
@@ -218,13 +218,13 @@ class _Loop:
         evaluated: dict[str, Any] = {}
         if self.step == self.n_steps or (config.eval_steps and self.step % config.eval_steps == 0):
             evaluated = self._evaluate()
-            self._mind_patience()
+            self._check_patience()
         last = self.step == self.n_steps
         line: dict[str, Any] = {}
         if last or self.step % config.logging_steps == 0:
             self.margins.flush()
             line |= self.log.figures(rate)
-            self.log.mind_spike(self.step, line["loss"])
+            self.log.check_spike(self.step, line["loss"])
         line |= evaluated
         if line:
             epoch = self.step / self.job.train.steps_per_epoch
@@ -254,7 +254,7 @@ class _Loop:
                     self.files.sample(self.step, prompt.text, answer, prompt.chosen)
         return found.metrics
 
-    def _mind_patience(self) -> None:
+    def _check_patience(self) -> None:
         """Make this step the last one when there was no better evaluation for too long."""
         if self.step < self.n_steps and self.evaluations.patience_is_out:
             self.n_steps = self.step

@@ -94,7 +94,7 @@ class StepLog:
             self.mfu_meter.add(batch.rows)
         self._norm = norm if norm is not None else self._norm
 
-    def spend(self, part: str, seconds: float) -> None:
+    def add_time(self, part: str, seconds: float) -> None:
         """Count time to one of `TIME_PARTS`."""
         self._spent[part] = self._spent.get(part, 0.0) + seconds
 
@@ -103,7 +103,7 @@ class StepLog:
         """Count the time in here to one of `TIME_PARTS`."""
         started = time.perf_counter()
         yield
-        self.spend(part, time.perf_counter() - started)
+        self.add_time(part, time.perf_counter() - started)
 
     def figures(self, rate: float) -> dict[str, Any]:
         """The metrics since the last logged step: one collective, one wait for the device."""
@@ -119,7 +119,7 @@ class StepLog:
         self._clear()
         return figures
 
-    def mind_spike(self, step: int, loss: float) -> None:
+    def check_spike(self, step: int, loss: float) -> None:
         """Say so when a logged loss is far above those before it."""
         median = statistics.median(self._losses) if self._losses else math.inf
         if loss > _SPIKE * median:

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from orpo_ray.dataset.packing import GroupSpan, pack
 from orpo_ray.models.attention.flex import flex, packed_block_mask, seen_blocks
 from orpo_ray.models.attention.interface import by_segment
-from orpo_ray.models.attention.kernels import Circumstances, choose_kernel, circumstances
+from orpo_ray.models.attention.kernels import KernelSupport, choose_kernel, kernel_support
 from orpo_ray.models.attention.layout import PackedLayout, Scores
 from orpo_ray.models.attention.varlen import varlen
 from orpo_ray.models.microbatch import Microbatch
@@ -20,7 +20,7 @@ from orpo_ray.objective.head import LossScale
 from orpo_ray.pretrained import UnsupportedModelError
 from tests.reference.models import odd_groups, tiny_model
 
-H100 = Circumstances(
+H100 = KernelSupport(
     capability=(9, 0),
     half=True,
     softcap=False,
@@ -102,12 +102,12 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_fix(kernel, changes, reaso
         choose_kernel(kernel, dataclasses.replace(H100, **changes))
 
 
-def test_circumstances_are_read_from_the_model():
+def test_kernel_support_is_read_from_the_model():
     """Width 32 over 4 heads is 8 a head; gemma2 has heads of its own width 8, and a softcap."""
     cpu = torch.device("cpu")
-    llama = circumstances(tiny_model("llama", torch.float32).config, cpu, half=False)
+    llama = kernel_support(tiny_model("llama", torch.float32).config, cpu, half=False)
     assert (llama.capability, llama.softcap, llama.widths) == (None, False, (8, 8))
-    gemma = circumstances(tiny_model("gemma2", torch.float32).config, cpu, half=True)
+    gemma = kernel_support(tiny_model("gemma2", torch.float32).config, cpu, half=True)
     assert (gemma.half, gemma.softcap, gemma.widths) == (True, True, (8, 8))
 
 

@@ -15,9 +15,9 @@ from orpo_ray.training.budget import (
     agreed,
     optimizer_bytes,
     rounded_down,
-    settle_budget,
     tokens_that_fit,
     with_plan,
+    with_token_budget,
 )
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
@@ -119,7 +119,9 @@ def measured_on_a_gpu(folder: Path, run: Path) -> tuple[int, int, str]:
     stream = token_stream(folder, 0, 1, batch_groups=2000)
     job = TrainingJob(config, source, str(run), stream, {}, device, lambda metrics: None)
     said: list[str] = []
-    budgets = [settle_budget(job, state, said.append).train.plan.budget_tokens for _ in range(2)]
+    budgets = [
+        with_token_budget(job, state, said.append).train.plan.budget_tokens for _ in range(2)
+    ]
     assert budgets[0] == budgets[1]
     return budgets[0], optimizer_bytes(model), said[0]
 

@@ -123,7 +123,9 @@ class CheckpointSchedule:
             "settings": self._settings,
         }
         state = self._state
-        self._saver.start(state.model, state.optimizer, snapshot.progress, about, problem, self._ranking)
+        self._saver.start(
+            state.model, state.optimizer, snapshot.progress, about, problem, self._ranking
+        )
         self._saving_step = step
         if self._must_wait:
             self._finish(step)
