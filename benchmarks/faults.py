@@ -27,7 +27,10 @@ import ray
 from fault_cases import DISK_FULL, FAULTS, LONG_INGEST, OTHER_SIZES, Fault, random_kill
 from fault_cluster import FaultCluster
 from fault_run import N_STEPS, Run, write_inputs
-from orpo_ray.runs.files import TIMING, read_metrics
+from orpo_ray.runs.files import read_metrics
+
+# Metrics that differ between two runs which are otherwise the same.
+_TIMING = ("time", "pairs_per_s", "tokens_per_s", "seconds/")
 
 
 def weights_and_metrics(directory: Path) -> tuple[list[str], list[dict[str, Any]]]:
@@ -37,7 +40,7 @@ def weights_and_metrics(directory: Path) -> tuple[list[str], list[dict[str, Any]
         for path in sorted(directory.glob("final/*.safetensors"))
     ]
     lines = [
-        {name: value for name, value in line.items() if name not in TIMING}
+        {name: value for name, value in line.items() if not name.startswith(_TIMING)}
         for line in read_metrics(directory)
     ]
     return digests, lines

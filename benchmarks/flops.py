@@ -20,7 +20,7 @@ def useful_work(work: Work) -> dict[str, float]:
     """Tokens and floating-point operations of the rounds that count."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(f"{work.folder}/model"))
-    counted = flops.Work.of(model)
+    counted = flops.Work.from_model(model)
     groups = read_shard(f"{work.tokens}/0.parquet")[work.batch * work.steps :]
     tokens = padded = operations = 0.0
     for first in range(0, len(groups), work.batch):

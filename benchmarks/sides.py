@@ -33,9 +33,9 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     from orpo_ray.models.build import build_model
     from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
     from orpo_ray.runs.files import RunFiles
-    from orpo_ray.training.checkpoint.saver import CheckpointSaver, TrainState
+    from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress
     from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-    from orpo_ray.training.step import Trainee, train_step
+    from orpo_ray.training.step import TrainState, train_step
 
     cuda = work.device == "cuda"
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
@@ -46,7 +46,7 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     config = ORPOConfig(learning_rate=LEARNING_RATE, max_steps=n_steps, bf16=cuda)
     model = build_model(config, f"{work.folder}/model", device)
     optimizer = build_optimizer(model, config.train)
-    trainee = Trainee(
+    state = TrainState(
         model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.train, n_steps),
@@ -68,13 +68,13 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     def steps() -> Iterator[float]:
         for batch in batches:
             sums = torch.zeros(N_SUMS, dtype=torch.float64, device=device)
-            train_step(trainee, batch, sums)
+            train_step(state, batch, sums)
             if work.saves:
                 files.ledger(batch.step, batch.epoch, batch.row_ids, ())
                 if batch.step % work.steps == 0:
                     files.sync()
-                    state = TrainState(batch.step, work.batch, {}, ((0.0,),), 0, 0)
-                    saver.start(model, optimizer, state, {"step": batch.step})
+                    progress = Progress(batch.step, work.batch, {}, ((0.0,),), 0, 0)
+                    saver.start(model, optimizer, progress, {"step": batch.step})
                 elif batch.step % work.steps == work.steps - 1:
                     assert saver.finish() is None
             yield metrics_from_sums(sums.tolist(), weights)["loss"]

@@ -11,8 +11,8 @@ from orpo_ray.dataset.packing import PackedRow, pack
 from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.pretrained import ModelSource
-from orpo_ray.training.budget import settle_budget
-from orpo_ray.training.checkpoint.saver import CheckpointSaver, TrainState
+from orpo_ray.training.budget import with_token_budget
+from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress
 from orpo_ray.training.job import TrainingJob
 from rank import N_PAIRS, built, folder_of, losses, start_rank, stream
 from results import CUDA, DRY, attempt, peak_gib, record, seconds_left, wait
@@ -21,15 +21,15 @@ from results import CUDA, DRY, attempt, peak_gib, record, seconds_left, wait
 def budget(size: str) -> None:
     """What `max_tokens_per_microbatch=auto` finds, and whether steps of such rows fit."""
     folder = folder_of(size)
-    trainee, config = built(folder, max_tokens_per_microbatch="auto", global_batch_size=N_PAIRS)
+    state, config = built(folder, max_tokens_per_microbatch="auto", global_batch_size=N_PAIRS)
     source = ModelSource(str(folder / "model"), str(folder / "model"))
     feed = stream(folder, N_PAIRS)
     job = TrainingJob(
-        config, source, str(folder), feed, {}, trainee.device, report=lambda metrics: None
+        config, source, str(folder), feed, {}, state.device, report=lambda metrics: None
     )
     notices: list[str] = []
     started = time.perf_counter()
-    settled = settle_budget(job, trainee, notices.append)
+    settled = with_token_budget(job, state, notices.append)
     tokens = settled.train.plan.budget_tokens
     record(
         "budget", size=size, tokens=tokens, notices=notices, seconds=time.perf_counter() - started
@@ -38,7 +38,7 @@ def budget(size: str) -> None:
     row = pack([group] * (1 if DRY else max(1, tokens // group.n_tokens)), 1024, True)
     with attempt("budget", size=size):
         for _ in range(2):
-            losses(trainee, [step_of(row, row)])
+            losses(state, [step_of(row, row)])
         free, total = torch.cuda.mem_get_info() if CUDA else (0, 1)
         record(
             "budget",
@@ -53,20 +53,20 @@ def budget(size: str) -> None:
 def saving(size: str) -> None:
     """How long a step waits for a checkpoint: the first, for which memory is pinned, and others."""
     folder = folder_of(size)
-    trainee, _ = built(folder)
+    state, _ = built(folder)
     batches = list(stream(folder, 4 if DRY else 32).batches(0, 4))
-    losses(trainee, batches[:2])
+    losses(state, batches[:2])
     saver = CheckpointSaver(str(folder), keep=1)
     for number in range(1, 4):
         if seconds_left() < 15:
             break
         wait()
         started = time.perf_counter()
-        state = TrainState(number, 32, {}, ((0.0,),), 0, 0)
-        saver.start(trainee.model, trainee.optimizer, state, {"step": number})
+        progress = Progress(number, 32, {}, ((0.0,),), 0, 0)
+        saver.start(state.model, state.optimizer, progress, {"step": number})
         stalled = time.perf_counter() - started
         started = time.perf_counter()
-        losses(trainee, batches[2:3])
+        losses(state, batches[2:3])
         step_s = time.perf_counter() - started
         problem = saver.finish()
         record(
@@ -84,18 +84,18 @@ def long(size: str) -> None:
     """Steps of one pair of two 8 k answers at 128 k words: what its logits take."""
     length, vocabulary = (100, "16k") if DRY else (8192, "128k")
     folder = folder_of(size, vocabulary)
-    trainee, _ = built(folder)
+    state, _ = built(folder)
     numbers = np.random.default_rng(0)
     prompt, *answers = (
         numbers.integers(3, 16_000, n, dtype=np.int32) for n in (length // 8, length, length)
     )
     row = pack([PromptGroup(prompt, tuple(answers), ((0, 1),), (RowId(0, 0),))], 1024, True)
     with attempt("long", size=size):
-        losses(trainee, [step_of(row)])
+        losses(state, [step_of(row)])
         wait()
         before = torch.cuda.memory_allocated() / 2**30 if CUDA else 0.0
         started = time.perf_counter()
-        losses(trainee, [step_of(row)])
+        losses(state, [step_of(row)])
         wait()
         record(
             "long",

@@ -21,7 +21,7 @@ from orpo_ray.models.adapters import add_adapters
 from orpo_ray.models.build import build_model
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-from orpo_ray.training.step import Trainee, train_step
+from orpo_ray.training.step import TrainState, train_step
 from results import CUDA, DEVICE, DRY, print_machine, record
 from workload import make_folder
 
@@ -62,7 +62,7 @@ def stream(
     return TokenStream(tokens, order, BatchPlan(batch, 16_384, chunk_tokens, True), 0, 1)
 
 
-def built(folder: Path, by_layer: bool = False, **settings: Any) -> tuple[Trainee, ORPOConfig]:
+def built(folder: Path, by_layer: bool = False, **settings: Any) -> tuple[TrainState, ORPOConfig]:
     """A folder's model on this device with its optimizer.
 
     Args:
@@ -72,10 +72,10 @@ def built(folder: Path, by_layer: bool = False, **settings: Any) -> tuple[Traine
     """
     config = ORPOConfig(**({"learning_rate": 1e-5, "max_steps": 100, "bf16": CUDA} | settings))
     sharding.is_one_unit = (lambda *_: False) if by_layer else _IS_ONE_UNIT
-    return _trainee(build_model(config, str(folder / "model"), DEVICE), config), config
+    return _train_state(build_model(config, str(folder / "model"), DEVICE), config), config
 
 
-def built_with_lora(model_config: LlamaConfig, **settings: Any) -> Trainee:
+def built_with_lora(model_config: LlamaConfig, **settings: Any) -> TrainState:
     """Adapters on a frozen base in bf16 whose random weights are drawn on the device.
 
     The base is not part of FSDP's units, as that of QLoRA: one rank shards nothing.
@@ -93,13 +93,13 @@ def built_with_lora(model_config: LlamaConfig, **settings: Any) -> Trainee:
     for parameter in adapters:
         parameter.data = parameter.data.float()
     frozen = {p for p in causal_lm.parameters() if not p.requires_grad}
-    return _trainee(sharding._sharded(causal_lm, DEVICE, config, ignored=frozen), config)
+    return _train_state(sharding._sharded(causal_lm, DEVICE, config, ignored=frozen), config)
 
 
-def _trainee(model: Any, config: ORPOConfig) -> Trainee:
+def _train_state(model: Any, config: ORPOConfig) -> TrainState:
     optimizer = build_optimizer(model, config.train)
     scheduler = build_scheduler(optimizer, config.train, 100)
-    return Trainee(model, optimizer, scheduler, BETA, 1.0, 0, DEVICE)
+    return TrainState(model, optimizer, scheduler, BETA, 1.0, 0, DEVICE)
 
 
 def zeros() -> torch.Tensor:
@@ -107,12 +107,12 @@ def zeros() -> torch.Tensor:
     return torch.zeros(N_SUMS, dtype=torch.float64, device=DEVICE)
 
 
-def losses(trainee: Trainee, batches: Sequence[StepBatch]) -> list[float]:
+def losses(state: TrainState, batches: Sequence[StepBatch]) -> list[float]:
     """Train on each batch; its loss."""
     found = []
     for batch in batches:
         sums = zeros()
-        train_step(trainee, batch, sums)
+        train_step(state, batch, sums)
         found.append(metrics_from_sums(sums.tolist(), OrpoWeights(BETA, 0.0))["loss"])
     return found
 

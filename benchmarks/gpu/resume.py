@@ -15,11 +15,12 @@ import torch.distributed as dist
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.pretrained import ModelSource
-from orpo_ray.runs.files import TIMING, read_metrics
+from orpo_ray.runs.files import read_metrics
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.loop import run_training
 from rank import folder_of, start_rank, stream, unshuffled
 from results import DEVICE, DRY, print_machine, record
+from tests.reference.timing import TIMING
 
 BATCH = 4 if DRY else 16
 KILL_AT, EXIT_CODE = 10, 9

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.dataset.stream import StepBatch
-from orpo_ray.training.checkpoint.saver import CheckpointSaver, TrainState, load_checkpoint
-from orpo_ray.training.step import Trainee
+from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress, load_checkpoint
+from orpo_ray.training.step import TrainState
 from rank import built, folder_of, losses, start_rank, stream
 from results import CUDA, DRY, attempt, record
 
@@ -45,46 +45,46 @@ def main() -> None:
             continue
         with attempt("smoke", setting=str(setting)):
             started = time.perf_counter()
-            trainee, _ = built(folder, **setting)
-            found = losses(trainee, batches)
+            state, _ = built(folder, **setting)
+            found = losses(state, batches)
             record(
                 "smoke",
                 setting=str(setting),
-                attention=trainee.model.attention_text,
+                attention=state.model.attention_text,
                 difference=max(abs(a - b) / b for a, b in zip(found, expected, strict=True)),
                 seconds=time.perf_counter() - started,
             )
             if not setting:
-                _synchronizations(trainee, batches[0])
-                _checkpoint(trainee, folder)
+                _synchronizations(state, batches[0])
+                _checkpoint(state, folder)
     dist.destroy_process_group()
 
 
-def _synchronizations(trainee: Trainee, batch: StepBatch) -> None:
+def _synchronizations(state: TrainState, batch: StepBatch) -> None:
     """Where a step waits for the device, as torch reports it."""
     if not CUDA:
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        losses(trainee, [batch])
+        losses(state, [batch])
         torch.cuda.set_sync_debug_mode("default")
     found = [w for w in caught if "synchroniz" in str(w.message)]
     places = [f"{Path(w.filename).name}:{w.lineno}" for w in found]
     record("waits", places={place: places.count(place) for place in sorted(set(places))})
 
 
-def _checkpoint(trainee: Trainee, folder: Path) -> None:
+def _checkpoint(state: TrainState, folder: Path) -> None:
     saver = CheckpointSaver(str(folder), keep=2)
-    state = TrainState(1, 32, {}, ((0.0,),), 0, 0)
-    saver.start(trainee.model, trainee.optimizer, state, {"step": 1})
+    progress = Progress(1, 32, {}, ((0.0,),), 0, 0)
+    saver.start(state.model, state.optimizer, progress, {"step": 1})
     problem = saver.finish()
-    before = [p.to_local().clone() for p in trainee.model.parameters()]
+    before = [p.to_local().clone() for p in state.model.parameters()]
     with torch.no_grad():
-        for parameter in trainee.model.parameters():
+        for parameter in state.model.parameters():
             parameter.zero_()
-    load_checkpoint(str(folder), 1, trainee.model, trainee.optimizer)
-    after = [p.to_local() for p in trainee.model.parameters()]
+    load_checkpoint(str(folder), 1, state.model, state.optimizer)
+    after = [p.to_local() for p in state.model.parameters()]
     equal = all(map(torch.equal, before, after))
     record("smoke", setting="checkpoint", problem=problem, bytes_equal=equal)
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.training.flops import Work, matmul_rate
-from orpo_ray.training.step import Trainee, gradient_norm, loss_scale, train_step
+from orpo_ray.training.step import TrainState, gradient_norm, loss_scale, train_step
 from rank import built, built_with_lora, folder_of, start_rank, stream, zeros
 from results import CUDA, DEVICE, DRY, OUT, attempt, peak_gib, record, seconds_left, wait
 
@@ -95,15 +95,15 @@ def _variants(size: str, variants: Sequence[Variant], peak: float) -> None:
     for (settings, by_layer), chosen in groups:
         with attempt("ours", size=size, settings=str(settings)):
             started = time.perf_counter()
-            trainee, _ = built(folder, by_layer, **settings)
+            state, _ = built(folder, by_layer, **settings)
             record("ours", size=size, built_s=time.perf_counter() - started)
             for variant in chosen:
                 if seconds_left() < 10:
                     record("ours", size=size, variant=variant.name, left_out=True)
                     continue
                 with attempt("ours", size=size, variant=variant.name):
-                    _measure(trainee, folder, size, variant, peak)
-        trainee = None  # type: ignore[assignment]
+                    _measure(state, folder, size, variant, peak)
+        state = None  # type: ignore[assignment]
         gc.collect()  # FSDP's hooks and modules refer to one another
         if CUDA:
             torch.cuda.empty_cache()
@@ -122,14 +122,14 @@ def _lora(size: str, peak: float) -> None:
         return
     with attempt("ours", size=size, variant="LoRA"):
         started = time.perf_counter()
-        trainee = built_with_lora(LlamaConfig(**shape, **heads))
+        state = built_with_lora(LlamaConfig(**shape, **heads))
         record("ours", size=size, built_s=time.perf_counter() - started)
         for batch in (32, 128):
             name = "LoRA" if batch == 32 else f"LoRA, {batch} pairs"
-            _measure(trainee, folder, size, Variant(name, batch=batch, chunk_tokens=2048), peak)
+            _measure(state, folder, size, Variant(name, batch=batch, chunk_tokens=2048), peak)
 
 
-def _measure(trainee: Trainee, folder: Path, size: str, variant: Variant, peak: float) -> None:
+def _measure(state: TrainState, folder: Path, size: str, variant: Variant, peak: float) -> None:
     batch = 4 if DRY else variant.batch
     n_warmup, n_steps = (1, 1) if DRY else (3, 8 if batch < 100 else 4)
     feed = stream(folder, batch, variant.chunk_tokens)
@@ -138,7 +138,7 @@ def _measure(trainee: Trainee, folder: Path, size: str, variant: Variant, peak: 
     started = time.perf_counter()
     sums = zeros()
     for step in batches[:n_warmup]:
-        train_step(trainee, step, sums)
+        train_step(state, step, sums)
     wait()
     warmup_s = time.perf_counter() - started
     if CUDA:
@@ -147,20 +147,20 @@ def _measure(trainee: Trainee, folder: Path, size: str, variant: Variant, peak: 
     started = time.perf_counter()
     for step in timed:
         begun = time.perf_counter()
-        train_step(trainee, step, sums)
+        train_step(state, step, sums)
         times.append(time.perf_counter() - begun)
     wait()
     seconds = time.perf_counter() - started
     torch.use_deterministic_algorithms(False)
-    work = Work.of(trainee.model.causal_lm)
+    work = Work.from_model(state.model.causal_lm)
     flops = sum(work.flops(row) for step in timed for row in step.rows)
     n_tokens = sum(step.n_tokens for step in timed)
     record(
         "ours",
         size=size,
         variant=variant.name,
-        attention=trainee.model.attention_text,
-        liger=trainee.model.has_liger,
+        attention=state.model.attention_text,
+        liger=state.model.has_liger,
         step_ms=1e3 * seconds / n_steps,
         median_step_ms=1e3 * statistics.median(times),
         tokens_a_step=n_tokens / n_steps,
@@ -171,35 +171,35 @@ def _measure(trainee: Trainee, folder: Path, size: str, variant: Variant, peak: 
         warmup_s=warmup_s,
     )
     if variant.name in PROFILED:
-        _phases(trainee, timed[0], size, variant.name)
-        _profile(trainee, timed[:2], size, variant.name, 1e3 * seconds / n_steps)
+        _phases(state, timed[0], size, variant.name)
+        _profile(state, timed[:2], size, variant.name, 1e3 * seconds / n_steps)
 
 
-def _phases(trainee: Trainee, step: StepBatch, size: str, name: str) -> None:
+def _phases(state: TrainState, step: StepBatch, size: str, name: str) -> None:
     """Milliseconds of the host, and of host and device, in each part of a step.
 
     Where the host takes as long as both, the device waits for launches.
     """
-    scale, row = loss_scale(step, trainee.beta), step.rows[0]
-    state: dict[str, Any] = {}
+    scale, row = loss_scale(step, state.beta), step.rows[0]
+    made: dict[str, Any] = {}
 
     def place() -> None:
-        state["batch"] = Microbatch(row, DEVICE)
+        made["batch"] = Microbatch(row, DEVICE)
 
     def forward() -> None:
-        state["output"] = trainee.model(state["batch"], scale)
+        made["output"] = state.model(made["batch"], scale)
 
     phases: dict[str, Callable[[], Any]] = {
         "microbatch": place,
         "forward": forward,
-        "backward": lambda: state["output"].loss.backward(),
-        "norm": lambda: gradient_norm(trainee.model, trainee.max_grad_norm),
-        "optimizer": trainee.optimizer.step,
+        "backward": lambda: made["output"].loss.backward(),
+        "norm": lambda: gradient_norm(state.model, state.max_grad_norm),
+        "optimizer": state.optimizer.step,
     }
     host: dict[str, list[float]] = {phase: [] for phase in phases}
     both: dict[str, list[float]] = {phase: [] for phase in phases}
     for _ in range(1 if DRY else 4):
-        trainee.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
         for phase, action in phases.items():
             wait()
             started = time.perf_counter()
@@ -217,7 +217,7 @@ def _phases(trainee: Trainee, step: StepBatch, size: str, name: str) -> None:
 
 
 def _profile(
-    trainee: Trainee, steps: Sequence[StepBatch], size: str, name: str, step_ms: float
+    state: TrainState, steps: Sequence[StepBatch], size: str, name: str, step_ms: float
 ) -> None:
     """The kernels that take most of a step, by kind and the first ten by name."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -225,7 +225,7 @@ def _profile(
     sums = zeros()
     with torch.profiler.profile(activities=activities) as profiled:
         for step in steps:
-            train_step(trainee, step, sums)
+            train_step(state, step, sums)
         wait()
     kind = torch.autograd.DeviceType.CUDA if CUDA else torch.autograd.DeviceType.CPU
     events = [

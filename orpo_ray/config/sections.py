@@ -78,7 +78,7 @@ class ModelSection(Section):
     attention: Literal["auto", "packed", "padded"] = Field(
         "auto", description="auto packs where that is exact for the model, and says what it chose."
     )
-    attention_kernel: Literal["auto", "varlen", "flash_attn", "flex", "sdpa"] = Field(
+    attention_kernel: Literal["auto", "varlen", "flex", "sdpa"] = Field(
         "auto", description="Of packed rows; auto takes the first of these that can run."
     )
     disable_dropout: bool = Field(True, description="Set every dropout of the model to 0.")

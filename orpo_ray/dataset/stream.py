@@ -78,6 +78,15 @@ class TokenStream:
         """Global batches in one pass over the data; the last one may be smaller."""
         return self.order.n_batches(self.plan.batch_groups)
 
+    def position(self, step: int) -> dict[str, int]:
+        """Where in the data training stands after so many optimizer steps, for a manifest."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        return {
+            "epoch": epoch,
+            "batch_of_epoch": batch,
+            "global_batch_pairs": self.plan.batch_groups,
+        }
+
     def batches(self, first_step: int, n_steps: int) -> Iterator[StepBatch]:
         """The batches of steps `first_step` to `n_steps` (exclusive), packed in a thread ahead."""
         return _read_ahead(self._batches(first_step, n_steps))

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.models.adapters import add_adapters
-from orpo_ray.models.attention.kernels import Kernel, choose_kernel, circumstances
+from orpo_ray.models.attention.kernels import Kernel, choose_kernel, kernel_support
 from orpo_ray.models.liger import use_liger_kernels
 from orpo_ray.models.orpo_model import AttentionPath, OrpoModel
 from orpo_ray.models.quantized import load_quantized, refuse_quantization
@@ -50,7 +50,7 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
         UnsupportedModelError: for heads that are more than a matrix product, code of the model's
             own, and weights that are no safetensors.
     """
-    origin = ModelSource.of(config.model, model_path)
+    origin = ModelSource.from_config(config.model, model_path)
     model_config = load_model_config(origin)
     refuse_unknown_heads(model_config)
     if config.model.disable_dropout:
@@ -142,8 +142,8 @@ def packed_kernel(
     Raises:
         UnsupportedModelError: when the kernel that was asked for cannot run here.
     """
-    there = circumstances(model_config, device, use_bf16(config, device))
-    return choose_kernel(config.model.attention_kernel, there)
+    support = kernel_support(model_config, device, use_bf16(config, device))
+    return choose_kernel(config.model.attention_kernel, support)
 
 
 def attention_path(config: ORPOConfig, causal_lm: PreTrainedModel) -> AttentionPath:

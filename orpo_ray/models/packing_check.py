@@ -40,7 +40,7 @@ _N_GROUPS = 4
 _TOLERANCE_NATS = {False: 1e-3, True: 5e-2}
 
 
-def settle_attention(
+def check_packing(
     model: OrpoModel,
     stream: TokenStream,
     device: torch.device,

@@ -84,7 +84,7 @@ def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
         device=_device(task),
         report=_report,
         watch=_watch(task),
-        leaving=_leaving,
+        preemption_notice=_preemption_notice,
     )
     # These would come back at every attempt: they are answers, not failures to start again from.
     try:
@@ -148,7 +148,7 @@ def _report(metrics: Mapping[str, Any]) -> None:
     ray.train.report(dict(metrics))
 
 
-def _leaving() -> str | None:
+def _preemption_notice() -> str | None:
     """Whether the cluster is about to take a node of this run away, and until when."""
     info = ray.train.get_preemption_info()
     if info is None:

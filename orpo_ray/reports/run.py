@@ -29,9 +29,9 @@ from orpo_ray.runs.files import (
     EVALUATIONS,
     EVENTS,
     FINAL,
-    PARTS,
     SAMPLES,
-    SECONDS,
+    TIME_PARTS,
+    TIME_PREFIX,
     count_events,
     exported_step,
     read_metrics,
@@ -147,9 +147,9 @@ def time_spent(lines: Lines) -> list[tuple[str, str, str]]:
     """
     if not lines:
         return []
-    spent = {part: sum(line.get(SECONDS + part, 0.0) for line in lines) for part in PARTS}
+    spent = {part: sum(line.get(TIME_PREFIX + part, 0.0) for line in lines) for part in TIME_PARTS}
     # The first line is written at the end of what it counts.
-    first = sum(lines[0].get(SECONDS + part, 0.0) for part in PARTS)
+    first = sum(lines[0].get(TIME_PREFIX + part, 0.0) for part in TIME_PARTS)
     whole = max(lines[-1]["time"] - lines[0]["time"] + first, sum(spent.values()), 1e-9)
     spent["the rest"] = whole - sum(spent.values())
     return [

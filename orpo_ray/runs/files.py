@@ -28,7 +28,7 @@ RECORD = "orpo_ray.json"
 # Of a sweep: the folder of its trials, and what each of them says of itself.
 TRIALS, TRIAL_RECORD = "trials", "trial.json"
 # What a worker's time goes into; each is a metric of its own, in seconds since the line before.
-PARTS = (
+TIME_PARTS = (
     "data_wait",
     "forward_backward",
     "optimizer",
@@ -36,9 +36,7 @@ PARTS = (
     "evaluation",
     "samples",
 )
-SECONDS = "seconds/"
-# What differs between two runs that are otherwise the same to the byte.
-TIMING = ("time", "pairs_per_s", "tokens_per_s", "mfu", *(SECONDS + part for part in PARTS))
+TIME_PREFIX = "seconds/"
 # Files whose lines belong to a step, besides the ledger.
 _BY_STEP = (METRICS, MARGINS, EVALUATIONS, SAMPLES)
 # What rank 0 writes beside checkpoints and `final/`, and nobody else.

@@ -19,8 +19,8 @@ from orpo_ray.runs.files import (
     LEDGER,
     LOG,
     METRICS,
-    PARTS,
-    SECONDS,
+    TIME_PARTS,
+    TIME_PREFIX,
     TRIAL_RECORD,
     TRIALS,
     count_events,
@@ -97,7 +97,7 @@ class RunView:
         n_steps = recent[-1]["step"] - recent[0]["step"]
         if self.n_steps is None or not n_steps:
             return None
-        spent = sum(line.get(SECONDS + part, 0.0) for line in recent[1:] for part in PARTS)
+        spent = sum(line.get(TIME_PREFIX + part, 0.0) for line in recent[1:] for part in TIME_PARTS)
         left = spent / n_steps * (self.n_steps - recent[-1]["step"])
         return float(max(0.0, left - (self.now - recent[-1]["time"])))
 

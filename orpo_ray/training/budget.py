@@ -18,7 +18,7 @@ from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.training.job import TrainingJob
-from orpo_ray.training.step import Trainee, forward_backward
+from orpo_ray.training.step import TrainState, forward_backward
 
 _GIB = 2**30
 _LOOKED_AT = 256  # first groups, of which the longest is measured
@@ -40,7 +40,7 @@ def head_chunk(config: ORPOConfig, model: OrpoModel, device: torch.device) -> in
     return config.train.head_chunk(vocab_size, device.type == "cuda")
 
 
-def settle_head_chunk(job: TrainingJob, model: OrpoModel) -> TrainingJob:
+def with_head_chunk(job: TrainingJob, model: OrpoModel) -> TrainingJob:
     """The job with the chunks of its device; the feed was planned before that was known."""
     chunk_tokens = head_chunk(job.config, model, job.device)
     if chunk_tokens == job.config.train.head_chunk():
@@ -48,7 +48,9 @@ def settle_head_chunk(job: TrainingJob, model: OrpoModel) -> TrainingJob:
     return _with_plan(job, chunk_tokens=chunk_tokens)
 
 
-def settle_budget(job: TrainingJob, trainee: Trainee, notice: Callable[[str], None]) -> TrainingJob:
+def with_token_budget(
+    job: TrainingJob, state: TrainState, notice: Callable[[str], None]
+) -> TrainingJob:
     """The job with the budget that `max_tokens_per_microbatch=auto` comes to.
 
     Batches and their order do not depend on it. It is the same on all ranks, and in every run on
@@ -56,7 +58,7 @@ def settle_budget(job: TrainingJob, trainee: Trainee, notice: Callable[[str], No
 
     Args:
         job: of this rank; every rank calls this.
-        trainee: as it was built. Its weights stay, its gradients are dropped.
+        state: as it was built. Its weights stay, its gradients are dropped.
         notice: told what was found.
 
     Raises:
@@ -70,7 +72,7 @@ def settle_budget(job: TrainingJob, trainee: Trainee, notice: Callable[[str], No
             f"{job.train.plan.budget_tokens} tokens, as unset"
         )
         return job
-    budget, text = _measured_budget(job.train, trainee)
+    budget, text = _measured_budget(job.train, state)
     notice(f"max_tokens_per_microbatch: auto is {budget} tokens; {text}")
     return _with_plan(job, budget_tokens=budget)
 
@@ -125,7 +127,7 @@ def agreed(n_tokens: int, device: torch.device) -> int:
     return int(fewest.item())
 
 
-def _measured_budget(stream: TokenStream, trainee: Trainee) -> tuple[int, str]:
+def _measured_budget(stream: TokenStream, state: TrainState) -> tuple[int, str]:
     """The budget, and how it came about.
 
     Rows of one and two chunks of the head tell how far one can go: below one, logits grow with the
@@ -133,16 +135,16 @@ def _measured_budget(stream: TokenStream, trainee: Trainee) -> tuple[int, str]:
     """
     group = max(stream.first_groups(_LOOKED_AT), key=lambda group: group.n_tokens)
     most = -(-stream.plan.batch_groups // stream.world_size) * group.n_tokens
-    later, device = optimizer_bytes(trainee.model), trainee.device
+    later, device = optimizer_bytes(state.model), state.device
     chunk = -(-stream.plan.chunk_tokens // group.n_tokens)
-    measured = [_measure(trainee, stream, [group] * n) for n in (chunk, 2 * chunk)]
+    measured = [_measure(state, stream, [group] * n) for n in (chunk, 2 * chunk)]
     room = _room_bytes(device)
     fitting = agreed(tokens_that_fit(measured, later, room), device)
     n_groups = min(fitting, most) // 2 // group.n_tokens
     if n_groups > 2 * chunk:
-        measured.append(_measure(trainee, stream, [group] * n_groups))
+        measured.append(_measure(state, stream, [group] * n_groups))
         fitting = agreed(tokens_that_fit(measured, later, room), device)
-    trainee.model.zero_grad(set_to_none=True)
+    state.model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     taken = ", ".join(f"{m.peak_bytes / _GIB:.2f} for {m.n_tokens} tokens" for m in measured)
     text = (
@@ -152,14 +154,14 @@ def _measured_budget(stream: TokenStream, trainee: Trainee) -> tuple[int, str]:
     return rounded_down(fitting) if fitting < most else most, text
 
 
-def _measure(trainee: Trainee, stream: TokenStream, groups: list[PromptGroup]) -> Measured:
+def _measure(state: TrainState, stream: TokenStream, groups: list[PromptGroup]) -> Measured:
     """Forward and backward of one row, with gradients to add to, as all but a step's first have."""
     row = pack(groups, stream.plan.chunk_tokens, stream.plan.prompt_counts)
-    trainee.model.train()
+    state.model.train()
     for _ in range(2):
-        torch.cuda.reset_peak_memory_stats(trainee.device)
-        forward_backward(trainee, row, LossScale(nll=0.0, pair=0.0, beta=trainee.beta))
-    return Measured(len(row.token_ids), torch.cuda.max_memory_allocated(trainee.device))
+        torch.cuda.reset_peak_memory_stats(state.device)
+        forward_backward(state, row, LossScale(nll=0.0, pair=0.0, beta=state.beta))
+    return Measured(len(row.token_ids), torch.cuda.max_memory_allocated(state.device))
 
 
 def _room_bytes(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from orpo_ray.dataset.stream import StepBatch, TokenStream
 from orpo_ray.models.build import build_model, use_bf16
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel, OrpoOutput
-from orpo_ray.models.packing_check import settle_attention
+from orpo_ray.models.packing_check import check_packing
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.objective.odds_ratio import log_odds
 from orpo_ray.training.step import loss_scale
@@ -185,5 +185,5 @@ def run_evaluation(
     """Load a model and evaluate it; see `evaluate_streams`."""
     model = build_model(config, model_path, device)
     stream = next(iter(evals.values()))
-    settle_attention(model, stream, device, use_bf16(config, device), notice)
+    check_packing(model, stream, device, use_bf16(config, device), notice)
     return evaluate_streams(model, evals, config.orpo.beta, device).metrics

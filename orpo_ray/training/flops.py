@@ -1,13 +1,15 @@
-"""What a packed row takes at least in floating-point operations, and what the device can do.
+"""Model FLOPs of packed rows, and model FLOPs utilization (MFU); in training workers.
 
-Their quotient is the MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), here of a matrix
-product that was timed in the same process. Runs in training workers.
+MFU is that of Chowdhery et al. 2022 (arXiv:2204.02311, appendix B), here relative to the rate of a
+matrix product that was timed in the same process.
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from orpo_ray.dataset.packing import GroupSpan, PackedRow
@@ -20,11 +22,11 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of one forward and backward pass, without what is computed again or for nothing.
+    """FLOPs of one forward and backward pass, without recomputation and masked attention scores.
 
-    6 for a weight and a token it multiplies: 2 forward, 4 backward, of which a frozen weight takes
-    2; the head's only where it predicts something. 12 for a query, a key that it sees and a unit
-    of the heads' width.
+    A weight takes 6 per token: 2 forward and 4 backward, or 2 backward where it is frozen; the
+    head's weights only at positions that have a target. Attention takes 12 per attended
+    (query, key) pair and unit of head width.
 
     Args:
         per_token: of all decoder layers.
@@ -37,8 +39,8 @@ class Work:
     per_seen_key: float
 
     @staticmethod
-    def of(causal_lm: PreTrainedModel) -> "Work":
-        """The work of a model; of experts it is the share that a token goes to."""
+    def from_model(causal_lm: PreTrainedModel) -> "Work":
+        """Count a model's weights; of experts, the share that each token is routed to."""
         config = causal_lm.config.get_text_config()
         head = causal_lm.get_output_embeddings()
         looked_up = [m for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)]
@@ -61,7 +63,7 @@ class Work:
         return Work(per_token, _passes(head.weight) * head.weight.numel(), 12.0 * attention)
 
     def flops(self, row: PackedRow) -> float:
-        """Operations that one row takes."""
+        """FLOPs of one row."""
         return (
             self.per_token * len(row.token_ids)
             + self.per_position * len(row.positions)
@@ -69,28 +71,54 @@ class Work:
         )
 
 
+class MfuMeter:
+    """MFU of training steps between two reads.
+
+    Args:
+        causal_lm: the model that is trained.
+        device: of this rank; its rate is timed here.
+        dtype: of the matrix products.
+    """
+
+    def __init__(
+        self, causal_lm: PreTrainedModel, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._work = Work.from_model(causal_lm)
+        self._peak_flops = dist.get_world_size() * matmul_rate(device, dtype)
+        self._flops = 0.0
+
+    def add(self, rows: Iterable[PackedRow]) -> None:
+        """Count this rank's rows for all ranks, which carry about equal tokens."""
+        self._flops += dist.get_world_size() * sum(map(self._work.flops, rows))
+
+    def read(self, seconds: float) -> float:
+        """MFU of the rows counted since the last read, which took `seconds`."""
+        flops, self._flops = self._flops, 0.0
+        return flops / seconds / self._peak_flops
+
+
 def _passes(weight: torch.nn.Parameter) -> float:
     return 6.0 if weight.requires_grad else 4.0
 
 
 def seen_keys(span: GroupSpan) -> int:
-    """Pairs of a query and a key it sees in one group; windows are not looked at."""
+    """Attended (query, key) pairs of one group; sliding windows are ignored."""
     prompt = span.prompt
     own = sum(n * (n + 1) // 2 for n in (prompt, *span.completions))
     return own + prompt * sum(span.completions)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
-    """Operations a second of one large matrix product, the best of several.
+    """FLOPs per second of one large matrix product, the best of several.
 
     Args:
-        device: to be timed.
+        device: the device to time.
         dtype: of the product.
-        n: rows and columns; unset: as many as are done within a second.
+        n: rows and columns. Default: as many as take less than a second.
     """
     is_cuda = device.type == "cuda"
     n = n or (_CUDA_SIZE if is_cuda else _CPU_SIZE)
-    # Random: a GPU multiplies numbers that are all alike faster than any that are trained on.
+    # Random: a GPU multiplies constant matrices faster than any that are trained on.
     numbers = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(n, n, device=device, generator=numbers).to(dtype) for _ in range(2))
     best = float("inf")

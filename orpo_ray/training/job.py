@@ -26,8 +26,8 @@ class TrainingJob:
         device: of this rank.
         report: told the latest metrics at every evaluation, by all ranks together.
         watch: shown every line of `metrics.jsonl` when it is written, on rank 0.
-        leaving: asked about once a second by all ranks together; a text when a node of theirs
-            is about to be taken away, which is then answered with a checkpoint.
+        preemption_notice: called about once a second by all ranks together; a text when one of
+            their nodes is about to be preempted, upon which a checkpoint is saved.
     """
 
     config: ORPOConfig
@@ -38,4 +38,4 @@ class TrainingJob:
     device: torch.device
     report: Report
     watch: Report = lambda line: None
-    leaving: Callable[[], str | None] = lambda: None
+    preemption_notice: Callable[[], str | None] = lambda: None

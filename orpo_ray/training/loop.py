@@ -17,27 +17,27 @@ import torch.distributed as dist
 
 from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.models.build import build_model, use_bf16
-from orpo_ray.models.packing_check import settle_attention
+from orpo_ray.models.packing_check import check_packing
 from orpo_ray.models.quantized import quantized_text
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
-from orpo_ray.runs.files import STOP, WRITTEN_BY_WORKERS, read_metrics, summary
+from orpo_ray.runs.files import STOP, WRITTEN_BY_WORKERS, RunFiles, read_metrics, summary
 from orpo_ray.runs.resume import decisive_settings
 from orpo_ray.runs.statistics import Scores, estimates
 from orpo_ray.storage.bucket import make_folder
 from orpo_ray.storage.mirror import fetch_folder, forget_heavy, kept_in_step, light
-from orpo_ray.training.budget import settle_budget, settle_head_chunk
+from orpo_ray.training.budget import with_head_chunk, with_token_budget
 from orpo_ray.training.checkpoint.best import Evaluations, write_final
-from orpo_ray.training.checkpoint.saver import TrainState
-from orpo_ray.training.checkpoint.schedule import CheckpointKeeper, position, run_files
+from orpo_ray.training.checkpoint.saver import Progress
+from orpo_ray.training.checkpoint.schedule import CheckpointSchedule, Snapshot
 from orpo_ray.training.errors import NonFiniteError, StoppedError
 from orpo_ray.training.evaluation import evaluate_streams
-from orpo_ray.training.flops import Work, matmul_rate
+from orpo_ray.training.flops import MfuMeter
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.metrics import MarginLog, StepLog
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.samples import Sampler
-from orpo_ray.training.step import StepResult, Trainee, train_step
+from orpo_ray.training.step import StepResult, TrainState, train_step
 
 
 def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
@@ -58,7 +58,7 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
         torch.use_deterministic_algorithms(True)
     with _files_in_step(Path(job.run_directory)):
         loop = _Loop(job)
-        loop.settle_attention()  # by the base model: a resumed run has to decide the same
+        loop.plan_microbatches()  # by the base model: a resumed run has to decide the same
         loop.restore()
         loop.run()
         loop.finish()
@@ -87,12 +87,12 @@ class _Loop:
 
     def __post_init__(self) -> None:
         job, config = self.job, self.job.config
-        self.evaluations = Evaluations.of(config.train, list(job.evals))
-        self.files = run_files(job.run_directory)
+        self.evaluations = Evaluations.from_config(config.train, list(job.evals))
+        self.files = RunFiles(Path(job.run_directory), is_writer=dist.get_rank() == 0)
         self.n_steps = config.total_steps(job.train.steps_per_epoch)
         model = build_model(config, job.model.model, job.device)
         optimizer = build_optimizer(model, config.train)
-        self.trainee = Trainee(
+        self.state = TrainState(
             model=model,
             optimizer=optimizer,
             scheduler=build_scheduler(optimizer, config.train, self.n_steps),
@@ -102,31 +102,32 @@ class _Loop:
             device=job.device,
         )
         weights = OrpoWeights(config.orpo.beta, model.router_coef)
-        dtype = torch.bfloat16 if use_bf16(config, job.device) else torch.float32
-        peak_flops = dist.get_world_size() * matmul_rate(job.device, dtype)
-        work = Work.of(model.causal_lm)
-        self.log = StepLog(self.files, weights, job.device, job.watch, work, peak_flops)
+        mfu_meter = None
+        if job.device.type == "cuda":
+            dtype = torch.bfloat16 if use_bf16(config, job.device) else torch.float32
+            mfu_meter = MfuMeter(model.causal_lm, job.device, dtype)
+        self.log = StepLog(self.files, weights, job.device, job.watch, mfu_meter)
         self.margins = MarginLog(self.files)
-        self.sampler = Sampler.of(job, model, self.files)
+        self.sampler = Sampler.from_job(job, model, self.files)
         settings = decisive_settings(config, job.train.data_digest)
-        self.keeper = CheckpointKeeper(
-            config, settings, self.files, self.trainee, self.evaluations, job.leaving
+        self.schedule = CheckpointSchedule(
+            config, settings, self.files, self.state, self.evaluations, job.preemption_notice
         )
 
     def restore(self) -> None:
         """Go to the newest checkpoint that verifies."""
-        state = self.keeper.restore()
-        if state is not None:
-            self.trainee.scheduler.load_state_dict(state.scheduler)
-            self.step, self.skipped_rows = state.step, state.skipped_rows
-            self.log.restore(state.sums, state.logged_steps)
-        redone = self.files.rewind(self.step if state is not None else -1)
+        progress = self.schedule.restore()
+        if progress is not None:
+            self.state.scheduler.load_state_dict(progress.scheduler)
+            self.step, self.skipped_rows = progress.step, progress.skipped_rows
+            self.log.restore(progress.sums, progress.logged_steps)
+        redone = self.files.rewind(self.step if progress is not None else -1)
         lines = read_metrics(Path(self.job.run_directory))
         for line in lines:
             self.log.remember(line)
         self.evaluations.restore(lines)
-        self._mind_patience()
-        if state is None and not redone:
+        self._check_patience()
+        if progress is None and not redone:
             return
         text = f"resumed at step {self.step} of {self.n_steps}"
         if redone:
@@ -136,17 +137,17 @@ class _Loop:
         else:
             self.files.notice(text)
 
-    def settle_attention(self) -> None:
+    def plan_microbatches(self) -> None:
         """Decide between packed and padded rows and how long they are, and say so."""
-        model = self.trainee.model
-        self.job = job = settle_head_chunk(self.job, model)
+        model = self.state.model
+        self.job = job = with_head_chunk(self.job, model)
         bf16 = use_bf16(job.config, job.device)
         if job.config.model.load_in_4bit:
             self.files.notice(quantized_text(model))
-        settle_attention(model, job.train, job.device, bf16, self.files.notice)
+        check_packing(model, job.train, job.device, bf16, self.files.notice)
         liger = "; Liger's kernels" if model.has_liger else ""
         self.files.notice(f"attention: {model.attention_text}{liger}; {self.n_steps} steps")
-        self.job = settle_budget(job, self.trainee, self.files.notice)
+        self.job = with_token_budget(job, self.state, self.files.notice)
 
     def run(self) -> None:
         """All steps from here to the end."""
@@ -155,10 +156,10 @@ class _Loop:
         batches = self.job.train.batches(self.step, self.n_steps)
         started = time.perf_counter()
         for batch in batches:
-            self.log.spend("data_wait", time.perf_counter() - started)
+            self.log.add_time("data_wait", time.perf_counter() - started)
             if batch.step != self.step:
                 raise AssertionError(f"the feed gave step {batch.step}, not {self.step}")
-            rate = self.trainee.scheduler.get_last_lr()[0]
+            rate = self.state.scheduler.get_last_lr()[0]
             self._step(batch, started)
             self._after_step(rate)
             if self.step == self.n_steps:
@@ -172,23 +173,23 @@ class _Loop:
         started = time.perf_counter()
         while batch.n_pairs and result is None:
             try:
-                result = train_step(self.trainee, batch, self.log.sums)
+                result = train_step(self.state, batch, self.log.sums)
             except NonFiniteError as error:
-                self._mind_nonfinite(error)
+                self._check_nonfinite(error)
                 left_out += error.rows
                 batch = self.job.train.batch_without(batch.step, set(left_out))
         if result is None:
-            self.trainee.scheduler.step()  # nothing is left to train on in this step
+            self.state.scheduler.step()  # nothing is left to train on in this step
         ended = time.perf_counter()
         optimizer_s = result.optimizer_s if result else 0.0
-        self.log.spend("optimizer", optimizer_s)
-        self.log.spend("forward_backward", ended - started - optimizer_s)
+        self.log.add_time("optimizer", optimizer_s)
+        self.log.add_time("forward_backward", ended - started - optimizer_s)
         self.log.add(batch, result.norm if result else None, ended - asked_at)
         self.step += 1
         self.files.ledger(self.step, batch.epoch, batch.row_ids, left_out)
         self.margins.add(self.step, batch.row_ids, result.margins if result else [])
 
-    def _mind_nonfinite(self, error: NonFiniteError) -> None:
+    def _check_nonfinite(self, error: NonFiniteError) -> None:
         """Say which rows are left out.
 
         Raises:
@@ -207,9 +208,9 @@ class _Loop:
         self.files.event(f"{error}; left out", rows_skipped=len(error.rows))
 
     def finish(self) -> None:
-        """See to the last checkpoint and write `final/`."""
-        self.keeper.after_step(self.step, True, self._state)
-        write_final(self.job, self.trainee.model, self.evaluations, self.files, self.step)
+        """Save the last checkpoint and write `final/`."""
+        self._save(last=True)
+        write_final(self.job, self.state.model, self.evaluations, self.files, self.step)
 
     def _after_step(self, rate: float) -> None:
         """Log, evaluate and save, whichever is due."""
@@ -217,13 +218,13 @@ class _Loop:
         evaluated: dict[str, Any] = {}
         if self.step == self.n_steps or (config.eval_steps and self.step % config.eval_steps == 0):
             evaluated = self._evaluate()
-            self._mind_patience()
+            self._check_patience()
         last = self.step == self.n_steps
         line: dict[str, Any] = {}
         if last or self.step % config.logging_steps == 0:
             self.margins.flush()
             line |= self.log.figures(rate)
-            self.log.mind_spike(self.step, line["loss"])
+            self.log.check_spike(self.step, line["loss"])
         line |= evaluated
         if line:
             epoch = self.step / self.job.train.steps_per_epoch
@@ -231,14 +232,14 @@ class _Loop:
         if evaluated:
             self.job.report(self.log.latest | {"step": self.step})
         with self.log.timed("checkpoint"):
-            self.keeper.after_step(self.step, last, self._state)
-        if self.keeper.stops and not last:
+            self._save(last)
+        if self.schedule.stops and not last:
             self.files.notice(f"stopped at step {self.step} of {self.n_steps}, as asked to")
             raise StoppedError(f"stopped at step {self.step} of {self.n_steps}")
 
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate all sets, and let the model answer the sample prompts."""
-        job, model = self.job, self.trainee.model
+        job, model = self.job, self.state.model
         with self.log.timed("evaluation"):
             found = evaluate_streams(model, job.evals, job.config.orpo.beta, job.device)
             self.evaluations.add(self.step, found.metrics)
@@ -253,28 +254,33 @@ class _Loop:
                     self.files.sample(self.step, prompt.text, answer, prompt.chosen)
         return found.metrics
 
-    def _mind_patience(self) -> None:
+    def _check_patience(self) -> None:
         """Make this step the last one when there was no better evaluation for too long."""
         if self.step < self.n_steps and self.evaluations.patience_is_out:
             self.n_steps = self.step
             self.files.notice(self.evaluations.stop_text(self.step))
 
-    def _state(self) -> tuple[TrainState, dict[str, Any]]:
-        """What a checkpoint holds besides tensors, and its position; a collective.
+    def _save(self, last: bool) -> None:
+        """Save a checkpoint if it is due."""
+        if self.schedule.is_due(self.step, last):
+            self.schedule.save(self._snapshot())
+
+    def _snapshot(self) -> Snapshot:
+        """What a checkpoint of this step holds besides tensors; a collective.
 
         Every rank's own sums are kept, so a save changes nothing: wherever the saves of a run
-        fall, the same figures are added up in the same order.
+        fall, the same numbers are added up in the same order.
         """
         self.margins.flush()
-        plan = self.job.train.plan
+        stream = self.job.train
         sums = [torch.zeros_like(self.log.sums) for _ in range(dist.get_world_size())]
         dist.all_gather(sums, self.log.sums)
-        state = TrainState(
+        progress = Progress(
             step=self.step,
-            global_batch_pairs=plan.batch_groups,
-            scheduler=self.trainee.scheduler.state_dict(),
+            global_batch_pairs=stream.plan.batch_groups,
+            scheduler=self.state.scheduler.state_dict(),
             sums=tuple(tuple(part.tolist()) for part in sums),
             logged_steps=self.log.steps,
             skipped_rows=self.skipped_rows,
         )
-        return state, position(self.step, self.job.train.steps_per_epoch, plan.batch_groups)
+        return Snapshot(progress, stream.position(self.step))

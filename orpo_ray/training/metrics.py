@@ -16,8 +16,8 @@ from torch import Tensor
 from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.preference.groups import RowId
-from orpo_ray.runs.files import PARTS, SECONDS, RunFiles
-from orpo_ray.training.flops import Work
+from orpo_ray.runs.files import TIME_PARTS, TIME_PREFIX, RunFiles
+from orpo_ray.training.flops import MfuMeter
 from orpo_ray.training.job import Report
 
 # A logged loss so many times the median of so many lines before it is a spike.
@@ -33,8 +33,7 @@ class StepLog:
         weights: between the terms of the loss.
         device: of this rank.
         watch: shown every line that is written, on rank 0.
-        work: of a forward and backward pass.
-        peak_flops: of all ranks together, a second.
+        mfu_meter: counts model FLOPs on GPUs; None: `mfu` is not logged.
         sums: (10,) of `batch_sums` since the last logged step, of this rank.
         steps: optimizer steps since then.
         latest: the last logged value of every metric.
@@ -44,8 +43,7 @@ class StepLog:
     weights: OrpoWeights
     device: torch.device
     watch: Report
-    work: Work
-    peak_flops: float
+    mfu_meter: MfuMeter | None
     sums: Tensor = field(init=False)
     steps: int = 0
     latest: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +51,6 @@ class StepLog:
     _seconds: float = 0.0
     _tokens: int = 0
     _pairs: int = 0
-    _flops: float = 0.0
     _spent: dict[str, float] = field(default_factory=dict)
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
@@ -63,7 +60,7 @@ class StepLog:
     def _clear(self) -> None:
         self.sums = torch.zeros(N_SUMS, dtype=torch.float64, device=self.device)
         self.steps = self._tokens = self._pairs = 0
-        self._seconds = self._flops = 0.0
+        self._seconds = 0.0
         self._norm = None
 
     def restore(self, sums: tuple[tuple[float, ...], ...], steps: int) -> None:
@@ -93,20 +90,20 @@ class StepLog:
         self._tokens += batch.n_tokens
         self._pairs += batch.n_pairs
         self._seconds += seconds
-        # Ranks carry about equal tokens, so this one's share stands for the others'.
-        self._flops += dist.get_world_size() * sum(map(self.work.flops, batch.rows))
+        if self.mfu_meter is not None:
+            self.mfu_meter.add(batch.rows)
         self._norm = norm if norm is not None else self._norm
 
-    def spend(self, part: str, seconds: float) -> None:
-        """Count time to one of `PARTS`."""
+    def add_time(self, part: str, seconds: float) -> None:
+        """Count time to one of `TIME_PARTS`."""
         self._spent[part] = self._spent.get(part, 0.0) + seconds
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Count the time in here to one of `PARTS`."""
+        """Count the time in here to one of `TIME_PARTS`."""
         started = time.perf_counter()
         yield
-        self.spend(part, time.perf_counter() - started)
+        self.add_time(part, time.perf_counter() - started)
 
     def figures(self, rate: float) -> dict[str, Any]:
         """The metrics since the last logged step: one collective, one wait for the device."""
@@ -116,12 +113,13 @@ class StepLog:
             "grad_norm": float(self._norm) if self._norm is not None else None,
             "pairs_per_s": self._pairs / self._seconds,
             "tokens_per_s": self._tokens / self._seconds,
-            "mfu": self._flops / self._seconds / self.peak_flops,
         }
+        if self.mfu_meter is not None:
+            figures["mfu"] = self.mfu_meter.read(self._seconds)
         self._clear()
         return figures
 
-    def mind_spike(self, step: int, loss: float) -> None:
+    def check_spike(self, step: int, loss: float) -> None:
         """Say so when a logged loss is far above those before it."""
         median = statistics.median(self._losses) if self._losses else math.inf
         if loss > _SPIKE * median:
@@ -132,7 +130,7 @@ class StepLog:
     def write(self, line: dict[str, Any]) -> None:
         """Write a line, with where the time went since the line before."""
         self.latest |= line
-        seconds = {SECONDS + part: round(self._spent.get(part, 0.0), 4) for part in PARTS}
+        seconds = {TIME_PREFIX + part: round(self._spent.get(part, 0.0), 4) for part in TIME_PARTS}
         self._spent = {}
         self.files.metrics(line | seconds)
         if self.files.is_writer:

@@ -54,7 +54,7 @@ class Sampler:
     max_new_tokens: int
 
     @staticmethod
-    def of(job: TrainingJob, model: OrpoModel, files: RunFiles) -> "Sampler | None":
+    def from_job(job: TrainingJob, model: OrpoModel, files: RunFiles) -> "Sampler | None":
         """The sampler of a run, or None where nothing is to be answered.
 
         Prompts that leave no room for an answer in the model's positions are left out.

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,7 +21,7 @@ from orpo_ray.training.metrics import PairMargins
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainState:
     """What a step changes, and the two constants it needs."""
 
     model: OrpoModel
@@ -47,17 +48,22 @@ class StepResult:
     optimizer_s: float
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of torch's generators for one step of one rank, the same in every Python."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
 def loss_scale(batch: StepBatch, beta: float) -> LossScale:
     """The divisors of a global batch; FSDP averages over ranks, so each counts that often."""
     world_size = dist.get_world_size()
     return LossScale(world_size / batch.n_nll_tokens, world_size / batch.n_pairs, beta)
 
 
-def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> StepResult:
+def train_step(state: TrainState, batch: StepBatch, sums: Tensor) -> StepResult:
     """Move the weights by one global batch and add its metrics to `sums`.
 
     Args:
-        trainee: model, optimizer and schedule.
+        state: model, optimizer and schedule.
         batch: this rank's share.
         sums: (10,) of `batch_sums`; added to in place.
 
@@ -65,34 +71,34 @@ def train_step(trainee: Trainee, batch: StepBatch, sums: Tensor) -> StepResult:
         NonFiniteError: on all ranks; nothing was changed.
     """
     # The generator's state is a function of the step, so there is none to save.
-    torch.manual_seed(hash((trainee.seed, batch.step, dist.get_rank())))
-    scale = loss_scale(batch, trainee.beta)
+    torch.manual_seed(step_seed(state.seed, batch.step, dist.get_rank()))
+    scale = loss_scale(batch, state.beta)
     step_sums = torch.zeros_like(sums)
-    trainee.model.train()
-    trainee.optimizer.zero_grad(set_to_none=True)
+    state.model.train()
+    state.optimizer.zero_grad(set_to_none=True)
     margins: list[PairMargins] = []
     for row in batch.rows:
-        output = forward_backward(trainee, row, scale)
+        output = forward_backward(state, row, scale)
         step_sums += output.sums
         margins.append((row.row_ids, output.chosen_log_probs - output.rejected_log_probs))
-    norm = gradient_norm(trainee.model, trainee.max_grad_norm)
+    norm = gradient_norm(state.model, state.max_grad_norm)
     if not torch.isfinite(norm):  # the one wait for the device in a step
-        raise _non_finite(trainee, batch, scale)
+        raise _non_finite(state, batch, scale)
     started = time.perf_counter()
-    trainee.optimizer.step()
-    trainee.scheduler.step()
+    state.optimizer.step()
+    state.scheduler.step()
     sums += step_sums
     return StepResult(norm, margins, time.perf_counter() - started)
 
 
-def forward_backward(trainee: Trainee, row: PackedRow, scale: LossScale) -> OrpoOutput:
+def forward_backward(state: TrainState, row: PackedRow, scale: LossScale) -> OrpoOutput:
     """One microbatch.
 
     Raises:
         MicrobatchTooLargeError: when it does not fit.
     """
     try:
-        output: OrpoOutput = trainee.model(Microbatch(row, trainee.device), scale)
+        output: OrpoOutput = state.model(Microbatch(row, state.device), scale)
         output.loss.backward()
     except RuntimeError as error:
         if not _is_out_of_memory(error):
@@ -120,12 +126,12 @@ def gradient_norm(model: OrpoModel, max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _non_finite(trainee: Trainee, batch: StepBatch, scale: LossScale) -> NonFiniteError:
+def _non_finite(state: TrainState, batch: StepBatch, scale: LossScale) -> NonFiniteError:
     """Run the step's forward passes again and name the pairs whose figures are not finite."""
     bad: list[RowId] = []
     with torch.no_grad():
         for row in batch.rows:
-            output = trainee.model(Microbatch(row, trainee.device), scale)
+            output = state.model(Microbatch(row, state.device), scale)
             figures = output.chosen_log_probs + output.rejected_log_probs
             bad += [
                 row_id

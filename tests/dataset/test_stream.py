@@ -71,6 +71,15 @@ def test_entering_at_a_step_gives_the_same_batches(folder, first):
     assert [batch.step for batch in late] == list(range(first, 20))
 
 
+def test_the_position_of_a_step_is_its_epoch_and_batch(folder):
+    """85 pairs by 8 are 11 batches an epoch: step 24 is the third batch of the third epoch."""
+    assert token_stream(folder, 0, 2).position(24) == {
+        "epoch": 2,
+        "batch_of_epoch": 2,
+        "global_batch_pairs": 8,
+    }
+
+
 def test_an_error_while_reading_ahead_is_raised_where_it_is_read(folder, tmp_path):
     make_inputs(tmp_path)
     (tmp_path / "tokens" / "3.parquet").unlink()

@@ -7,7 +7,7 @@ import torch
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.models.build import build_model
-from orpo_ray.models.packing_check import COMPARED, settle_attention
+from orpo_ray.models.packing_check import COMPARED, check_packing
 from tests.distributed import run_ranks
 from tests.equivalence.test_packed_equals_padded import FAMILIES
 from tests.reference.models import tiny_model
@@ -22,7 +22,7 @@ def settled(folder: Path, name: str) -> tuple[str, list[str]]:
     device = torch.device("cpu")
     model = build_model(ORPOConfig(), str(folder / name), device)
     stream = token_stream(folder, dist.get_rank(), dist.get_world_size())
-    settle_attention(model, stream, device, False, notices.append)
+    check_packing(model, stream, device, False, notices.append)
     return model.attention, notices
 
 

@@ -73,7 +73,7 @@ def trained(folder: Path, run: Path, device_type: str) -> dict[str, Any]:
         "saved": sorted(get_model_state_dict(model, options=frozen)),
         "without gradient": sum(p.grad is None for p in adapters),
         "said": quantized_text(model),
-        "work": Work.of(model.causal_lm).per_token,
+        "work": Work.from_model(model.causal_lm).per_token,
         "rank": dist.get_rank(),
     }
 

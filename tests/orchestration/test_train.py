@@ -23,8 +23,9 @@ from orpo_ray.orchestration.cluster import (
     with_cluster,
     workers_that_fit,
 )
-from orpo_ray.runs.files import TIMING, count_events
+from orpo_ray.runs.files import count_events
 from tests.conftest import ROOT
+from tests.reference.timing import TIMING
 
 PAIRS = {
     "prompt": ["hello", "how are you", "What is your name?", "What is your name?"],

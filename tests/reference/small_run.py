@@ -16,9 +16,10 @@ from orpo_ray.dataset.shards import TokenSet, write_shard
 from orpo_ray.dataset.stream import BatchPlan, TokenStream
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.pretrained import ModelSource
-from orpo_ray.runs.files import TIMING, read_metrics
+from orpo_ray.runs.files import read_metrics
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.loop import run_training
+from tests.reference.timing import TIMING
 
 VOCABULARY = 96
 N_SHARDS, SHARD_ROWS, BATCH = 5, 17, 8

@@ -15,13 +15,13 @@ from orpo_ray.training.budget import (
     agreed,
     optimizer_bytes,
     rounded_down,
-    settle_budget,
     tokens_that_fit,
     with_plan,
+    with_token_budget,
 )
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-from orpo_ray.training.step import Trainee
+from orpo_ray.training.step import TrainState
 from tests.distributed import run_ranks
 from tests.reference.small_run import metrics_without_times, token_stream, train_small
 
@@ -112,14 +112,16 @@ def measured_on_a_gpu(folder: Path, run: Path) -> tuple[int, int, str]:
     config = ORPOConfig(max_tokens_per_microbatch="auto", global_batch_size=2000)
     model = build_model(config, str(folder / "model"), device)
     optimizer = build_optimizer(model, config.train)
-    trainee = Trainee(
+    state = TrainState(
         model, optimizer, build_scheduler(optimizer, config.train, 1), 0.1, 1, 0, device
     )
     source = ModelSource(str(folder / "model"), str(folder / "model"))
     stream = token_stream(folder, 0, 1, batch_groups=2000)
     job = TrainingJob(config, source, str(run), stream, {}, device, lambda metrics: None)
     said: list[str] = []
-    budgets = [settle_budget(job, trainee, said.append).train.plan.budget_tokens for _ in range(2)]
+    budgets = [
+        with_token_budget(job, state, said.append).train.plan.budget_tokens for _ in range(2)
+    ]
     assert budgets[0] == budgets[1]
     return budgets[0], optimizer_bytes(model), said[0]
 

@@ -8,7 +8,8 @@ from orpo_ray.dataset.packing import GroupSpan, pack
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
-from orpo_ray.training.flops import Work, matmul_rate, seen_keys
+from orpo_ray.training.flops import MfuMeter, Work, matmul_rate, seen_keys
+from tests.distributed import run_ranks
 from tests.reference.models import odd_groups, tiny_model
 
 
@@ -26,7 +27,7 @@ def test_the_work_of_a_row_is_what_torch_counts(family):
         model(batch, LossScale(nll=0.1, pair=0.1, beta=1.0)).loss.backward()
     products = ("aten.mm", "aten.addmm")
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in products)
-    work = Work.of(causal_lm)
+    work = Work.from_model(causal_lm)
     expected = work.per_token * len(row.token_ids) + work.per_position * len(row.positions)
     assert counted + 2 * work.per_position / 6 * len(row.positions) == expected
 
@@ -39,14 +40,14 @@ def test_keys_that_are_seen():
 
 def test_attention_is_counted_by_query_key_and_width():
     """12 for a pair of a query and a key, and a unit of 4 heads of 8, in 2 layers."""
-    assert Work.of(tiny_model("llama", torch.float32)).per_seen_key == 12 * 4 * 8 * 2
+    assert Work.from_model(tiny_model("llama", torch.float32)).per_seen_key == 12 * 4 * 8 * 2
 
 
 def test_frozen_weights_take_no_gradient_of_their_own():
     causal_lm = tiny_model("llama", torch.float32)
-    trained = Work.of(causal_lm)
+    trained = Work.from_model(causal_lm)
     causal_lm.requires_grad_(False)
-    assert Work.of(causal_lm).per_token == pytest.approx(trained.per_token * 4 / 6)
+    assert Work.from_model(causal_lm).per_token == pytest.approx(trained.per_token * 4 / 6)
 
 
 def test_experts_count_by_the_share_that_a_token_goes_to():
@@ -57,7 +58,25 @@ def test_experts_count_by_the_share_that_a_token_goes_to():
     whole = {n: p.numel() for n, p in causal_lm.named_parameters() if p.dim() > 1}
     experts = sum(n for name, n in whole.items() if ".experts." in name)
     others = sum(n for name, n in whole.items() if ".layers." in name) - experts
-    assert Work.of(causal_lm).per_token == 6 * (others + experts / 2)
+    assert Work.from_model(causal_lm).per_token == 6 * (others + experts / 2)
+
+
+def utilization() -> tuple[float, float, float, float]:
+    """MFU of one row in two seconds, of none, of two rows in two seconds; and the row's FLOPs."""
+    causal_lm, device = tiny_model("llama", torch.float32), torch.device("cpu")
+    meter, row = MfuMeter(causal_lm, device, torch.float32), pack(odd_groups(0), 16, True)
+    found = []
+    for n_rows in (1, 0, 2):
+        meter.add([row] * n_rows)
+        found.append(meter.read(2.0))
+    return (*found, Work.from_model(causal_lm).flops(row))
+
+
+def test_utilization_counts_the_rows_since_it_was_last_read():
+    """The rate of this CPU, which it is divided by, is between 1e8 and 1e14 FLOPs per second."""
+    for one, none, two, flops in run_ranks(2, utilization):
+        assert (none, two) == (0.0, pytest.approx(2 * one))
+        assert flops / 2.0 / 1e14 < one < flops / 2.0 / 1e8
 
 
 def test_the_rate_of_this_machine_is_a_rate():

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from orpo_ray.models.attention.flex import block_mask, flex
 from orpo_ray.models.attention.kernels import Kernel
 from orpo_ray.models.attention.layout import PackedLayout, Scores, Segment
-from orpo_ray.models.attention.varlen import flash_attn, varlen
+from orpo_ray.models.attention.varlen import varlen
 
 PACKED_ATTENTION = "orpo_ray_packed"
 # What decoders pass along that changes nothing here.
@@ -71,7 +71,7 @@ def prepare(layout: PackedLayout, kernel: Kernel, windows: Iterable[int | None])
 
     A compiled layer would trace the making of it, anew for every number of segments.
     """
-    if kernel in ("varlen", "flash_attn"):
+    if kernel == "varlen":
         _ = layout.gathered
     elif kernel == "flex":
         for window in windows:
@@ -127,5 +127,5 @@ def _attend(
     )
 
 
-_KERNELS = {"varlen": varlen, "flash_attn": flash_attn, "flex": flex, "sdpa": by_segment}
+_KERNELS = {"varlen": varlen, "flex": flex, "sdpa": by_segment}
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

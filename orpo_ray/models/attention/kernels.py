@@ -8,14 +8,14 @@ import torch
 
 from orpo_ray.pretrained import UnsupportedModelError
 
-Kernel = Literal["varlen", "flash_attn", "flex", "sdpa"]
+Kernel = Literal["varlen", "flex", "sdpa"]
 _FLASH_WIDTH = 256  # of heads, the widest that flash attention takes
 _FLEX_WIDTH = 16  # the narrowest that FlexAttention takes on GPUs
 _AMPERE = (8, 0)
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class KernelSupport:
     """What decides which kernels can run.
 
     Args:
@@ -23,55 +23,53 @@ class Circumstances:
         half: whether scores are products of bfloat16 or float16.
         softcap: whether the model presses its scores together.
         widths: of a head's queries and values.
-        installed: those of `flash_attn` and `triton` that are at hand.
+        has_triton: whether triton, which compiles FlexAttention, is installed.
     """
 
     capability: tuple[int, int] | None
     half: bool
     softcap: bool
     widths: tuple[int, int]
-    installed: frozenset[str]
+    has_triton: bool
 
 
-def choose_kernel(asked: Kernel | Literal["auto"], there: Circumstances) -> Kernel:
+def choose_kernel(asked: Kernel | Literal["auto"], support: KernelSupport) -> Kernel:
     """The kernel that was asked for, or the first one that can run here.
 
     Raises:
         UnsupportedModelError: when the one that was asked for cannot.
     """
     if asked == "auto":
-        return next(kernel for kernel in get_args(Kernel) if obstacle(kernel, there) is None)
-    problem = obstacle(asked, there)
+        return next(kernel for kernel in get_args(Kernel) if obstacle(kernel, support) is None)
+    problem = obstacle(asked, support)
     if problem is not None:
         raise UnsupportedModelError(f"attention_kernel={asked}: {problem}")
     return asked
 
 
-def obstacle(kernel: Kernel, there: Circumstances) -> str | None:
+def obstacle(kernel: Kernel, support: KernelSupport) -> str | None:
     """Why a kernel cannot run, or None."""
     if kernel == "sdpa":
         return None
-    if there.capability is None:
+    if support.capability is None:
         return "it runs on GPUs only"
-    if there.capability < _AMPERE:
-        return f"it wants a GPU of compute capability 8.0, this one has {there.capability}"
+    if support.capability < _AMPERE:
+        return f"it wants a GPU of compute capability 8.0, this one has {support.capability}"
     if kernel == "flex":
-        if min(there.widths) < _FLEX_WIDTH:
-            return f"it does not take heads narrower than {_FLEX_WIDTH}: these are {there.widths}"
-        return None if "triton" in there.installed else "it is compiled by triton: pip install it"
-    if kernel == "flash_attn" and kernel not in there.installed:
-        return "it is not installed: pip install flash-attn"
-    if not there.half:
+        if min(support.widths) < _FLEX_WIDTH:
+            return f"it does not take heads narrower than {_FLEX_WIDTH}: these are {support.widths}"
+        return None if support.has_triton else "it is compiled by triton: pip install triton"
+    if not support.half:
         return "it computes in bfloat16 and float16 only: set bf16=true"
-    if kernel == "varlen" and there.softcap:
+    if support.softcap:
         return "it knows no softcap, which this model has"
-    width, value_width = there.widths
+    width, value_width = support.widths
     if width != value_width or width > _FLASH_WIDTH or width % 8:
         return f"it does not take heads of width {width} with values of width {value_width}"
     return None
 
 
-def circumstances(model_config: Any, device: torch.device, half: bool) -> Circumstances:
+def kernel_support(model_config: Any, device: torch.device, half: bool) -> KernelSupport:
     """What is the case for a model of a config on a device."""
     config = model_config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -79,12 +77,12 @@ def circumstances(model_config: Any, device: torch.device, half: bool) -> Circum
     width = max(width, getattr(config, "global_head_dim", None) or 0)
     query_width = getattr(config, "qk_head_dim", None) or width
     value_width = getattr(config, "v_head_dim", None) or width
-    return Circumstances(
+    return KernelSupport(
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         half=half,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         widths=(query_width, value_width),
-        installed=frozenset(name for name in ("flash_attn", "triton") if find_spec(name)),
+        has_triton=find_spec("triton") is not None,
     )
 
 

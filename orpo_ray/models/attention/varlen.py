@@ -7,7 +7,6 @@ its own laid end to end, and which is causal from the bottom right.
 from inspect import signature
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
@@ -37,28 +36,6 @@ def varlen(
         scale=scores.scaling,
         window_size=_window(scores),
         **told,
-    )
-    return output[None]
-
-
-def flash_attn(
-    query: Heads, key: KeyHeads, value: KeyHeads, layout: PackedLayout, scores: Scores
-) -> Attended:
-    """Attend with the package flash-attn."""
-    from flash_attn import flash_attn_varlen_func
-
-    gathered = layout.gathered
-    output: Tensor = flash_attn_varlen_func(
-        *_laid_out(query, key, value, gathered),
-        gathered.query_ends,
-        gathered.key_ends,
-        gathered.longest_query,
-        gathered.longest_key,
-        softmax_scale=scores.scaling,
-        causal=True,
-        window_size=_window(scores),
-        softcap=scores.softcap or 0.0,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return output[None]
 

@@ -47,7 +47,7 @@ class Evaluations:
     values: list[tuple[int, float]] = field(default_factory=list)
 
     @staticmethod
-    def of(config: TrainSection, prefixes: Sequence[str]) -> "Evaluations":
+    def from_config(config: TrainSection, prefixes: Sequence[str]) -> "Evaluations":
         """No evaluation yet, of a run with these settings.
 
         Args:

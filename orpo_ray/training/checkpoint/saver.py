@@ -39,12 +39,12 @@ from orpo_ray.storage.mirror import fetch_folder, forget_heavy, publish, remove
 
 # What is frozen is the base model's, and read from there again.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
-_STATE = "state.json"
+_PROGRESS = "state.json"
 
 
 @dataclass(frozen=True)
-class TrainState:
-    """Where a run stands besides its tensors.
+class Progress:
+    """What a checkpoint holds besides tensors.
 
     Args:
         step: optimizer steps done.
@@ -96,7 +96,7 @@ class CheckpointSaver:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        state: TrainState,
+        progress: Progress,
         about: Mapping[str, Any],
         problem: str | None = None,
         ranking: Sequence[int] = (),
@@ -106,7 +106,7 @@ class CheckpointSaver:
         Args:
             model: sharded over all ranks.
             optimizer: of it.
-            state: the rest.
+            progress: the rest.
             about: what the manifest says besides its files.
             problem: of this rank, for which there is to be no checkpoint.
             ranking: steps of which the first one with a checkpoint keeps it.
@@ -115,7 +115,9 @@ class CheckpointSaver:
             raise AssertionError("a save is under way")
         staged = self._stager.stage(_tensors(model, optimizer))
         keep = partial(keep_newest, self._run_directory, self._keep, tuple(ranking))
-        self._pending = self._thread.submit(self._write, staged, state, dict(about), problem, keep)
+        self._pending = self._thread.submit(
+            self._write, staged, progress, dict(about), problem, keep
+        )
 
     def finish(self) -> str | None:
         """Wait for the save under way.
@@ -131,21 +133,21 @@ class CheckpointSaver:
     def _write(
         self,
         staged: Any,
-        state: TrainState,
+        progress: Progress,
         about: dict[str, Any],
         problem: str | None,
         keep: Callable[[], None],
     ) -> str | None:
         """Write, check and commit, then delete what is not to `keep`; in the thread."""
         rank = dist.get_rank()
-        directory = checkpoint_directory(self._run_directory, state.step)
+        directory = checkpoint_directory(self._run_directory, progress.step)
         files: dict[str, Any] = {}
         try:
             if rank == 0:
                 remove(directory)  # a torn save of the same step
                 directory.mkdir(parents=True)
-                text = json.dumps(dataclasses.asdict(state), indent=1)
-                write_atomic(directory / _STATE, text)
+                text = json.dumps(dataclasses.asdict(progress), indent=1)
+                write_atomic(directory / _PROGRESS, text)
         except OSError as error:
             problem = one_line(error)
         problem = self._first_problem(problem)
@@ -202,7 +204,7 @@ class CheckpointSaver:
 
 def load_checkpoint(
     run_directory: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> TrainState:
+) -> Progress:
     """Read the tensors of a verified checkpoint into a sharded model and its optimizer.
 
     The number of ranks may differ from the one that wrote it.
@@ -217,8 +219,8 @@ def load_checkpoint(
         optim_state_dict=tensors["optimizer"],
         options=_OPTIONS,
     )
-    fields = read_json(directory / _STATE)
-    return TrainState(**fields | {"sums": tuple(map(tuple, fields["sums"]))})
+    fields = read_json(directory / _PROGRESS)
+    return Progress(**fields | {"sums": tuple(map(tuple, fields["sums"]))})
 
 
 def load_weights(run_directory: str, step: int, model: nn.Module) -> None:

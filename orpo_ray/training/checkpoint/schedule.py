@@ -1,8 +1,8 @@
-"""When a run's checkpoints are written and what comes of them; in training workers."""
+"""When a run's checkpoints are written, and which one it resumes from; in training workers."""
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,25 +13,39 @@ from orpo_ray.runs.files import RunFiles
 from orpo_ray.runs.manifest import checkpoint_directory, newest_checkpoint, read_manifest
 from orpo_ray.runs.resume import ResumeError, changed_settings, refuse_changes, settings_hash
 from orpo_ray.training.checkpoint.best import Evaluations
-from orpo_ray.training.checkpoint.saver import CheckpointSaver, TrainState, load_checkpoint
-from orpo_ray.training.step import Trainee
+from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress, load_checkpoint
+from orpo_ray.training.step import TrainState
 
-# Seconds between two looks at a save under way and at notices of preemption.
-_LOOK_S = 1.0
+# Seconds between two polls of a save in progress, of preemption notices and of a request to stop.
+_POLL_S = 1.0
 
 
-class CheckpointKeeper:
-    """Finds the checkpoint to go on from, and saves beside the steps; all ranks call it alike.
+@dataclass(frozen=True)
+class Snapshot:
+    """What the loop gives a checkpoint besides the tensors of the model and its optimizer.
 
     Args:
-        config: of the run.
-        settings: `decisive_settings` of it.
-        files: of the run directory.
-        trainee: what is saved and restored.
-        evaluations: so far; where the best is wanted, its step is saved and kept.
-        leaving: asked now and then; a text once this worker's node is about to be taken away.
+        progress: stored in the checkpoint.
+        position: in the data, for the manifest.
+    """
 
-    `stops` is set once the run was asked to stop; a checkpoint is saved then.
+    progress: Progress
+    position: dict[str, int]
+
+
+class CheckpointSchedule:
+    """Restores the newest valid checkpoint and decides when the next one is saved.
+
+    Every rank makes the same calls. `stops` is set once the run was asked to stop; a checkpoint is
+    due then.
+
+    Args:
+        config: the run's config.
+        settings: `decisive_settings` of the run.
+        files: of the run directory.
+        state: what is saved and restored.
+        evaluations: so far; with `load_best_model_at_end` the best one's step is saved and kept.
+        preemption_notice: polled about once a second; a text when a node is about to be preempted.
     """
 
     def __init__(
@@ -39,25 +53,26 @@ class CheckpointKeeper:
         config: ORPOConfig,
         settings: dict[str, Any],
         files: RunFiles,
-        trainee: Trainee,
+        state: TrainState,
         evaluations: Evaluations,
-        leaving: Callable[[], str | None],
+        preemption_notice: Callable[[], str | None],
     ) -> None:
         self._config = config
         self._settings = settings
         self._files = files
-        self._trainee = trainee
+        self._state = state
         self._evaluations = evaluations
-        self._leaving = leaving
+        self._preemption_notice = preemption_notice
         self._saver = CheckpointSaver(str(files.directory), config.train.save_total_limit)
         self._saving_step = self._committed_step = -1
         self._retry_at: int | None = None
-        self._heard: str | None = None
+        self._last_notice: str | None = None
         self.stops = False
-        self._looked = (0, time.perf_counter())
-        self._next_look = 0
+        self._must_wait = False
+        self._polled = (0, time.perf_counter())
+        self._next_poll = 0
 
-    def restore(self) -> TrainState | None:
+    def restore(self) -> Progress | None:
         """Load the newest checkpoint that verifies, found by rank 0 for all.
 
         Raises:
@@ -74,75 +89,84 @@ class CheckpointKeeper:
         if manifest is None:
             return None
         self._allow(manifest)
-        self._committed_step = self._next_look = manifest["step"]
-        self._looked = (self._next_look, time.perf_counter())
-        trainee = self._trainee
-        return load_checkpoint(str(directory), manifest["step"], trainee.model, trainee.optimizer)
+        self._committed_step = self._next_poll = manifest["step"]
+        self._polled = (self._next_poll, time.perf_counter())
+        state = self._state
+        return load_checkpoint(str(directory), manifest["step"], state.model, state.optimizer)
 
-    def after_step(
-        self, step: int, last: bool, state: Callable[[], tuple[TrainState, dict[str, Any]]]
-    ) -> None:
-        """Save if it is time to; the last step's save is waited for, and so is one before a kill.
+    def is_due(self, step: int, last: bool) -> bool:
+        """Whether to save a checkpoint after a step; finishes a save that is ready.
 
         Args:
             step: optimizer steps done.
             last: whether there is none after it.
-            state: gives what is saved besides the tensors, and the position for the manifest; a
-                collective.
         """
-        leaving = self._look(step)
-        ranking = self._evaluations.ranking if self._evaluations.keep_best else ()
+        self._must_wait = self._poll(step) or last
         due = step == self._retry_at or step % self._config.train.save_steps == 0
-        due = due or step in ranking[:1]
-        if step == self._committed_step or not (last or leaving or due):
-            return
+        due = due or step in self._ranking[:1]
+        return step != self._committed_step and (self._must_wait or due)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Save the checkpoint that is due.
+
+        It is written beside the following steps, but for the last one and one before a node is
+        preempted or the run stops: those are waited for.
+        """
+        step = snapshot.progress.step
         self._finish(step)
         self._retry_at = None
-        train_state, position = state()
         problem = self._files.sync()
-        about = position | {
+        about = snapshot.position | {
             "step": step,
             "world_size": dist.get_world_size(),
             "config_hash": settings_hash(self._settings),
             "settings": self._settings,
         }
-        trainee = self._trainee
-        self._saver.start(trainee.model, trainee.optimizer, train_state, about, problem, ranking)
+        state = self._state
+        self._saver.start(
+            state.model, state.optimizer, snapshot.progress, about, problem, self._ranking
+        )
         self._saving_step = step
-        if last or leaving:
+        if self._must_wait:
             self._finish(step)
 
-    def _look(self, step: int) -> bool:
-        """Take up a save that has ended; whether there is reason to save at once."""
-        if step < self._next_look:
+    @property
+    def _ranking(self) -> tuple[int, ...]:
+        """Steps whose checkpoints are kept, the best evaluation's first."""
+        return self._evaluations.ranking if self._evaluations.keep_best else ()
+
+    def _poll(self, step: int) -> bool:
+        """Finish a save that is ready; whether to save at once."""
+        if step < self._next_poll:
             return False
         if self._saver.is_busy and self._agree(int(self._saver.is_ready)):
             self._finish(step)
-        text = self._leaving()
-        (looked_step, looked_at), now = self._looked, time.perf_counter()
-        pace_s = max(1e-6, (now - looked_at) / max(1, step - looked_step))
+        notice = self._preemption_notice()
+        (polled_step, polled_at), now = self._polled, time.perf_counter()
+        pace_s = max(1e-6, (now - polled_at) / max(1, step - polled_step))
         stops = self._files.stop_requested
-        told = torch.tensor([max(1, int(_LOOK_S / pace_s)), stops], device=self._trainee.device)
-        dist.broadcast(told, 0)  # ranks measure different times, and have to look together
-        stride, stops = told.tolist()
-        self._looked, self._next_look = (step, now), step + stride
+        # Ranks measure different times, and have to poll at the same step.
+        agreed = torch.tensor([max(1, int(_POLL_S / pace_s)), stops], device=self._state.device)
+        dist.broadcast(agreed, 0)
+        stride, stops = agreed.tolist()
+        self._polled, self._next_poll = (step, now), step + stride
         if stops:
             self.stops = True
             return True
-        if text is None or text == self._heard:
+        if notice is None or notice == self._last_notice:
             return False
-        self._heard = text
-        self._files.event(f"step {step}: {text}; saving at once", preemption_notices=1)
+        self._last_notice = notice
+        self._files.event(f"step {step}: {notice}; saving at once", preemption_notices=1)
         return True
 
     def _agree(self, flag: int) -> bool:
         """Whether the flag is set on every rank."""
-        flags = torch.tensor([flag], device=self._trainee.device)
+        flags = torch.tensor([flag], device=self._state.device)
         dist.all_reduce(flags, dist.ReduceOp.MIN)
         return bool(flags.item())
 
     def _finish(self, step: int) -> None:
-        """Wait for the save under way, if there is one, and say when it failed."""
+        """Wait for the save in progress, if there is one, and log its failure."""
         if not self._saver.is_busy:
             return
         problem = self._saver.finish()
@@ -157,7 +181,7 @@ class CheckpointKeeper:
         )
 
     def _allow(self, manifest: dict[str, Any]) -> None:
-        """Refuse to go on as another run, or say that it is wanted."""
+        """Refuse to resume with other settings, or log them with `resume_changed`."""
         before, now = manifest["global_batch_pairs"], self._config.pairs_per_step
         if before != now:
             raise ResumeError(
@@ -172,18 +196,3 @@ class CheckpointKeeper:
 
     def _set_aside(self, name: str, reason: str) -> None:
         self._files.event(f"checkpoint {name} set aside: {reason}", checkpoints_set_aside=1)
-
-
-def position(step: int, steps_per_epoch: int, global_batch_pairs: int) -> dict[str, int]:
-    """Where in the data a step ends, for its manifest."""
-    epoch, batch = divmod(step, steps_per_epoch)
-    return {
-        "epoch": epoch,
-        "batch_of_epoch": batch,
-        "global_batch_pairs": global_batch_pairs,
-    }
-
-
-def run_files(directory: str) -> RunFiles:
-    """The files of a run directory, written by rank 0 alone."""
-    return RunFiles(Path(directory), dist.get_rank() == 0)

@@ -140,12 +140,12 @@ def settings(**leaves: Any) -> Any:
 def test_the_metrics_that_there_are_get_named():
     config = settings(load_best_model_at_end=True)
     with pytest.raises(EvaluationError, match=r"have no eval_loss; known are eval_a_loss, .*_b_"):
-        Evaluations.of(config, ["eval_a_", "eval_b_"])
+        Evaluations.from_config(config, ["eval_a_", "eval_b_"])
     with pytest.raises(EvaluationError, match=r"load_best_model_at_end: .* set eval_files or val"):
-        Evaluations.of(config, [])
+        Evaluations.from_config(config, [])
     with pytest.raises(EvaluationError, match=r"early_stopping_patience: .* no evaluation data"):
-        Evaluations.of(settings(early_stopping_patience=1), [])
-    Evaluations.of(settings(), [])
+        Evaluations.from_config(settings(early_stopping_patience=1), [])
+    Evaluations.from_config(settings(), [])
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_the_metrics_that_there_are_get_named():
 )
 def test_the_direction_follows_from_the_name(metric, name, greater):
     config = settings(metric_for_best_model=metric, early_stopping_patience=1)
-    evaluations = Evaluations.of(config, ["eval_"])
+    evaluations = Evaluations.from_config(config, ["eval_"])
     assert (evaluations.metric, evaluations.greater_is_better) == (name, greater)
 
 
