@@ -3,12 +3,15 @@
 import gc
 import logging
 import os
+import runpy
 import secrets
 import subprocess
 import sys
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +168,41 @@ def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
             timeout=timeout_s,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_here() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command as `run_command` does, without a process of its own: it imports nothing anew.
+
+    Where Ray runs here, the command joins it.
+
+    Tests of what only a process shows (imports, signals, an exit) take `run_command`.
+    """
+
+    def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(ROOT / script), *arguments]
+        logger = logging.getLogger("orpo_ray")
+        with pytest.MonkeyPatch.context() as patch, StringIO() as out, StringIO() as err:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", command)
+            patch.setattr(sys, "path", list(sys.path))
+            patch.setattr(logger, "handlers", list(logger.handlers))
+            patch.setattr(logger, "level", logger.level)
+            patch.setattr(logger, "propagate", logger.propagate)
+            before = dict(os.environ)
+            code: Any = 0
+            try:
+                with redirect_stdout(out), redirect_stderr(err):
+                    runpy.run_path(command[0], run_name="__main__")
+            except SystemExit as end:
+                code = end.code or 0
+            finally:
+                for name in os.environ.keys() - before.keys():
+                    del os.environ[name]
+                os.environ.update(before)
+            return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
     return run
 
