@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-commands test-all faults gpu-dry-run lint wheel clean
+.PHONY: demo test quick test-commands test-all faults gpu-dry-run lint wheel clean
 
 demo: .venv/run.installed
 	$(BIN)/python jobs/train.py
 
 test: .venv/test.installed
 	$(BIN)/python -m pytest -m "not slow and not commands"
+
+# What needs neither training processes nor Ray: under a minute, for every save.
+quick: .venv/test.installed
+	$(BIN)/python -m pytest -m "not slow and not commands and not ranks and not ray"
 
 test-commands: .venv/test.installed
 	$(BIN)/python -m pytest -m "commands and not slow"

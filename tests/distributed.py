@@ -4,10 +4,9 @@ import multiprocessing
 import os
 import pickle
 import socket
-import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Any
 
 # Every rank is a fork of one process that has these, which take seconds to import, and no threads.
@@ -17,45 +16,58 @@ _FORK_SERVER.set_forkserver_preload(
 )
 
 
-def run_ranks(
-    n_ranks: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
-) -> list[Any]:
-    """Run `function(*args)` in `n_ranks` processes that share a process group.
+class Ranks:
+    """Processes that run one function after another, each time with a new process group.
 
-    Args:
-        n_ranks: processes, each with one thread.
-        function: importable by name; its return value must be picklable.
-        args: handed to every rank.
-        backend: of the process group; `nccl` on GPUs.
-
-    Returns:
-        What each rank returned, by rank.
+    What a process imports and caches on its first run is much of the cost of a small one, so
+    processes are kept until a run fails.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        # What the fork server imports asks CUDA for its devices, after which no fork may use them.
-        context = multiprocessing.get_context("spawn") if backend == "nccl" else _FORK_SERVER
-        ranks = [
-            context.Process(
-                target=_rank,
-                args=(rank, n_ranks, port, dict(os.environ), backend, folder, function, args),
-            )
-            for rank in range(n_ranks)
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        answers = []
-        for rank in range(n_ranks):
-            path = Path(folder, str(rank))
-            assert path.exists(), f"rank {rank} ended with exit code {ranks[rank].exitcode}"
-            answers.append(pickle.loads(path.read_bytes()))
-    errors = [answer for answer in answers if isinstance(answer, _Failure)]
-    assert not errors, "\n".join(error.text for error in errors)
-    return answers
+
+    def __init__(self) -> None:
+        self._kept: list[_Rank] = []
+
+    def run(
+        self,
+        n_ranks: int,
+        function: Callable[..., Any],
+        *args: Any,
+        backend: str = "gloo",
+        new_processes: bool = False,
+    ) -> list[Any]:
+        """Run `function(*args)` in `n_ranks` processes that share a process group.
+
+        Args:
+            n_ranks: processes, each with one thread.
+            function: importable by name; its return value must be picklable.
+            args: handed to every rank.
+            backend: of the process group; `nccl`, on GPUs, implies new processes.
+            new_processes: use processes that have run nothing else. For runs that fail, resume
+                as a new process does, limit resources, or change settings of torch.
+
+        Returns:
+            What each rank returned, by rank.
+        """
+        if backend == "gloo" and not new_processes:
+            self._kept += [_Rank(_FORK_SERVER) for _ in range(n_ranks - len(self._kept))]
+            answers = _answers(self._kept[:n_ranks], backend, function, args)
+            if any(isinstance(answer, _Failure) for answer in answers):
+                self.end()
+        else:
+            # What the fork server imports asks CUDA for its devices: no fork may use them then.
+            context = multiprocessing.get_context("spawn") if backend == "nccl" else _FORK_SERVER
+            ranks = [_Rank(context) for _ in range(n_ranks)]
+            answers = _answers(ranks, backend, function, args)
+            for rank in ranks:
+                rank.end()
+        errors = [answer.text for answer in answers if isinstance(answer, _Failure)]
+        assert not errors, "\n".join(errors)
+        return answers
+
+    def end(self) -> None:
+        """End the processes that are kept."""
+        for rank in self._kept:
+            rank.end()
+        self._kept = []
 
 
 class _Failure:
@@ -63,32 +75,71 @@ class _Failure:
         self.text = text
 
 
-def _rank(
-    rank: int,
-    n_ranks: int,
-    port: int,
-    environment: dict[str, str],
-    backend: str,
-    folder: str,
-    function: Callable[..., Any],
-    args: Any,
-) -> None:
-    os.environ.clear()  # it is that of the process that was forked
-    os.environ |= environment | {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(n_ranks),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+class _Rank:
+    """One process and the pipe to it."""
+
+    def __init__(self, context: Any) -> None:
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other,), daemon=True)
+        self.process.start()
+        other.close()
+
+    def end(self) -> None:
+        self.pipe.close()  # a process that waits for its next function ends
+        self.process.join(10)
+        self.process.kill()
+        self.process.join()
+
+
+def _answers(
+    ranks: list[_Rank], backend: str, function: Callable[..., Any], args: Any
+) -> list[Any]:
+    """What each rank returned, or its failure."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for number, rank in enumerate(ranks):
+        place = {
+            "RANK": str(number),
+            "WORLD_SIZE": str(len(ranks)),
+            "LOCAL_RANK": str(number),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        rank.pipe.send((dict(os.environ) | place, backend, pickle.dumps((function, args))))
+    answers = []
+    for number, rank in enumerate(ranks):
+        try:
+            answers.append(rank.pipe.recv())
+        except (EOFError, OSError):
+            rank.process.join()
+            code = rank.process.exitcode
+            answers.append(_Failure(f"rank {number} ended with exit code {code}"))
+    return answers
+
+
+def _serve(pipe: Connection) -> None:
+    """Run what comes through the pipe until it is closed, or until something fails.
+
+    A rank that failed ends, so that the others lose their connection to it and fail too.
+    """
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    try:
-        dist.init_process_group(backend)
-        answer = function(*args)
-        dist.destroy_process_group()
-    except Exception:
-        answer = _Failure(f"rank {rank}:\n{traceback.format_exc()}")
-    Path(folder, str(rank)).write_bytes(pickle.dumps(answer))
+    while True:
+        try:
+            environment, backend, work = pipe.recv()
+        except EOFError:
+            return
+        os.environ.clear()  # it is that of the process that was forked, or of the work before
+        os.environ |= environment
+        try:
+            function, args = pickle.loads(work)
+            dist.init_process_group(backend)
+            answer = function(*args)
+            dist.destroy_process_group()
+        except Exception:
+            pipe.send(_Failure(f"rank {environment['RANK']}:\n{traceback.format_exc()}"))
+            return
+        pipe.send(answer)

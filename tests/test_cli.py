@@ -51,8 +51,8 @@ def test_a_bad_config_is_two_lines_and_exit_2(run_command, tmp_path):
     ]
 
 
-def test_missing_files_and_folders_are_exit_2_all_at_once(run_command, tmp_path):
-    done = run_command(
+def test_missing_files_and_folders_are_exit_2_all_at_once(run_here, tmp_path):
+    done = run_here(
         tmp_path, TRAIN, "train_files=gone.jsonl", "eval_files=no/*.jsonl", "model_name_or_path=./m"
     )
     assert done.returncode == 2
@@ -64,9 +64,9 @@ def test_missing_files_and_folders_are_exit_2_all_at_once(run_command, tmp_path)
 
 
 @pytest.mark.commands
-def test_no_usable_row_is_exit_2_with_the_reasons(run_command, tmp_path):
+def test_no_usable_row_is_exit_2_with_the_reasons(run_here, ray_cluster, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n{]\n')
-    done = run_command(tmp_path, TRAIN, "train_files=bad.jsonl")
+    done = run_here(tmp_path, TRAIN, "train_files=bad.jsonl")
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     path = tmp_path / "bad.jsonl"
@@ -77,20 +77,20 @@ def test_no_usable_row_is_exit_2_with_the_reasons(run_command, tmp_path):
     ]
 
 
-def test_help_names_every_setting(run_command, tmp_path):
-    done = run_command(tmp_path, TRAIN, "--help")
+def test_help_names_every_setting(run_here, tmp_path):
+    done = run_here(tmp_path, TRAIN, "--help")
     assert done.returncode == 0
     assert all(f"  {leaf} = " in done.stdout for leaf in SECTION_OF)
 
 
-def test_the_schema_is_json_with_every_setting(run_command, tmp_path):
-    schema = json.loads(run_command(tmp_path, TRAIN, "--print-schema").stdout)
+def test_the_schema_is_json_with_every_setting(run_here, tmp_path):
+    schema = json.loads(run_here(tmp_path, TRAIN, "--print-schema").stdout)
     parts = {name: part["properties"] for name, part in schema["$defs"].items()}
     assert parts.pop("DataSource").keys() == {"path", "weight", "name"}
     assert {leaf for part in parts.values() for leaf in part} == set(SECTION_OF)
 
 
-def test_a_dry_run_says_batch_steps_and_memory(run_command, tmp_path):
+def test_a_dry_run_says_batch_steps_and_memory(run_here, tmp_path):
     """100 pairs, 2 x 3 x 1 pairs a step: 17 steps an epoch, 2 epochs: 34.
 
     The model: embedding 50 x 8, tied to the head; a layer of 4 x 8 x 8 attention, 3 x 8 x 16 MLP
@@ -108,7 +108,7 @@ def test_a_dry_run_says_batch_steps_and_memory(run_command, tmp_path):
         num_attention_heads=2,
         tie_word_embeddings=True,
     ).save_pretrained(tmp_path / "model")
-    done = run_command(
+    done = run_here(
         tmp_path,
         TRAIN,
         "--dry-run",
@@ -134,7 +134,7 @@ def test_the_demos_settings_are_for_the_demos_model_only():
     )
 
 
-def test_a_second_config_file_is_refused(run_command, tmp_path):
-    done = run_command(tmp_path, TRAIN, "a.yaml", "b.yaml")
+def test_a_second_config_file_is_refused(run_here, tmp_path):
+    done = run_here(tmp_path, TRAIN, "a.yaml", "b.yaml")
     assert done.returncode == 2
     assert done.stderr == "error: b.yaml: a second config file\n"

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from orpo_ray.config.sections import ModelSection
 from orpo_ray.models.adapters import add_adapters
 from orpo_ray.pretrained import UnsupportedModelError
-from tests.distributed import run_ranks
 from tests.reference.models import tiny_model
 from tests.reference.small_run import metrics_without_times, train_small
 
@@ -20,7 +19,7 @@ LORA = {"lora_r": 4, "lora_alpha": 8.0, "max_steps": 10, "save_steps": 5, "loggi
 
 
 @pytest.fixture(scope="module")
-def adapted(inputs, tmp_path_factory) -> Path:
+def adapted(run_ranks, inputs, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("adapted")
     run_ranks(2, train_small, inputs, run, LORA)
     return run
@@ -52,7 +51,7 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(adapted):
     assert all(".lora_" in name for name in names)
 
 
-def test_one_worker_equals_two(inputs, adapted, tmp_path):
+def test_one_worker_equals_two(run_ranks, inputs, adapted, tmp_path):
     run_ranks(1, train_small, inputs, tmp_path, LORA)
     for one, two in zip(
         metrics_without_times(tmp_path), metrics_without_times(adapted), strict=True
@@ -60,12 +59,12 @@ def test_one_worker_equals_two(inputs, adapted, tmp_path):
         assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
 
 
-def test_a_resumed_run_ends_byte_identical_and_merges(inputs, adapted, tmp_path):
+def test_a_resumed_run_ends_byte_identical_and_merges(run_ranks, inputs, adapted, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(adapted, run)
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints" / "step-00000010")
-    run_ranks(2, train_small, inputs, run, LORA)
+    run_ranks(2, train_small, inputs, run, LORA, new_processes=True)
     name = "final/adapter_model.safetensors"
     assert (run / name).read_bytes() == (adapted / name).read_bytes()
     assert metrics_without_times(run) == metrics_without_times(adapted)

@@ -14,7 +14,6 @@ from orpo_ray.models.liger import patch
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.objective.head import LossScale
 from orpo_ray.pretrained import UnsupportedModelError
-from tests.distributed import run_ranks
 from tests.reference.models import odd_groups, tiny_model
 
 needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs liger-kernel")
@@ -27,7 +26,7 @@ def refusal_on_a_cpu(folder: str) -> str:
     return str(refusal.value)
 
 
-def test_a_cpu_is_refused(inputs):
+def test_a_cpu_is_refused(run_ranks, inputs):
     (text,) = run_ranks(1, refusal_on_a_cpu, str(inputs / "model"))
     assert text.startswith("use_liger_kernel: Liger's kernels run on GPUs only")
 
@@ -87,7 +86,7 @@ def both_ways(folder: str) -> list[list[torch.Tensor]]:
 @pytest.mark.needs_gpu
 @needs_liger
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
-def test_liger_computes_the_same(name, tmp_path):
+def test_liger_computes_the_same(run_ranks, name, tmp_path):
     tiny_model(name, torch.float32).save_pretrained(tmp_path)
     ((plain, liger),) = run_ranks(1, both_ways, str(tmp_path), backend="nccl")
     largest = max(gradient.abs().max().item() for gradient in plain[1:])

@@ -8,7 +8,6 @@ import torch
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.models.build import build_model
 from orpo_ray.models.packing_check import COMPARED, check_packing
-from tests.distributed import run_ranks
 from tests.equivalence.test_packed_equals_padded import FAMILIES
 from tests.reference.models import tiny_model
 from tests.reference.small_run import make_inputs, token_stream
@@ -31,7 +30,7 @@ def settled_models(folder: Path, names: list[str]) -> list[tuple[str, list[str]]
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
+def answers(run_ranks, tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
     folder = tmp_path_factory.mktemp("models")
     make_inputs(folder)
     names = ["smollm3", "lfm2", "gpt-oss", "llama"]

@@ -23,7 +23,6 @@ from orpo_ray.models.quantized import quantized_text
 from orpo_ray.objective.head import LossScale
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_model_config
 from orpo_ray.training.flops import Work
-from tests.distributed import run_ranks
 from tests.reference.models import odd_groups
 
 QLORA = {"load_in_4bit": True, "lora_r": 4, "bf16": False}
@@ -45,7 +44,7 @@ def refusal(folder: str) -> str:
     return str(found.value)
 
 
-def test_a_cpu_is_refused(inputs):
+def test_a_cpu_is_refused(run_ranks, inputs):
     (text,) = run_ranks(1, refusal, str(inputs / "model"))
     assert text.startswith("load_in_4bit: 4-bit weights are multiplied on GPUs only")
 
@@ -99,7 +98,7 @@ def plain_loss(folder: Path) -> float:
 
 
 @needs_bitsandbytes
-def test_adapters_are_trained_on_a_base_in_4_bits(inputs, tmp_path):
+def test_adapters_are_trained_on_a_base_in_4_bits(run_ranks, inputs, tmp_path):
     """On two ranks, by the slow way that bitsandbytes has for CPUs; peft reads the adapter."""
     first, second = run_ranks(2, trained, inputs, tmp_path, "cpu")
     (plain,) = run_ranks(1, plain_loss, inputs)
@@ -124,7 +123,7 @@ def test_adapters_are_trained_on_a_base_in_4_bits(inputs, tmp_path):
 
 @pytest.mark.needs_gpu
 @needs_bitsandbytes
-def test_a_gpu_trains_on_a_base_in_4_bits(inputs, tmp_path):
+def test_a_gpu_trains_on_a_base_in_4_bits(run_ranks, inputs, tmp_path):
     (found,) = run_ranks(1, trained, inputs, tmp_path, "cuda", backend="nccl")
     (plain,) = run_ranks(1, plain_loss, inputs)
     mind(found, plain)

@@ -42,28 +42,28 @@ def has(bucket, prefix: str, part: str) -> bool:
     return any(part in entry["Key"] for entry in entries)
 
 
-def start(folder: Path, ray_cluster: str, scratch: Path, *settings: str) -> subprocess.Popen:
+def start(folder: Path, new_ray_cluster: str, scratch: Path, *settings: str) -> subprocess.Popen:
     """A driver on a machine of its own, as far as its disk is concerned."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "jobs/train.py"), *settings],
         cwd=folder,
-        env=os.environ | {"RAY_ADDRESS": ray_cluster, "ORPO_RAY_SCRATCH": str(scratch)},
+        env=os.environ | {"RAY_ADDRESS": new_ray_cluster, "ORPO_RAY_SCRATCH": str(scratch)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def test_a_run_outlives_its_driver_and_every_disk(bucket, ray_cluster, run_command, tmp_path):
+def test_a_run_outlives_its_driver_and_every_disk(bucket, new_ray_cluster, run_command, tmp_path):
     """SIGKILL, all copies deleted, the same command from elsewhere: the bytes of a run on disk."""
     whole = run_command(
-        tmp_path, "jobs/train.py", *SETTINGS, "run_name=whole", ray_address=ray_cluster
+        tmp_path, "jobs/train.py", *SETTINGS, "run_name=whole", ray_address=new_ray_cluster
     )
     assert whole.returncode == 0, whole.stderr
     settings = [*SETTINGS, "output_dir=s3://bucket/runs", "run_name=killed"]
-    first = start(tmp_path, ray_cluster, tmp_path / "a", *settings)
+    first = start(tmp_path, new_ray_cluster, tmp_path / "a", *settings)
     wait_for(first, lambda: has(bucket, "runs/killed/checkpoints/", "MANIFEST.json"))
-    other = start(tmp_path, ray_cluster, tmp_path / "b", *settings)
+    other = start(tmp_path, new_ray_cluster, tmp_path / "b", *settings)
     _, refusal = other.communicate(timeout=120)
     assert other.returncode == 2
     assert f"run_name: s3://bucket/runs/killed is in use by process {first.pid} on " in refusal
@@ -76,7 +76,7 @@ def test_a_run_outlives_its_driver_and_every_disk(bucket, ray_cluster, run_comma
     assert json.loads(status.stdout)["directory"] == "s3://bucket/runs/killed"
     assert json.loads(status.stdout)["checkpoint"]["step"] >= 5
 
-    second = start(tmp_path, ray_cluster, tmp_path / "b", *settings)
+    second = start(tmp_path, new_ray_cluster, tmp_path / "b", *settings)
     told, errors = second.communicate(timeout=300)
     assert second.returncode == 0, errors
     run = found("s3://bucket/runs/killed")
@@ -91,10 +91,10 @@ def test_a_run_outlives_its_driver_and_every_disk(bucket, ray_cluster, run_comma
     assert json.loads(status.stdout)["state"] == "finished"
 
 
-def test_a_run_is_stopped_and_goes_on(bucket, ray_cluster, run_command, tmp_path):
+def test_a_run_is_stopped_and_goes_on(bucket, new_ray_cluster, run_command, tmp_path):
     """SIGTERM to the driver reaches the workers through the bucket; nothing is done again."""
     settings = [*SETTINGS, "output_dir=s3://bucket/runs", "run_name=stopped", "save_steps=1000"]
-    process = start(tmp_path, ray_cluster, tmp_path / "a", *settings, "max_steps=2000")
+    process = start(tmp_path, new_ray_cluster, tmp_path / "a", *settings, "max_steps=2000")
     wait_for(process, lambda: has(bucket, "runs/stopped/", "metrics.jsonl"))
     process.send_signal(signal.SIGTERM)
     told, errors = process.communicate(timeout=120)
@@ -102,7 +102,7 @@ def test_a_run_is_stopped_and_goes_on(bucket, ray_cluster, run_command, tmp_path
     assert "the same command goes on" in told
     step = max(line["step"] for line in lines(found("s3://bucket/runs/stopped")))
     done = run_command(
-        tmp_path, "jobs/train.py", *settings, f"max_steps={step + 20}", ray_address=ray_cluster
+        tmp_path, "jobs/train.py", *settings, f"max_steps={step + 20}", ray_address=new_ray_cluster
     )
     assert done.returncode == 0, done.stderr
     events = count_events(found("s3://bucket/runs/stopped"))
@@ -114,7 +114,7 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
 
 
-def test_a_sweep_its_champion_and_an_evaluation(bucket, ray_cluster, run_command, tmp_path):
+def test_a_sweep_its_champion_and_an_evaluation(bucket, new_ray_cluster, run_command, tmp_path):
     settings = ["eval_files=s3://bucket/pairs.jsonl", *SETTINGS, "output_dir=s3://bucket/runs"]
     done = run_command(
         tmp_path,
@@ -149,7 +149,7 @@ def test_a_sweep_its_champion_and_an_evaluation(bucket, ray_cluster, run_command
         "model_name_or_path=s3://bucket/runs/sweep/champion",
         "output_dir=s3://bucket/runs",
         "run_name=looked-at",
-        ray_address=ray_cluster,
+        ray_address=new_ray_cluster,
     )
     assert done.returncode == 0, done.stderr
     assert "evaluation: s3://bucket/runs/looked-at/evaluation.json\n" in done.stdout
@@ -167,8 +167,8 @@ def test_a_sweep_its_champion_and_an_evaluation(bucket, ray_cluster, run_command
         ("model_name_or_path=s3://bucket/none", "s3://bucket/none: no such folder"),
     ],
 )
-def test_a_place_that_is_none_is_refused(ray_cluster, run_command, tmp_path, setting, told):
-    done = run_command(tmp_path, "jobs/train.py", *SETTINGS, setting, ray_address=ray_cluster)
+def test_a_place_that_is_none_is_refused(new_ray_cluster, run_command, tmp_path, setting, told):
+    done = run_command(tmp_path, "jobs/train.py", *SETTINGS, setting, ray_address=new_ray_cluster)
     assert done.returncode == 2
     assert told in done.stderr
     assert len(done.stderr.splitlines()) == 1

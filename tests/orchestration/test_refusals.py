@@ -142,7 +142,7 @@ def as_lines(rows: list[Any]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def prepared(ray_cluster, run_command, tmp_path_factory) -> Path:
+def prepared(ray_cluster, run_here, tmp_path_factory) -> Path:
     """A folder in which `jobs/prepare.py` has read all rows of all classes."""
     folder = tmp_path_factory.mktemp("prepared")
     classes = {file: [row for row, _, _ in part.values()] for file, part in ROW_CLASSES.items()}
@@ -163,13 +163,12 @@ def prepared(ray_cluster, run_command, tmp_path_factory) -> Path:
     )
     (folder / "template.jinja").write_text(TEMPLATE)
     files = [f"{name}.{kind}" for kind in ("jsonl", "parquet") for name in classes]
-    done = run_command(
+    done = run_here(
         folder,
         "jobs/prepare.py",
         f"train_files=[lines.jsonl,{','.join(files)},i.parquet,array.json]",
         *SETTINGS,
         "run_name=run",
-        ray_address=ray_cluster,
     )
     assert done.returncode == 0, done.stderr
     (folder / "out").write_text(done.stdout)
@@ -250,12 +249,10 @@ def test_the_report_adds_up_by_source_and_lists_what_was_ignored(prepared: Path)
         assert f"<td>{reason}</td>" in page
 
 
-def test_files_that_cannot_be_are_said_all_at_once(tmp_path, run_command) -> None:
+def test_files_that_cannot_be_are_said_all_at_once(tmp_path, run_here) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "notes.txt").write_text("text")
-    done = run_command(
-        tmp_path, "jobs/train.py", "train_files=[empty.jsonl,none-*.jsonl,notes.txt]"
-    )
+    done = run_here(tmp_path, "jobs/train.py", "train_files=[empty.jsonl,none-*.jsonl,notes.txt]")
     assert done.returncode == 2
     empty, none, notes = done.stderr.splitlines()
     assert empty == f"error: train_files: {tmp_path}/empty.jsonl: is empty"
@@ -264,15 +261,14 @@ def test_files_that_cannot_be_are_said_all_at_once(tmp_path, run_command) -> Non
 
 
 @pytest.mark.commands
-def test_files_that_cannot_be_read_are_said_all_at_once(tmp_path, run_command, ray_cluster) -> None:
+def test_files_that_cannot_be_read_are_said_all_at_once(tmp_path, run_here, ray_cluster) -> None:
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-9])
     (tmp_path / "bad.jsonl.gz").write_bytes(b"not gzip at all")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more of it")
-    done = run_command(
+    done = run_here(
         tmp_path,
         "jobs/prepare.py",
         "train_files=[torn.jsonl.gz,bad.jsonl.gz,bad.parquet]",
-        ray_address=ray_cluster,
     )
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -284,14 +280,10 @@ def test_files_that_cannot_be_read_are_said_all_at_once(tmp_path, run_command, r
 
 
 @pytest.mark.commands
-def test_a_column_that_no_row_has_stops_with_what_is_there(
-    tmp_path, run_command, ray_cluster
-) -> None:
+def test_a_column_that_no_row_has_stops_with_what_is_there(tmp_path, run_here, ray_cluster) -> None:
     rows = [{"prompt": "p", "choosen": f"c{i}", "rejected": "r"} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_bytes(as_lines(rows) + b"\n")
-    done = run_command(
-        tmp_path, "jobs/train.py", "train_files=pairs.jsonl", ray_address=ray_cluster
-    )
+    done = run_here(tmp_path, "jobs/train.py", "train_files=pairs.jsonl")
     assert done.returncode == 2
     first, second, *_ = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert first.endswith("pairs.jsonl: 20 missing_field")
@@ -356,17 +348,16 @@ def test_ten_thousand_rows_with_a_hundred_bad_ones(
 
 @pytest.mark.commands
 def test_more_bad_rows_than_allowed_stop_before_any_worker(
-    ten_thousand: tuple[Path, list[int]], run_command, ray_cluster
+    ten_thousand: tuple[Path, list[int]], run_here, ray_cluster
 ) -> None:
     folder, _ = ten_thousand
-    done = run_command(
+    done = run_here(
         folder,
         "jobs/train.py",
         "train_files=pairs.jsonl",
         "max_length=32",
         "max_bad_fraction=0.009",
         "run_name=stopped",
-        ray_address=ray_cluster,
     )
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -70,11 +70,11 @@ def own_code(folder, tmp_path) -> tuple[Path, Path]:
     return path, trace
 
 
-def test_code_of_a_model_is_not_run(own_code, folder, run_command, monkeypatch, tmp_path):
+def test_code_of_a_model_is_not_run(own_code, folder, run_command, run_here, monkeypatch, tmp_path):
     path, trace = own_code
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     says = f"{path} brings code of its own, which is not run; read it, and set trust_remote_code"
-    done = run_command(folder, TRAIN, "train_files=pairs.jsonl", f"model_name_or_path={path}")
+    done = run_here(folder, TRAIN, "train_files=pairs.jsonl", f"model_name_or_path={path}")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: model_name_or_path: {says}")
     assert len(done.stderr.splitlines()) == 1

@@ -93,6 +93,7 @@ def train_small(folder: Path, run: Path, changes: dict[str, Any]) -> dict[str, A
         "eval_steps": 10,
         "learning_rate": 1e-2,
         "global_batch_size": BATCH,
+        "max_new_tokens": 4,
     }
     config = ORPOConfig(**(defaults | changes))
     rank, world_size = dist.get_rank(), dist.get_world_size()

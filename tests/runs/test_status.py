@@ -299,10 +299,10 @@ def test_times_in_units_that_say_something(seconds, text):
     assert span(seconds) == text
 
 
-def test_what_is_no_run_is_one_line_and_exit_2(run_command, tmp_path):
+def test_what_is_no_run_is_one_line_and_exit_2(run_here, tmp_path):
     (tmp_path / "empty").mkdir()
     for name, reason in (("gone", "gone: no such folder"), ("empty", "not a run directory: it")):
-        done = run_command(tmp_path, "jobs/status.py", name)
+        done = run_here(tmp_path, "jobs/status.py", name)
         assert done.returncode == 2
         assert done.stdout == ""
         (line,) = done.stderr.splitlines()

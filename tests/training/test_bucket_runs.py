@@ -11,7 +11,6 @@ from orpo_ray.runs.files import count_events
 from orpo_ray.runs.manifest import find_damage, newest_checkpoint
 from orpo_ray.storage.bucket import WORKERS, local
 from orpo_ray.storage.mirror import fetch_folder
-from tests.distributed import run_ranks
 from tests.reference.small_run import metrics_without_times, train_small
 from tests.training.test_loop import weights_digest
 
@@ -36,10 +35,10 @@ def objects(bucket, run: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def kept(bucket, inputs, tmp_path_factory) -> str:
+def kept(run_ranks, bucket, inputs, tmp_path_factory) -> str:
     """24 steps on two nodes, whose disks are gone."""
     scratch = tmp_path_factory.mktemp("nodes")
-    run_ranks(2, train_on_own_node, inputs, scratch, "s3://bucket/kept")
+    run_ranks(2, train_on_own_node, inputs, scratch, "s3://bucket/kept", new_processes=True)
     shutil.rmtree(scratch)
     return "kept"
 
@@ -71,7 +70,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(kept, whole_run):
     assert {path.relative_to(run).as_posix() for path in run.rglob("*.*")} == names
 
 
-def test_it_goes_on_where_every_disk_was_lost(bucket, kept, inputs, whole_run, tmp_path):
+def test_it_goes_on_where_every_disk_was_lost(run_ranks, bucket, kept, inputs, whole_run, tmp_path):
     """One bit flipped in a shard of the newest checkpoint: the one before is used, and says so.
 
     In the end no node keeps any tensors; between saves it keeps those of one checkpoint.
@@ -81,7 +80,7 @@ def test_it_goes_on_where_every_disk_was_lost(bucket, kept, inputs, whole_run, t
     content = bytearray(bucket.get_object(**shard)["Body"].read())
     content[len(content) // 2] ^= 1
     bucket.put_object(**shard, Body=bytes(content))
-    run_ranks(2, train_on_own_node, inputs, tmp_path, url)
+    run_ranks(2, train_on_own_node, inputs, tmp_path, url, new_processes=True)
     run = found_in_bucket(url)
     assert_same(run, whole_run)
     assert count_events(run) == {"checkpoints_set_aside": 1, "resumed": 1, "steps_redone": 10}
@@ -111,10 +110,10 @@ def test_a_damaged_copy_costs_no_checkpoint(bucket, kept):
 
 
 @pytest.mark.slow
-def test_another_number_of_nodes_goes_on(bucket, kept, inputs, whole_run, tmp_path):
+def test_another_number_of_nodes_goes_on(run_ranks, bucket, kept, inputs, whole_run, tmp_path):
     """One node fetches what two have written; the same batches follow."""
     url = interrupted_copy(bucket, kept, "fewer", last_step=21)
-    run_ranks(1, train_on_own_node, inputs, tmp_path, url)
+    run_ranks(1, train_on_own_node, inputs, tmp_path, url, new_processes=True)
     run = found_in_bucket(url)
     assert (run / "ledger.jsonl").read_bytes() == (whole_run / "ledger.jsonl").read_bytes()
     assert "resumed at step 21 of 24" in (run / "run.log").read_text()

@@ -22,7 +22,6 @@ from orpo_ray.training.budget import (
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.step import TrainState
-from tests.distributed import run_ranks
 from tests.reference.small_run import metrics_without_times, token_stream, train_small
 
 
@@ -72,7 +71,7 @@ def fewest() -> int:
     return agreed([70, 50][dist.get_rank()], torch.device("cpu"))
 
 
-def test_all_ranks_take_the_fewest_tokens_of_any():
+def test_all_ranks_take_the_fewest_tokens_of_any(run_ranks):
     assert run_ranks(2, fewest) == [50, 50]
 
 
@@ -91,7 +90,7 @@ def test_the_budget_changes_no_batch(inputs):
     assert len(cut[40][0][0].rows) > len(cut[400][0][0].rows) == 1
 
 
-def test_auto_is_as_unset_without_a_gpu(inputs, whole_run, tmp_path):
+def test_auto_is_as_unset_without_a_gpu(run_ranks, inputs, whole_run, tmp_path):
     changes = {"max_tokens_per_microbatch": "auto", "evaluate": False, "max_steps": 5}
     run_ranks(1, train_small, inputs, tmp_path, changes)
     log = (tmp_path / "run.log").read_text()
@@ -127,7 +126,7 @@ def measured_on_a_gpu(folder: Path, run: Path) -> tuple[int, int, str]:
 
 
 @pytest.mark.needs_gpu
-def test_a_gpu_is_measured(inputs, tmp_path):
+def test_a_gpu_is_measured(run_ranks, inputs, tmp_path):
     """It holds more than the few tokens that were tried; AdamW keeps 8 bytes of a parameter."""
     ((budget, later, said),) = run_ranks(1, measured_on_a_gpu, inputs, tmp_path, backend="nccl")
     # Tied embeddings 96 x 32, two layers: q and o 32 x 32, k and v 16 x 32, three of 32 x 64,

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from orpo_ray.dataset.shards import read_shard
 from orpo_ray.runs.files import count_events
-from tests.distributed import run_ranks
 from tests.reference.small_run import metrics_without_times, token_stream, train_small
 
 
@@ -60,14 +59,16 @@ def test_the_exported_model_loads_as_it_is(whole_run, inputs):
     assert AutoTokenizer.from_pretrained(whole_run / "final").eos_token == "w1"
 
 
-def test_a_killed_run_with_a_damaged_checkpoint_ends_byte_identical(whole_run, inputs, tmp_path):
+def test_a_killed_run_with_a_damaged_checkpoint_ends_byte_identical(
+    run_ranks, whole_run, inputs, tmp_path
+):
     """One bit flipped in a shard of the newest checkpoint: the one before is used, and says so."""
     run = interrupted_copy(whole_run, tmp_path / "run", last_step=21)
     shard = run / "checkpoints" / "step-00000021" / "__1_0.distcp"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    run_ranks(2, train_small, inputs, run, {})
+    run_ranks(2, train_small, inputs, run, {}, new_processes=True)
     assert weights_digest(run) == weights_digest(whole_run)
     assert metrics_without_times(run) == metrics_without_times(whole_run)
     for name in ("ledger", "margins", "evaluations", "samples"):
@@ -87,7 +88,7 @@ class Planted:
         return Path.touch, (self.trace,)
 
 
-def test_a_torn_newest_checkpoint_is_set_aside(whole_run, inputs, tmp_path):
+def test_a_torn_newest_checkpoint_is_set_aside(run_ranks, whole_run, inputs, tmp_path):
     """As a full disk or a lost node leaves it: half a shard, and a save that never ended.
 
     A pickle that was planted in both would leave a trace when it is read; it is not.
@@ -99,7 +100,7 @@ def test_a_torn_newest_checkpoint_is_set_aside(whole_run, inputs, tmp_path):
     planted, trace = pickle.dumps(Planted(tmp_path / "trace")), tmp_path / "trace"
     for step in (21, 24):
         (run / "checkpoints" / f"step-{step:08d}" / ".metadata").write_bytes(planted)
-    run_ranks(2, train_small, inputs, run, {})
+    run_ranks(2, train_small, inputs, run, {}, new_processes=True)
     assert weights_digest(run) == weights_digest(whole_run)
     assert metrics_without_times(run) == metrics_without_times(whole_run)
     assert count_events(run) == {"checkpoints_set_aside": 2, "resumed": 1, "steps_redone": 10}
@@ -132,7 +133,7 @@ def test_the_ledger_has_every_row_once_an_epoch(whole_run):
     ],
 )
 def test_another_number_of_workers_goes_on_with_the_same_batches(
-    whole_run, inputs, tmp_path, before, after
+    run_ranks, whole_run, inputs, tmp_path, before, after
 ):
     """Sums over ranks differ in their last bits, so 17 steps later by about 1e-6 relative."""
     fixed_size = whole_run if before == 2 else tmp_path / "fixed"
@@ -148,7 +149,7 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(
 
 
 @pytest.mark.slow
-def test_copies_of_a_sharded_model_train_as_one(inputs, tmp_path):
+def test_copies_of_a_sharded_model_train_as_one(run_ranks, inputs, tmp_path):
     """Two copies of two shards each are one rank; what they save goes on as two shards.
 
     The gradient of the first step is the same to rounding. Adam's first update is close to the
@@ -172,7 +173,7 @@ def test_copies_of_a_sharded_model_train_as_one(inputs, tmp_path):
     assert "resumed at step 2 of 3" in (tmp_path / "four" / "run.log").read_text()
 
 
-def test_a_finished_run_has_nothing_left_to_do(whole_run, inputs, tmp_path):
+def test_a_finished_run_has_nothing_left_to_do(run_ranks, whole_run, inputs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     before = {path: path.stat().st_mtime_ns for path in (run / "final").iterdir()}
@@ -181,16 +182,16 @@ def test_a_finished_run_has_nothing_left_to_do(whole_run, inputs, tmp_path):
     assert metrics_without_times(run) == metrics_without_times(whole_run)
 
 
-def test_another_batch_size_is_refused_with_both_numbers(whole_run, inputs, tmp_path):
+def test_another_batch_size_is_refused_with_both_numbers(run_ranks, whole_run, inputs, tmp_path):
     run = interrupted_copy(whole_run, tmp_path / "run", last_step=14)
     with pytest.raises(AssertionError, match=r"counts 8 pairs a step, this config 4"):
-        run_ranks(1, train_small, inputs, run, {"global_batch_size": 4})
+        run_ranks(1, train_small, inputs, run, {"global_batch_size": 4}, new_processes=True)
 
 
-def test_other_settings_are_refused_with_both_values(whole_run, inputs, tmp_path):
+def test_other_settings_are_refused_with_both_values(run_ranks, whole_run, inputs, tmp_path):
     run = interrupted_copy(whole_run, tmp_path / "run", last_step=14)
     with pytest.raises(AssertionError, match=r"beta: 0.1 in the checkpoint, 0.3 now\n.*step 14"):
-        run_ranks(1, train_small, inputs, run, {"beta": 0.3})
+        run_ranks(1, train_small, inputs, run, {"beta": 0.3}, new_processes=True)
     assert ledger(run) == ledger(whole_run)
     run_ranks(1, train_small, inputs, run, {"beta": 0.3, "resume_changed": True})
     assert count_events(run)["settings_changed"] == 1
@@ -213,9 +214,9 @@ def train_with_a_full_disk(folder: Path, run: Path, changes: dict[str, Any]) -> 
     train_small(folder, run, changes)
 
 
-def test_a_full_disk_is_an_alarm_and_training_goes_on(whole_run, inputs, tmp_path):
+def test_a_full_disk_is_an_alarm_and_training_goes_on(run_ranks, whole_run, inputs, tmp_path):
     run = tmp_path / "run"
-    run_ranks(2, train_with_a_full_disk, inputs, run, {"save_steps": 10})
+    run_ranks(2, train_with_a_full_disk, inputs, run, {"save_steps": 10}, new_processes=True)
     log = (run / "run.log").read_text()
     assert "ALARM: the checkpoint of step 10 was not saved: " in log
     assert "the next attempt is after step " in log
@@ -227,7 +228,7 @@ def test_a_full_disk_is_an_alarm_and_training_goes_on(whole_run, inputs, tmp_pat
     assert metrics_without_times(run) == metrics_without_times(whole_run)
 
 
-def test_a_loss_far_above_the_usual_is_said(whole_run, inputs, tmp_path):
+def test_a_loss_far_above_the_usual_is_said(run_ranks, whole_run, inputs, tmp_path):
     """The lines before the checkpoint are made to say a twentieth of what they said."""
     run = interrupted_copy(whole_run, tmp_path / "run", last_step=14)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -238,7 +239,7 @@ def test_a_loss_far_above_the_usual_is_said(whole_run, inputs, tmp_path):
     assert "step 15: the loss is " in (run / "run.log").read_text()
 
 
-def test_rows_whose_loss_is_not_finite_are_left_out_and_counted(inputs, tmp_path):
+def test_rows_whose_loss_is_not_finite_are_left_out_and_counted(run_ranks, inputs, tmp_path):
     """Token 5 has no finite vector: the pairs with it are left out, all others are trained."""
     broken = tmp_path / "broken"
     shutil.copytree(inputs, broken)
@@ -273,10 +274,17 @@ def test_rows_whose_loss_is_not_finite_are_left_out_and_counted(inputs, tmp_path
     assert count_events(run) == {"rows_skipped": len(bad)}
     assert all(line["loss"] > 0 for line in metrics_without_times(run))
     with pytest.raises(AssertionError, match=r"more than max_skipped_rows=2"):
-        run_ranks(1, train_small, broken, tmp_path / "capped", changes | {"max_skipped_rows": 2})
+        run_ranks(
+            1,
+            train_small,
+            broken,
+            tmp_path / "capped",
+            changes | {"max_skipped_rows": 2},
+            new_processes=True,
+        )
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(inputs, tmp_path):
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(run_ranks, inputs, tmp_path):
     """A learning rate of 1 on a clipped gradient soon overflows; the step and rows are named."""
     broken = tmp_path / "broken"
     shutil.copytree(inputs, broken)
@@ -285,7 +293,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(inputs, tmp_pa
         model.get_input_embeddings().weight[5] = float("nan")
     model.save_pretrained(broken / "model")
     with pytest.raises(AssertionError, match=r"step \d+: the gradient is not finite.*Rows"):
-        run_ranks(2, train_small, broken, tmp_path / "run", {"eval_steps": None})
+        run_ranks(
+            2, train_small, broken, tmp_path / "run", {"eval_steps": None}, new_processes=True
+        )
     assert not list((tmp_path / "run").glob("checkpoints/*/MANIFEST.json"))
 
 
@@ -295,8 +305,10 @@ def train_deterministically(folder: Path, run: Path, changes: dict[str, Any]) ->
 
 
 def test_full_determinism_is_asked_of_torch_and_changes_nothing_on_the_host(
-    inputs, whole_run, tmp_path
+    run_ranks, inputs, whole_run, tmp_path
 ):
     changes = {"full_determinism": True}
-    assert run_ranks(2, train_deterministically, inputs, tmp_path / "run", changes) == [True, True]
+    assert run_ranks(
+        2, train_deterministically, inputs, tmp_path / "run", changes, new_processes=True
+    ) == [True, True]
     assert weights_digest(tmp_path / "run") == weights_digest(whole_run)

@@ -13,7 +13,6 @@ from orpo_ray.dataset.shards import read_shard
 from orpo_ray.runs.files import TIME_PARTS, TIME_PREFIX, read_metrics
 from orpo_ray.storage.files import read_lines
 from orpo_ray.training.scoring import PairScorer
-from tests.distributed import run_ranks
 from tests.reference.small_run import train_small
 
 
@@ -66,13 +65,13 @@ def test_samples_are_the_most_likely_answers_before_and_after(whole_run, inputs)
     assert [line["step"] for line in lines] == [s for s in (0, 10, 20, 24) for _ in range(4)]
     for step, model in ((0, inputs / "model"), (24, whole_run / "final")):
         for line in (line for line in lines if line["step"] == step):
-            expected = greedy(model, line["prompt"], 64)
+            expected = greedy(model, line["prompt"], 4)
             assert line["answer"].split() == [f"w{token}" for token in expected]
             assert line["chosen"]
     assert lines[0]["answer"] != lines[-4]["answer"]
 
 
-def test_prompts_of_the_user_are_answered_without_evaluation_data(inputs, tmp_path):
+def test_prompts_of_the_user_are_answered_without_evaluation_data(run_ranks, inputs, tmp_path):
     """A prompt that leaves no room in the 2048 positions is left out, and said to be."""
     run = tmp_path / "run"
     long = " ".join(["w5"] * 2040)

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.models.build import build_model
 from orpo_ray.training.samples import SamplePrompt, Sampler
-from tests.distributed import run_ranks
 from tests.reference.models import VOCABULARY, tiny_model
 
 # Sliding windows, capped scores, learned positions, convolutions, sinks, experts.
@@ -58,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_every_family_answers_sharded_as_it_does_whole(folder):
+def test_every_family_answers_sharded_as_it_does_whole(run_ranks, folder):
     """Prompts of three lengths at a time; both ranks say the same."""
     one, two = run_ranks(2, answers, folder, False)
     assert one == two
@@ -67,7 +66,7 @@ def test_every_family_answers_sharded_as_it_does_whole(folder):
         assert [[int(w[1:]) for w in text.split()] for text in one[name]] == expected, name
 
 
-def test_answers_in_bfloat16(folder):
+def test_answers_in_bfloat16(run_ranks, folder):
     """Rounding decides between near answers, so only that there are some, and the same."""
     one, two = run_ranks(2, answers, folder, True)
     assert one == two

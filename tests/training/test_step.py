@@ -19,7 +19,6 @@ from orpo_ray.objective.head import LossScale
 from orpo_ray.training.errors import MicrobatchTooLargeError
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.step import TrainState, step_seed, train_step
-from tests.distributed import run_ranks
 from tests.reference.models import odd_groups, tiny_model
 from tests.reference.small_run import make_inputs, token_stream
 
@@ -114,7 +113,7 @@ def too_large(folder: Path) -> str:
     return "it fitted"
 
 
-def test_memory_that_runs_out_names_the_budget_to_set(tmp_path):
+def test_memory_that_runs_out_names_the_budget_to_set(run_ranks, tmp_path):
     make_inputs(tmp_path)
     config = LlamaConfig(
         vocab_size=100_000,
@@ -124,7 +123,7 @@ def test_memory_that_runs_out_names_the_budget_to_set(tmp_path):
         num_attention_heads=1,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    (message,) = run_ranks(1, too_large, tmp_path)
+    (message,) = run_ranks(1, too_large, tmp_path, new_processes=True)
     assert re.fullmatch(
         r"a microbatch of \d+ tokens does not fit into memory; set "
         r"max_tokens_per_microbatch=\d+ or less, or gradient_checkpointing=true",

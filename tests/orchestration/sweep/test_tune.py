@@ -88,7 +88,7 @@ def test_a_bad_trial_is_recorded_and_the_best_of_the_others_is_kept(run_command,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_trials_that_are_stopped_give_their_cpus_back(tmp_path):
+def test_trials_that_are_stopped_give_their_cpus_back(no_ray, tmp_path):
     """From Python, with domains of Tune, ASHA and Optuna; then a Tuner of the user's own."""
     write_pairs(tmp_path)
     config = ORPOConfig(

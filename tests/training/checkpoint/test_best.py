@@ -11,7 +11,6 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.runs.files import count_events, exported_step, summary
 from orpo_ray.training.checkpoint.best import Evaluations
 from orpo_ray.training.errors import EvaluationError
-from tests.distributed import run_ranks
 from tests.reference.small_run import metrics_without_times, train_small
 from tests.training.test_loop import interrupted_copy, weights_digest
 
@@ -31,7 +30,7 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def stopped_run(inputs, tmp_path_factory) -> Path:
+def stopped_run(run_ranks, inputs, tmp_path_factory) -> Path:
     """A run of at most 24 steps that stops early, never interrupted."""
     run = tmp_path_factory.mktemp("stopped") / "run"
     run_ranks(2, train_small, inputs, run, CHANGES)
@@ -75,7 +74,7 @@ def test_the_best_checkpoint_was_saved_at_once_and_is_kept(stopped_run):
     assert names == [f"step-{step:08d}" for step in (best, *saved[-2:])]
 
 
-def test_the_exported_model_is_that_of_the_best_step(stopped_run, inputs, tmp_path):
+def test_the_exported_model_is_that_of_the_best_step(run_ranks, stopped_run, inputs, tmp_path):
     """At a constant rate a run of so many steps is the beginning of a longer one."""
     best, _ = best_and_stop(stopped_run)
     changes = {"learning_rate": 0.1, "lr_scheduler_type": "constant", "max_steps": best}
@@ -84,11 +83,13 @@ def test_the_exported_model_is_that_of_the_best_step(stopped_run, inputs, tmp_pa
     assert exported_step(stopped_run / "final") == best
 
 
-def test_a_killed_run_stops_at_the_same_step_with_the_same_bytes(stopped_run, inputs, tmp_path):
+def test_a_killed_run_stops_at_the_same_step_with_the_same_bytes(
+    run_ranks, stopped_run, inputs, tmp_path
+):
     """Killed when two of the three evaluations without a better one lay behind its checkpoint."""
     best, stop = best_and_stop(stopped_run)
     run = interrupted_copy(stopped_run, tmp_path / "run", last_step=stop - 1)
-    run_ranks(2, train_small, inputs, run, CHANGES)
+    run_ranks(2, train_small, inputs, run, CHANGES, new_processes=True)
     assert weights_digest(run) == weights_digest(stopped_run)
     assert metrics_without_times(run) == metrics_without_times(stopped_run)
     assert (run / "ledger.jsonl").read_text() == (stopped_run / "ledger.jsonl").read_text()
@@ -97,7 +98,9 @@ def test_a_killed_run_stops_at_the_same_step_with_the_same_bytes(stopped_run, in
     assert f"resumed at step {resumed_at} of 24" in (run / "run.log").read_text()
 
 
-def test_a_stopped_run_that_is_started_again_stops_at_once(stopped_run, inputs, tmp_path):
+def test_a_stopped_run_that_is_started_again_stops_at_once(
+    run_ranks, stopped_run, inputs, tmp_path
+):
     _, stop = best_and_stop(stopped_run)
     run = tmp_path / "run"
     shutil.copytree(stopped_run, run)
@@ -109,7 +112,7 @@ def test_a_stopped_run_that_is_started_again_stops_at_once(stopped_run, inputs, 
 
 
 def test_where_the_best_checkpoint_is_lost_the_best_of_the_others_is_exported(
-    stopped_run, inputs, tmp_path
+    run_ranks, stopped_run, inputs, tmp_path
 ):
     """All other evaluated steps but the last have lost theirs to save_total_limit."""
     best, stop = best_and_stop(stopped_run)
@@ -126,10 +129,10 @@ def test_where_the_best_checkpoint_is_lost_the_best_of_the_others_is_exported(
     assert f"final/ is the model of step {stop}" in log
 
 
-def test_a_metric_that_no_evaluation_has_is_refused_before_training(inputs, tmp_path):
+def test_a_metric_that_no_evaluation_has_is_refused_before_training(run_ranks, inputs, tmp_path):
     changes = CHANGES | {"metric_for_best_model": "accuracy"}
     with pytest.raises(AssertionError, match=r"EvaluationError: metric_for_best_model: the eval"):
-        run_ranks(1, train_small, inputs, tmp_path / "run", changes)
+        run_ranks(1, train_small, inputs, tmp_path / "run", changes, new_processes=True)
     assert not list((tmp_path / "run").iterdir())
 
 

@@ -1,0 +1,98 @@
+"""Tasks of Ray Data: they write what one process writes, also where one is killed."""
+
+import gzip
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_ray.dataset.ingest import ingest
+from orpo_ray.dataset.request import MapTasks
+from orpo_ray.dataset.shards import MANIFEST_NAME
+from orpo_ray.dataset.tokenize import TokenizeSplit
+from orpo_ray.orchestration.tasks import map_tasks
+from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.reading.readers import split_file
+from tests.reference import ingest as in_this_process
+from tests.reference.ingest import SHARD_ROWS, file_bytes, request_of, text_row, write_rows
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory) -> str:
+    return in_this_process.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> tuple[str, str]:
+    """A file of 40 rows, which is cut into splits, and one of 12 that stays whole."""
+    folder = tmp_path_factory.mktemp("files")
+    whole = folder / "whole.jsonl.gz"
+    lines = "\n".join(json.dumps(text_row(i)) for i in range(30, 42))
+    whole.write_bytes(gzip.compress(lines.encode()))
+    return write_rows(folder / "cut.jsonl", [text_row(i) for i in range(40)]), str(whole)
+
+
+def token_set(tasks: MapTasks, files: tuple[str, ...], tokenizer: str, folder: Path, **changes):
+    """The files of a token set, without the manifest, which names its folder."""
+    tokens = ingest(request_of(files, tokenizer, folder, **changes), tasks)
+    found = file_bytes(tokens.directory)
+    return found.pop(MANIFEST_NAME) and (tokens.report, found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"group_by_prompt": True, "drop_duplicates": True, "val_set_size": 0.3}],
+    ids=["as they are", "regrouped"],
+)
+def test_ingest_on_ray_data_writes_what_one_process_writes(
+    files, tokenizer_folder, tmp_path, changes
+):
+    """The first file in several splits; regrouped, its shards are written a second time."""
+    assert len(split_file(files[0], SHARD_ROWS)) > 1
+    expected = token_set(
+        in_this_process.map_tasks, files, tokenizer_folder, tmp_path / "one", **changes
+    )
+    assert token_set(map_tasks, files, tokenizer_folder, tmp_path / "ray", **changes) == expected
+
+
+class Dies:
+    """Tokenizes splits; the first one that is done kills its process."""
+
+    def __init__(self, work: TokenizeSplit, trace: Path) -> None:
+        self.work, self.trace = work, trace
+
+    def __call__(self, item: dict[str, Any]) -> list[dict[str, Any]]:
+        """Answer, from the second time on."""
+        answers = self.work(item)
+        if not self.trace.exists():
+            self.trace.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answers
+
+
+def test_a_task_that_is_killed_is_run_again(files, tokenizer_folder, tmp_path):
+    """After it wrote its shards and before it could answer."""
+
+    def with_a_death(items: list[dict[str, Any]], work: Any) -> list[dict[str, Any]]:
+        dies = isinstance(work, TokenizeSplit)
+        return map_tasks(items, Dies(work, tmp_path / "trace") if dies else work)
+
+    expected = token_set(in_this_process.map_tasks, files, tokenizer_folder, tmp_path / "one")
+    assert token_set(with_a_death, files, tokenizer_folder, tmp_path / "ray") == expected
+    assert (tmp_path / "trace").exists()
+
+
+def test_an_error_of_a_task_is_raised_as_it_is(tokenizer_folder, tmp_path):
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(os.urandom(1000))[:-20])
+    request = request_of((str(tmp_path / "torn.jsonl.gz"),), tokenizer_folder, tmp_path)
+    with pytest.raises(DataError, match=r"torn\.jsonl\.gz") as caught:
+        ingest(request, map_tasks)
+    assert len(caught.value.lines) == 1
+    assert list(tmp_path.rglob(MANIFEST_NAME)) == []
+    with pytest.raises(ZeroDivisionError):
+        map_tasks([{}], lambda item: 1 / 0)
