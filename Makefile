@@ -45,6 +45,8 @@ wheel: .venv/test.installed
 		dist/*.whl
 	cd build/wheel && bin/python -c 'import orpo_ray; from orpo_ray.cli import read_arguments; \
 		assert "build/wheel" in orpo_ray.__file__, orpo_ray.__file__; \
+		from orpo_ray.reports.page import render; \
+		render("data.html.j2", title="", parts=[], columns=[]); \
 		print(orpo_ray.__version__, read_arguments([]).orpo.beta)'
 
 clean:

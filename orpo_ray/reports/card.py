@@ -10,88 +10,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.reports.curves import CURVES
+from orpo_ray.reports.page import render
 from orpo_ray.reports.run import HEADLINE, evaluations_until, facts, headline
 from orpo_ray.runs.files import FINAL, exported_step, read_metrics
 from orpo_ray.storage.mirror import publish
 from orpo_ray.version import __version__
-
-_CARD = """---
-{{ card_data }}
----
-
-# {{ run_name }}
-
-Trained from {{ base }} with ORPO (Odds Ratio Preference Optimization,
-[arXiv:2403.07691](https://arxiv.org/abs/2403.07691)) by `orpo_ray` {{ version }}.
-
-{% for name, text in facts -%}
-- {{ name }}: {{ text }}
-{% endfor %}
-## Load it
-
-{% if adapter -%}
-This folder holds LoRA adapters. `AutoModelForCausalLM` loads them with their base model where
-`peft` is installed; vLLM takes them with
-`vllm serve <base model> --enable-lora --lora-modules {{ run_name }}=<this folder>`.
-
-{% endif -%}
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{{ run_name }}")
-tokenizer = AutoTokenizer.from_pretrained("{{ run_name }}")
-```
-{% if not adapter %}
-```bash
-vllm serve {{ run_name }}
-```
-{% endif %}
-## Data
-
-{% for part in data -%}
-- {{ part }}
-{% endfor %}
-## Results
-
-{% if rows -%}
-| evaluation set | pairs |{% for name in names %} {{ name }} before | after |{% endfor %}
-|---|---|{% for name in names %}---|---|{% endfor %}
-{% for row in rows -%}
-| {{ row.name }} | {{ row.pairs }} |{% for before, after in row.figures %} {{ before }} | \
-{{ after }} |{% endfor %}
-{% endfor %}
-Accuracy is the share of held-out pairs whose chosen answer is the likelier one by token; log odds
-and margin are means over them; NLL is in nats a token. In brackets are 95 % intervals, by drawing
-prompts again.
-{% else -%}
-There was no evaluation data.
-{% endif %}
-{% if curves %}![Curves of the run]({{ curves }})
-{% endif %}
-## Limits
-
-- The figures are of the evaluation sets above: of other prompts they say nothing, and a higher
-  accuracy in telling two given answers apart is not in itself a better answer. Read samples.
-- Preferences of the training data are learned as they are, with the mistakes and the one-sidedness
-  of those who gave them. Nothing was filtered for safety.
-- Prompt and answer together were at most {{ max_length }} tokens long.
-
-## Settings
-
-```yaml
-{{ settings }}```
-
-## Citation
-
-```bibtex
-@article{hong2024orpo,
-  title   = {ORPO: Monolithic Preference Optimization without Reference Model},
-  author  = {Hong, Jiwoo and Lee, Noah and Thorne, James},
-  journal = {arXiv:2403.07691},
-  year    = {2024}
-}
-```
-"""
 
 
 def write_model_card(
@@ -114,13 +37,14 @@ def write_model_card(
     curves = run_directory / CURVES
     if curves.exists():
         shutil.copyfile(curves, final / CURVES)
-    card = ModelCard.from_template(
-        ModelCardData(
-            library_name="transformers",
-            base_model=name if is_hub_id else None,
-            tags=["orpo", "preference", "orpo_ray"],
-        ),
-        template_str=_CARD,
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=name if is_hub_id else None,
+        tags=["orpo", "preference", "orpo_ray"],
+    )
+    text = render(
+        "card.md.j2",
+        card_data=data.to_yaml(),
         base=f"`{name}`" if name else "a small random decoder",
         run_name=run_directory.name,
         version=__version__,
@@ -134,7 +58,7 @@ def write_model_card(
         settings=to_yaml(config),
     )
     path = final / "README.md"
-    card.save(path)
+    ModelCard(text).save(path)
     publish(*(final / name for name in (CURVES, path.name) if (final / name).exists()))
     return path
 

@@ -9,37 +9,11 @@ import numpy as np
 
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.reports.data import QUARANTINE, Tally, length_tallies, source_label
-from orpo_ray.reports.page import make_axes, render_page, svg_of
+from orpo_ray.reports.page import make_axes, render, svg_of
 from orpo_ray.storage.files import write_atomic
 
 PAGE = "data_report.html"
 _EXAMPLES, _BINS = 3, 30
-_BODY = """<h1>Data of {{ title }}</h1>
-{% for part in parts %}
-<h2>{{ part.name }}</h2>
-<ul>{% for line in part.lines %}<li>{{ line }}</li>{% endfor %}</ul>
-{% if part.sources %}
-<div class="wide"><table><thead><tr><th>file</th>
-{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in part.sources %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% endif %}
-{% if part.svg %}
-<figure>{{ part.svg | safe }}<figcaption>Tokens of a prompt, of both answers, and of the longer side
-as a whole, after truncation.</figcaption></figure>
-{% endif %}
-{% if part.refused %}
-<h3>Refused rows</h3>
-<div class="wide"><table>
-<thead><tr><th>reason</th><th>rows</th><th>examples</th></tr></thead><tbody>
-{% for reason, count, examples in part.refused %}
-<tr><td>{{ reason }}</td><td>{{ count }}</td><td class="text">{% for example in examples %}
-<div><code>{{ example.file }}:{{ example.row }}</code> {{ example.detail }}</div>
-<div><small>{{ example.excerpt }}</small></div>{% endfor %}</td></tr>
-{% endfor %}</tbody></table></div>
-{% endif %}
-{% endfor %}
-"""
 _COLUMNS = ("rows_read", "rows_kept", "rows_held_out", "rows_refused", "truncated_pairs", "tokens")
 
 
@@ -107,8 +81,11 @@ def write_data_page(
                 "refused": _examples(run_directory, name, figures.get("refused", {})),
             }
         )
-    page = render_page(
-        _BODY, run_directory.name, parts=parts, columns=[c.replace("_", " ") for c in _COLUMNS]
+    page = render(
+        "data.html.j2",
+        title=run_directory.name,
+        parts=parts,
+        columns=[column.replace("_", " ") for column in _COLUMNS],
     )
     path = run_directory / PAGE
     write_atomic(path, page)

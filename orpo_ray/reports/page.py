@@ -1,34 +1,26 @@
-"""What the project's HTML reports share: one file, no network, light and dark; on the driver."""
+"""Rendering of the HTML pages and the model card: templates and SVG figures; on the driver."""
 
 import io
+from functools import cache
 from typing import Any
 
-from jinja2 import Environment
-
-_FRAME = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .2rem .7rem; border-bottom: 1px solid #8884; text-align: right; }
-td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
-tr.best { font-weight: 600; }
-td.text { text-align: left; overflow-wrap: anywhere; }
-figure { margin: 1rem 0; background: #fff; padding: .5rem; border-radius: 6px; }
-figure svg { max-width: 100%; height: auto; }
-figcaption { color: #444; }
-.wide { overflow-x: auto; }
-</style></head><body>
-"""
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 
-def render_page(body: str, title: str, filters: dict[str, Any] | None = None, **values: Any) -> str:
-    """A whole page from the template of its body; what goes into it is escaped."""
-    environment = Environment(autoescape=True, keep_trailing_newline=True)
-    environment.filters |= filters or {}
-    template = environment.from_string(_FRAME + body + "</body></html>\n")
-    return template.render(title=title, **values)
+@cache
+def _environment() -> Environment:
+    """The templates of this package; values are escaped in HTML, and not in Markdown."""
+    return Environment(
+        loader=PackageLoader("orpo_ray.reports"),
+        autoescape=select_autoescape(enabled_extensions=("html.j2",)),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of a template in `templates/`; an HTML page is one file and needs no network."""
+    return _environment().get_template(template).render(**values)
 
 
 def svg_of(figure: Any) -> str:

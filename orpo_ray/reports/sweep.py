@@ -6,28 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.schema import SECTION_OF
-from orpo_ray.reports.page import make_axes, render_page, svg_of
+from orpo_ray.reports.page import make_axes, render, svg_of
 from orpo_ray.runs.sweep import Goal, Trial, table_rows
 from orpo_ray.storage.files import write_atomic
 
 REPORT = "sweep_report.html"
 _CURVES = ("rewards/accuracies", "rewards/margins", "log_odds_chosen", "nll_loss")
 _LEAST_FOR_IMPORTANCE = 4
-_PAGE = """<h1>{{ name }}</h1>
-<p>{{ headline }}</p>
-<h2>Trials</h2>
-<div class="wide"><table><thead><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in rows %}
-<tr{% if row.trial == best %} class="best"{% endif %}>\
-{% for c in columns %}<td>{{ row.get(c) | figure }}</td>{% endfor %}</tr>
-{%- endfor %}</tbody></table></div>
-{% for title, text, svg in figures %}
-<h2>{{ title }}</h2>
-<figure>{{ svg | safe }}<figcaption>{{ text }}</figcaption></figure>
-{% endfor %}
-<p>Every trial has its own folder in <code>trials/</code>; <code>best_config.yaml</code> is the
-config of the best one, and <code>champion/</code> its model.</p>
-"""
 
 
 def write_sweep_report(
@@ -66,10 +51,10 @@ def write_sweep_report(
     if best and beta_zero:
         figures.append(_log_probs(best, beta_zero, goal))
     figures += _importance(trials, goal)
-    page = render_page(
-        _PAGE,
-        f"{directory.name}: sweep",
-        {"figure": _figure},
+    page = render(
+        "sweep.html.j2",
+        title=f"{directory.name}: sweep",
+        figure=_figure,
         name=directory.name,
         headline=_headline(trials, best, goal),
         rows=rows,
