@@ -162,6 +162,23 @@ def test_every_link_leads_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
+def test_every_file_of_the_project_in_the_text_exists(page):
+    named = re.findall(
+        r"`((?:orpo_ray|jobs|tests|docs|benchmarks|cluster|faults)/[^`\s]*)`", prose(page)
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_name_in_a_file_exists():
+    """`name` in `file`."""
+    text = prose(ROOT / "docs" / "development.md")
+    found = re.findall(r"`(\w+)` in `([\w/]+\.py)`", text)
+    assert len(found) >= 4
+    for name, file in found:
+        assert re.search(rf"^(?:def|class) {name}\b|^{name}\b.*=", (ROOT / file).read_text(), re.M)
+
+
 def test_every_page_is_in_the_readme_and_in_the_site():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     nav = re.findall(r"[\w/]+\.md", json.dumps(site["nav"]))
