@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test quick test-commands test-all faults gpu-dry-run lint wheel clean
+.PHONY: demo test quick test-commands test-all faults gpu-dry-run lint docs wheel clean
 
 demo: .venv/run.installed
 	$(BIN)/python jobs/train.py
@@ -33,6 +33,10 @@ lint: .venv/test.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/docs.installed
+	$(BIN)/python docs/settings_table.py
+	$(BIN)/mkdocs build --strict
+
 # Built, put into an environment of its own, and used from another folder. The packages that it
 # needs are those of the test environment, by a path file.
 wheel: .venv/test.installed
@@ -50,7 +54,7 @@ wheel: .venv/test.installed
 		print(orpo_ray.__version__, read_arguments([]).orpo.beta)'
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -64,4 +68,8 @@ clean:
 
 .venv/test.installed: .venv/run.installed
 	$(PIP) --editable '.[test]'
+	touch $@
+
+.venv/docs.installed: .venv/run.installed
+	$(PIP) --editable '.[docs]'
 	touch $@
