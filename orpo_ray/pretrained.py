@@ -40,7 +40,7 @@ class ModelSource:
     trust_remote_code: bool = False
 
     @staticmethod
-    def of(config: ModelSection, path: str) -> "ModelSource":
+    def from_config(config: ModelSection, path: str) -> "ModelSource":
         """A model with its tokenizer, read as the config says."""
         return ModelSource(
             path, path, config.model_revision, trust_remote_code=config.trust_remote_code

@@ -50,7 +50,7 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
         UnsupportedModelError: for heads that are more than a matrix product, code of the model's
             own, and weights that are no safetensors.
     """
-    origin = ModelSource.of(config.model, model_path)
+    origin = ModelSource.from_config(config.model, model_path)
     model_config = load_model_config(origin)
     refuse_unknown_heads(model_config)
     if config.model.disable_dropout:

@@ -134,8 +134,8 @@ def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]
     path = local(name) if is_url else Path(name).expanduser()
     if is_url and (problem := _unfetched(name, path)):
         problems.append(f"{setting}: {problem}")
-        return ModelSource.of(config.model, name)
-    source = ModelSource.of(config.model, str(path.resolve()) if path.is_dir() else name)
+        return ModelSource.from_config(config.model, name)
+    source = ModelSource.from_config(config.model, str(path.resolve()) if path.is_dir() else name)
     if path.is_dir():
         if not any((path / kind).is_file() for kind in ("config.json", "adapter_config.json")):
             problems.append(f"{setting}: {name} holds no config.json")

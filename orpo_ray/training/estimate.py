@@ -49,7 +49,7 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
     """Memory a worker needs for its shard, one microbatch, and one chunk of logits."""
     import torch
 
-    source = ModelSource.of(config.model, model_path)
+    source = ModelSource.from_config(config.model, model_path)
     try:
         model_config = load_model_config(source)
         with torch.device("meta"):

@@ -58,7 +58,7 @@ class PairScorer:
                 model's own, and weights that are no safetensors.
         """
         bf16 = use_bf16(config, device)
-        source = ModelSource.of(config.model, path)
+        source = ModelSource.from_config(config.model, path)
         causal_lm = load_model(source, torch.bfloat16 if bf16 else torch.float32)
         refuse_unknown_heads(causal_lm.config)
         attention = attention_path(config, causal_lm)
