@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from orpo_ray.dataset.regroup import dropped_pairs, rewritten, stats_of
+from orpo_ray.dataset.regroup import find_dropped_pairs, iter_stats, rewrite_part
 from orpo_ray.dataset.request import IngestRequest, MapTasks
 from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.dataset.tokenize import DONE, QUARANTINE, SplitFile, TokenizeSplit, make_folders
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.reading.sources import identity
+from orpo_ray.preference.reading.sources import file_fingerprint
 from orpo_ray.storage.files import replacing
 from orpo_ray.storage.mirror import fetch_once, publish, remove, sizes
 
@@ -49,7 +49,7 @@ def ingest(request: IngestRequest, map_tasks: MapTasks) -> TokenSet:
     found = TokenSet.load(str(directory))
     if found is None:
         make_folders(str(directory))
-        found = _gathered(request, str(directory), map_tasks)
+        found = _build_token_set(request, str(directory), map_tasks)
         found.save()
         remove(directory / DONE)
         kept = {shard.name for shard in (*found.shards, *found.held_out)}
@@ -67,7 +67,7 @@ def _cache_key(request: IngestRequest) -> str:
         del settings[name]
     parts = [
         CODE_VERSION,
-        [(path, *identity(path)) for path in request.files],
+        [(path, *file_fingerprint(path)) for path in request.files],
         tokenizer.backend_tokenizer.to_str(),
         [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template],
         settings | {"other_sets": [Path(path).name for path in request.other_sets]},
@@ -90,10 +90,10 @@ def _run_tasks(request: IngestRequest, directory: str, map_tasks: MapTasks) -> l
     return sorted(answers, key=lambda summary: (summary["source"], summary["first_row"]))
 
 
-def _gathered(request: IngestRequest, directory: str, map_tasks: MapTasks) -> TokenSet:
+def _build_token_set(request: IngestRequest, directory: str, map_tasks: MapTasks) -> TokenSet:
     """The token set of all shards, with the counts of every source."""
     summaries = _run_tasks(request, directory, map_tasks)
-    dropped = dropped_pairs(request, directory, summaries)
+    dropped = find_dropped_pairs(request, directory, summaries)
     shards = {
         part: tuple(Shard(**s[part]) for s in summaries if s[part])
         for part in ("shard", "held_shard")
@@ -101,21 +101,21 @@ def _gathered(request: IngestRequest, directory: str, map_tasks: MapTasks) -> To
     longest: Any = max((s["longest_group_tokens"] for s in summaries), default=0)
     some_dropped = any(mask.any() for mask in dropped)
     if request.group_by_prompt or some_dropped:
-        again = partial(rewritten, request, directory, summaries, dropped, map_tasks=map_tasks)
+        again = partial(rewrite_part, request, directory, summaries, dropped, map_tasks=map_tasks)
         shards["shard"], longest = again("shard")
         shards["held_shard"], _ = again("held_shard")
-    figures: dict[str, Any] = {"pairs_read": sum(len(mask) for mask in dropped)}
-    figures |= _length_figures(directory, summaries, dropped, request.limits.max_length)
+    statistics: dict[str, Any] = {"pairs_read": sum(len(mask) for mask in dropped)}
+    statistics |= _length_statistics(directory, summaries, dropped, request.limits.max_length)
     by_source = {
-        path: _counts([s for s in summaries if s["source"] == source])
+        path: _sum_counts([s for s in summaries if s["source"] == source])
         for source, path in enumerate(request.files)
     }
     pairs = shards["shard"]
-    report = _counts(summaries) | {
+    report = _sum_counts(summaries) | {
         "pairs": sum(shard.n_pairs for shard in pairs),
         "tokens": sum(shard.n_tokens for shard in pairs),
         "longest_group_tokens": longest,
-        **figures,
+        **statistics,
         "sources": by_source,
         "quarantine": [s["quarantine"] for s in summaries if s["quarantine"]],
     }
@@ -126,7 +126,7 @@ def _gathered(request: IngestRequest, directory: str, map_tasks: MapTasks) -> To
     return TokenSet(directory, pairs, request.files, report, shards["held_shard"])
 
 
-def _counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _sum_counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rows read, kept, held out, and refused by reason; the first is the sum of the others."""
     refused: Counter[str] = Counter()
     shapes: Counter[str] = Counter()
@@ -144,7 +144,7 @@ def _counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _length_figures(
+def _length_statistics(
     directory: str,
     summaries: Sequence[dict[str, Any]],
     dropped: Sequence[Any],
@@ -158,7 +158,7 @@ def _length_figures(
     tallies = {name: np.zeros(max_length + 1, dtype=np.int64) for name in names}
     longer = equal = 0
     for summary, stats, mask in zip(
-        summaries, stats_of(directory, summaries), dropped, strict=True
+        summaries, iter_stats(directory, summaries), dropped, strict=True
     ):
         lengths = stats.lengths[~mask & ~stats.held]
         summary["tokens"] = int(lengths.sum())

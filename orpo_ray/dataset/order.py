@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_FIXED = 2**63  # in place of an epoch: what is the same in all of them
+_EVERY_EPOCH = 2**63  # in place of an epoch: what is the same in all of them
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Order:
     @property
     def n_groups(self) -> int:
         """Groups in an epoch, each as often as it is taken."""
-        return sum(map(self._taken, range(len(self.shard_lengths))))
+        return sum(map(self._groups_per_epoch, range(len(self.shard_lengths))))
 
-    def _taken(self, shard: int) -> int:
+    def _groups_per_epoch(self, shard: int) -> int:
         """Groups that an epoch takes from one shard."""
         length = self.shard_lengths[shard]
         return max(1, round(length * self.weights[shard])) if self.weights else length
@@ -60,7 +60,7 @@ class Order:
         """
         passed = 0
         for index, window in enumerate(self.windows(epoch)):
-            size = sum(map(self._taken, window))
+            size = sum(map(self._groups_per_epoch, window))
             if passed + size > first_group:
                 yield from self._window_rows(epoch, index, window)[max(0, first_group - passed) :]
             passed += size
@@ -77,11 +77,11 @@ class Order:
         A group at place p of a fixed permutation of n is taken floor(((e+1) k + p) / n) -
         floor((e k + p) / n) times in epoch e, where k are taken: by Hermite's identity k in all.
         """
-        length, taken = self.shard_lengths[shard], self._taken(shard)
+        length, taken = self.shard_lengths[shard], self._groups_per_epoch(shard)
         if taken == length:
             return list(range(length))
         places = np.empty(length, dtype=np.int64)
-        places[_permutation(self.seed, _FIXED, shard, length)] = np.arange(length)
+        places[_permutation(self.seed, _EVERY_EPOCH, shard, length)] = np.arange(length)
         times = ((epoch + 1) * taken + places) // length - (epoch * taken + places) // length
         return [int(row) for row in np.repeat(np.arange(length), times)]
 

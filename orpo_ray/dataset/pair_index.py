@@ -61,7 +61,7 @@ class PairStats:
 
 
 @dataclass
-class StatsOfPairs:
+class PairStatsBuilder:
     """Collects what `PairStats` holds, pair by pair.
 
     Args:
@@ -70,7 +70,7 @@ class StatsOfPairs:
 
     held_share: float
     groups: list[PromptGroup] = field(default_factory=list)
-    texts: list[tuple[int, int]] = field(default_factory=list)
+    keys: list[tuple[int, int]] = field(default_factory=list)
     subsets: list[str] = field(default_factory=list)
 
     def add(self, group: PromptGroup, text: PairText, prompt: str, subset: str = "") -> None:
@@ -79,11 +79,11 @@ class StatsOfPairs:
         lengths = ",".join(str(len(part)) for part in parts)  # keeps the parts apart
         pair_key = _hash("".join((lengths, *parts)))
         self.groups.append(group)
-        self.texts.append((_hash(prompt), pair_key))
+        self.keys.append((_hash(prompt), pair_key))
         self.subsets.append(subset)
 
     def _held(self) -> list[bool]:
-        return [key / _SCALE < self.held_share for key, _ in self.texts]
+        return [key / _SCALE < self.held_share for key, _ in self.keys]
 
     def part(self, held: bool) -> list[PromptGroup]:
         """The pairs that are held out, or the others."""
@@ -91,7 +91,7 @@ class StatsOfPairs:
 
     def arrays(self) -> PairStats:
         """Everything that was added."""
-        keys = np.array(self.texts, dtype=np.uint64).reshape(-1, 2)
+        keys = np.array(self.keys, dtype=np.uint64).reshape(-1, 2)
         lengths = [[len(group.prompt), *map(len, group.completions)] for group in self.groups]
         return PairStats(
             rows=np.array([group.row_ids[0].row for group in self.groups], dtype=np.int64),

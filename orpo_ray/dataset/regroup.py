@@ -19,7 +19,7 @@ from orpo_ray.storage.files import write_atomic
 from orpo_ray.storage.mirror import publish
 
 _OPEN_SHARDS = 8
-Place = tuple[str, int]
+PairLocation = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,18 @@ class NewShards:
 
     name: str
     source: int
-    members: Iterable[Sequence[Place]]
+    members: Iterable[Sequence[PairLocation]]
 
 
-def by_prompt(pairs: Iterable[tuple[int, Place]]) -> Iterable[list[Place]]:
+def group_by_key(pairs: Iterable[tuple[int, PairLocation]]) -> Iterable[list[PairLocation]]:
     """The places of pairs with the same key, in the order of their first."""
-    members: dict[int, list[Place]] = {}
+    members: dict[int, list[PairLocation]] = {}
     for key, place in pairs:
         members.setdefault(key, []).append(place)
     return members.values()
 
 
-def rewrite(
+def write_new_shards(
     directory: str, parts: Sequence[NewShards], shard_groups: int, map_tasks: MapTasks
 ) -> tuple[tuple[Shard, ...], int]:
     """Write new shards beside the old ones.
@@ -66,13 +66,15 @@ def rewrite(
             name = f"{part.name}-{len(items):06d}"
             item = {"name": name, "source": part.source, "members": members}
             items.append(item | {"number": len(items)})
-    answers = sorted(map_tasks(items, _MergeGroups(directory)), key=lambda answer: answer["number"])
+    answers = sorted(
+        map_tasks(items, _WriteMergedShard(directory)), key=lambda answer: answer["number"]
+    )
     shards = tuple(Shard(**answer["shard"]) for answer in answers)
     return shards, max((answer["longest_group_tokens"] for answer in answers), default=0)
 
 
 @dataclass(frozen=True)
-class _MergeGroups:
+class _WriteMergedShard:
     """The data task that writes one new shard."""
 
     directory: str
@@ -99,7 +101,7 @@ class _MergeGroups:
         return [{"item": json.dumps(answer)}]
 
 
-def stats_of(directory: str, summaries: Sequence[Mapping[str, Any]]) -> Iterator[PairStats]:
+def iter_stats(directory: str, summaries: Sequence[Mapping[str, Any]]) -> Iterator[PairStats]:
     """The stats of every shard in order, one at a time."""
     return (PairStats.load(directory, summary["name"]) for summary in summaries)
 
@@ -110,18 +112,18 @@ def load_keys(directory: str, name: str) -> Any:
     return np.concatenate([np.empty(0, np.uint64), *(getattr(part, name) for part in parts)])
 
 
-def dropped_pairs(
+def find_dropped_pairs(
     request: IngestRequest, directory: str, summaries: Sequence[dict[str, Any]]
 ) -> list[Any]:
     """Of every shard which pairs are left out, after counting duplicates; counts are mended."""
-    keys = [stats.pair_keys for stats in stats_of(directory, summaries)]
+    keys = [stats.pair_keys for stats in iter_stats(directory, summaries)]
     everything = np.concatenate([np.empty(0, np.uint64), *keys])
     repeated = np.ones(len(everything), dtype=bool)
     repeated[np.unique(everything, return_index=True)[1]] = False
     others = [load_keys(other, "prompt_keys") for other in request.other_sets]
     elsewhere = np.unique(np.concatenate([np.empty(0, np.uint64), *others]))
     masks, first, lines = [], 0, []
-    for summary, stats in zip(summaries, stats_of(directory, summaries), strict=True):
+    for summary, stats in zip(summaries, iter_stats(directory, summaries), strict=True):
         here = repeated[first : first + len(stats.rows)]
         first += len(stats.rows)
         summary["duplicate_pairs"] = int(here.sum())
@@ -131,7 +133,7 @@ def dropped_pairs(
         masks.append(mask)
         if mask.any():
             reasons = {Reason.DUPLICATE: doubles, Reason.OVERLAP: overlaps}
-            lines += _leave_out(request, summary, stats, reasons)
+            lines += _count_dropped(request, summary, stats, reasons)
     if lines:
         path = Path(directory, QUARANTINE, "dropped.jsonl")
         write_atomic(path, "\n".join(lines) + "\n")
@@ -139,7 +141,7 @@ def dropped_pairs(
     return masks
 
 
-def _leave_out(
+def _count_dropped(
     request: IngestRequest,
     summary: dict[str, Any],
     stats: PairStats,
@@ -166,15 +168,15 @@ def _leave_out(
     return lines
 
 
-def _places(
+def _locations(
     directory: str,
     summaries: Sequence[Mapping[str, Any]],
     dropped: Sequence[Any],
     part: str,
-) -> Iterator[tuple[int, int, Place]]:
+) -> Iterator[tuple[int, int, PairLocation]]:
     """Source, key of the prompt, and place of every pair that stays in one part of the set."""
     for summary, stats, mask in zip(
-        summaries, stats_of(directory, summaries), dropped, strict=True
+        summaries, iter_stats(directory, summaries), dropped, strict=True
     ):
         side = stats.held if part == "held_shard" else ~stats.held
         for index, (key, out) in enumerate(
@@ -184,7 +186,7 @@ def _places(
                 yield summary["source"], key, (summary[part]["name"], index)
 
 
-def rewritten(
+def rewrite_part(
     request: IngestRequest,
     directory: str,
     summaries: Sequence[Mapping[str, Any]],
@@ -197,13 +199,13 @@ def rewritten(
     Pairs of one prompt are put together wherever in the files they stand; else every source keeps
     shards of its own.
     """
-    places = _places(directory, summaries, dropped, part)
+    places = _locations(directory, summaries, dropped, part)
     if request.group_by_prompt:
-        members = by_prompt((key, place) for _, key, place in places)
+        members = group_by_key((key, place) for _, key, place in places)
         parts = [NewShards(f"{part}-prompts", -1, members)]
     else:
-        kept: dict[int, list[list[Place]]] = {}
+        kept: dict[int, list[list[PairLocation]]] = {}
         for source, _, place in places:
             kept.setdefault(source, []).append([place])
         parts = [NewShards(f"{part}-kept", source, kept[source]) for source in sorted(kept)]
-    return rewrite(directory, parts, request.shard_rows, map_tasks)
+    return write_new_shards(directory, parts, request.shard_rows, map_tasks)

@@ -14,7 +14,7 @@ from orpo_ray.dataset.packing import PackedRow, balanced_bins, nll_tokens, pack
 from orpo_ray.dataset.shards import TokenSet, read_shard
 from orpo_ray.preference.groups import PromptGroup, RowId, without_rows
 
-Place = tuple[int, int]
+GroupLocation = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class TokenStream:
 
     def batches(self, first_step: int, n_steps: int) -> Iterator[StepBatch]:
         """The batches of steps `first_step` to `n_steps` (exclusive), packed in a thread ahead."""
-        return _read_ahead(self._batches(first_step, n_steps))
+        return _prefetch(self._batches(first_step, n_steps))
 
     def batch_without(self, step: int, rows: Set[RowId]) -> StepBatch:
         """The batch of one step without some source rows; it may be empty."""
-        shards = _OpenShards(self.token_set, keep=2 * self.order.window_shards + 1)
+        shards = _ShardCache(self.token_set, keep=2 * self.order.window_shards + 1)
         epoch, batch = divmod(step, self.steps_per_epoch)
         places = self.order.epoch(epoch, batch * self.plan.batch_groups)
         members = itertools.islice(places, self.plan.batch_groups)
@@ -102,7 +102,7 @@ class TokenStream:
 
     def first_groups(self, n_groups: int) -> list[PromptGroup]:
         """The first few groups of the first epoch; the same on every rank."""
-        shards = _OpenShards(self.token_set, keep=2 * self.order.window_shards + 1)
+        shards = _ShardCache(self.token_set, keep=2 * self.order.window_shards + 1)
         places = itertools.islice(self.order.epoch(0, 0), n_groups)
         return [shards.group(place) for place in places]
 
@@ -112,12 +112,12 @@ class TokenStream:
         return pack(groups, self.plan.chunk_tokens, self.plan.prompt_counts)
 
     def _batches(self, first_step: int, n_steps: int) -> Iterator[StepBatch]:
-        shards = _OpenShards(self.token_set, keep=2 * self.order.window_shards + 1)
+        shards = _ShardCache(self.token_set, keep=2 * self.order.window_shards + 1)
         step = first_step
         while step < n_steps:
             epoch, batch = divmod(step, self.steps_per_epoch)
             places = self.order.epoch(epoch, batch * self.plan.batch_groups)
-            for members in _cut(places, self.plan.batch_groups):
+            for members in _batched(places, self.plan.batch_groups):
                 if step == n_steps:
                     return
                 yield self._batch(step, epoch, [shards.group(place) for place in members])
@@ -141,7 +141,7 @@ class TokenStream:
         )
 
 
-class _OpenShards:
+class _ShardCache:
     """The last few shards, read whole: what bounds the feed's memory."""
 
     def __init__(self, token_set: TokenSet, keep: int) -> None:
@@ -149,7 +149,7 @@ class _OpenShards:
         self._keep = keep
         self._open: dict[int, list[PromptGroup]] = {}
 
-    def group(self, place: Place) -> PromptGroup:
+    def group(self, place: GroupLocation) -> PromptGroup:
         """One group by (shard, row)."""
         shard, row = place
         if shard not in self._open:
@@ -160,9 +160,9 @@ class _OpenShards:
         return self._open[shard][row]
 
 
-def _cut(places: Iterator[Place], size: int) -> Iterator[list[Place]]:
+def _batched(places: Iterator[GroupLocation], size: int) -> Iterator[list[GroupLocation]]:
     """Consecutive lists of `size` places; the last one may be shorter."""
-    batch: list[Place] = []
+    batch: list[GroupLocation] = []
     for place in places:
         batch.append(place)
         if len(batch) == size:
@@ -172,7 +172,7 @@ def _cut(places: Iterator[Place], size: int) -> Iterator[list[Place]]:
         yield batch
 
 
-def _read_ahead(batches: Iterator[StepBatch], depth: int = 4) -> Iterator[StepBatch]:
+def _prefetch(batches: Iterator[StepBatch], depth: int = 4) -> Iterator[StepBatch]:
     """Run an iterator in a thread, `depth` items ahead; its error is raised where it is read."""
     ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(depth)
     abandoned = threading.Event()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.dataset.pair_index import STATS, StatsOfPairs
+from orpo_ray.dataset.pair_index import STATS, PairStatsBuilder
 from orpo_ray.dataset.request import IngestRequest
 from orpo_ray.dataset.shards import write_shard
 from orpo_ray.preference.errors import DataError
@@ -33,7 +33,7 @@ def make_folders(directory: str) -> None:
         make_folder(Path(directory, name))
 
 
-def _problems_as_answers(
+def _data_errors_as_items(
     work: Callable[[Any, dict[str, Any]], list[dict[str, Any]]],
 ) -> Callable[[Any, dict[str, str]], list[dict[str, str]]]:
     """Take and give JSON; a file's problem is an answer too, so that all of them can be said."""
@@ -55,7 +55,7 @@ class SplitFile:
 
     rows_per_split: int
 
-    @_problems_as_answers
+    @_data_errors_as_items
     def __call__(self, item: dict[str, Any]) -> list[dict[str, Any]]:
         """One item a split."""
         splits = split_file(item["path"], self.rows_per_split)
@@ -69,7 +69,7 @@ class TokenizeSplit:
     request: IngestRequest
     directory: str
 
-    @_problems_as_answers
+    @_data_errors_as_items
     def __call__(self, item: dict[str, Any]) -> list[dict[str, Any]]:
         """One summary a shard."""
         if "problems" in item:
@@ -92,7 +92,7 @@ class TokenizeSplit:
 
     def _tokenize_chunk(self, name: str, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
         """Tokenize up to `shard_rows` rows, write what is kept and what is not."""
-        rows = _Rows(self.request, source)
+        rows = _ShardContents(self.request, source)
         for first in range(0, len(chunk), _BATCH_ROWS):
             rows.add(chunk[first : first + _BATCH_ROWS])
         parts = {"": rows.kept.part(held=False), ".held": rows.kept.part(held=True)}
@@ -146,7 +146,7 @@ class TokenizeSplit:
 
 
 @dataclass(frozen=True)
-class _RowTexts:
+class _RenderedRow:
     """One row that can be rendered.
 
     Args:
@@ -162,14 +162,14 @@ class _RowTexts:
     left_out: int
 
 
-class _Rows:
+class _ShardContents:
     """What the rows of one shard came to."""
 
     def __init__(self, request: IngestRequest, source: int) -> None:
         self._request = request
         self._source = source
         self._pairs = request.pair_tokenizer()
-        self.kept = StatsOfPairs(request.val_set_size)
+        self.kept = PairStatsBuilder(request.val_set_size)
         self.refused: list[tuple[RawRow, Refusal]] = []
         self.shapes: Counter[str] = Counter()
         self.ignored: set[str] = set()
@@ -179,10 +179,10 @@ class _Rows:
 
     def add(self, batch: Sequence[RawRow]) -> None:
         """Tokenize some rows, a pair or more each."""
-        rows: list[_RowTexts] = []
+        rows: list[_RenderedRow] = []
         for raw in batch:
             try:
-                found = self._texts(raw)
+                found = self._render_row(raw)
             except DataError:
                 raise
             except Exception as error:  # whatever a row holds, it costs no more than itself
@@ -194,9 +194,9 @@ class _Rows:
         row_ids = [RowId(self._source, row.raw.number) for row in rows for _ in row.texts]
         results = iter(self._pairs.tokenize([text for row in rows for text in row.texts], row_ids))
         for row in rows:
-            self._take(row, list(itertools.islice(results, len(row.texts))))
+            self._add_row(row, list(itertools.islice(results, len(row.texts))))
 
-    def _take(self, row: _RowTexts, results: Sequence[TokenizedPair | Refusal]) -> None:
+    def _add_row(self, row: _RenderedRow, results: Sequence[TokenizedPair | Refusal]) -> None:
         """One row's pairs: it is refused when none of them can be trained on."""
         refused = [result for result in results if isinstance(result, Refusal)]
         if len(refused) == len(results):
@@ -212,7 +212,7 @@ class _Rows:
                 self.counts["truncated_completions"] += pair.completion_cut
                 self.counts["truncated_pairs"] += pair.prompt_cut or pair.completion_cut
 
-    def _texts(self, raw: RawRow) -> _RowTexts | Refusal:
+    def _render_row(self, raw: RawRow) -> _RenderedRow | Refusal:
         """One row as text, or why it is not trained on."""
         if raw.record is None:
             if raw.problem is None:
@@ -225,7 +225,7 @@ class _Rows:
         self.ignored |= found.ignored - {self._request.subset_column}
         texts, refused = [], []
         for record in found.records:
-            text = self._rendered(record)
+            text = self._render_record(record)
             if isinstance(text, Refusal):
                 refused.append(text)
             else:
@@ -233,10 +233,10 @@ class _Rows:
         if not texts:
             return refused[0]
         # All pairs of a ranking have one prompt, or stand in one row without any.
-        prompt = found.records[0].identity
-        return _RowTexts(raw, tuple(texts), prompt, found.left_out + len(refused))
+        prompt = found.records[0].prompt_key
+        return _RenderedRow(raw, tuple(texts), prompt, found.left_out + len(refused))
 
-    def _rendered(self, record: Record) -> PairText | Refusal:
+    def _render_record(self, record: Record) -> PairText | Refusal:
         tokenizer = self._pairs.tokenizer
         if self._request.special_tokens == "refuse":
             refusal = special_token_in(record, tokenizer)

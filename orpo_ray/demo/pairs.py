@@ -196,11 +196,11 @@ def _rated(task: Task, rng: random.Random) -> Iterator[DemoPair]:
 
 def _reply(rng: random.Random) -> Task:
     """Answer a customer about the right thing, opening and closing in the tone asked for."""
-    item, tone = _mixed_up(rng, ITEMS), _mixed_up(rng, TONES)
+    item, tone = _pick_contrast(rng, ITEMS), _pick_contrast(rng, TONES)
     prompt = f"{_pick(rng, ASKS).format(_pick(rng, NAMES), item[0])} Write a {tone[0]} reply.\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
-        opening, thing, closing = _given((tone, item, tone), meets)
+        opening, thing, closing = _choose_options((tone, item, tone), meets)
         return (
             f"{_pick(rng, OPENINGS[opening])} The {thing} {_pick(rng, SITUATIONS)}. "
             f"{_pick(rng, CLOSINGS[closing])}"
@@ -212,12 +212,12 @@ def _reply(rng: random.Random) -> Task:
 def _letter(rng: random.Random) -> Task:
     """Greet and sign off as the reader's standing asks, about the right topic."""
     name = _pick(rng, NAMES)
-    topic, register = _mixed_up(rng, TOPICS), _mixed_up(rng, REGISTERS)
+    topic, register = _pick_contrast(rng, TOPICS), _pick_contrast(rng, REGISTERS)
     reader = _pick(rng, READERS[register[0]])
     prompt = f"{_pick(rng, NOTES).format(name, reader, topic[0])}\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
-        greeting, thing, farewell = _given((register, topic, register), meets)
+        greeting, thing, farewell = _choose_options((register, topic, register), meets)
         return (
             f"{_pick(rng, GREETINGS[greeting])} {name}, thanks for the {thing}. "
             f"{_pick(rng, FAREWELLS[farewell])}!"
@@ -229,12 +229,12 @@ def _letter(rng: random.Random) -> Task:
 def _format(rng: random.Random) -> Task:
     """Join a colour and a thing with the joint, the case and the end mark asked for."""
     first, second = _pick(rng, COLOURS), _pick(rng, THINGS)
-    asked = [_mixed_up(rng, options) for options in (JOINTS, CASES, MARKS)]
+    asked = [_pick_contrast(rng, options) for options in (JOINTS, CASES, MARKS)]
     joint, case, mark = (right for right, _ in asked)
     prompt = f"Join {first} and {second} with {joint}. Use {case}. End with {mark}.\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
-        between, casing, end = _given(asked, meets)
+        between, casing, end = _choose_options(asked, meets)
         text = f"{first}{WRITTEN[between]}{second}{WRITTEN[end]}"
         return text.upper() if casing == "capitals" else text
 
@@ -244,12 +244,12 @@ def _format(rng: random.Random) -> Task:
 def _facts(rng: random.Random) -> Task:
     """Say in short what the prompt says about a person."""
     name = _pick(rng, NAMES)
-    known = [_mixed_up(rng, options) for options in (CITIES, PETS, DRINKS)]
+    known = [_pick_contrast(rng, options) for options in (CITIES, PETS, DRINKS)]
     city, pet, drink = (right for right, _ in known)
     prompt = f"{name} lives in {city}, has a {pet} and likes {drink}. In short?\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
-        home, animal, taste = _given(known, meets)
+        home, animal, taste = _choose_options(known, meets)
         return f"{home}, a {animal}, {taste}."
 
     return Task("facts", prompt, draft)
@@ -258,12 +258,12 @@ def _facts(rng: random.Random) -> Task:
 def _diary(rng: random.Random) -> Task:
     """Turn a note into a sentence with the tense, the place and the time that it gives."""
     name, verb = _pick(rng, NAMES), _pick(rng, VERBS)
-    noted = [_mixed_up(rng, options) for options in (DAYS, PLACES, TIMES)]
+    noted = [_pick_contrast(rng, options) for options in (DAYS, PLACES, TIMES)]
     day, place, time = (right for right, _ in noted)
     prompt = f"Note: {name}, {verb}, {day}, {place}, {time}. Make it a sentence.\n"
 
     def draft(rng: random.Random, meets: Sequence[bool]) -> str:
-        tense, where, when = (WRITTEN[option] for option in _given(noted, meets))
+        tense, where, when = (WRITTEN[option] for option in _choose_options(noted, meets))
         return f"{name} {tense.format(verb)} {where} {when}."
 
     return Task("diary", prompt, draft)
@@ -272,12 +272,12 @@ def _diary(rng: random.Random) -> Task:
 FAMILIES = (_reply, _letter, _format, _facts, _diary)
 
 
-def _given(asked: Sequence[Contrast], meets: Sequence[bool]) -> tuple[str, ...]:
+def _choose_options(asked: Sequence[Contrast], meets: Sequence[bool]) -> tuple[str, ...]:
     """What a draft gives for each requirement: the right option or the one it is mixed up with."""
     return tuple(right if met else wrong for (right, wrong), met in zip(asked, meets, strict=True))
 
 
-def _mixed_up(rng: random.Random, contrasts: Sequence[Contrast]) -> Contrast:
+def _pick_contrast(rng: random.Random, contrasts: Sequence[Contrast]) -> Contrast:
     """The option a prompt asks for, and the one that a draft may give instead."""
     one, other = _pick(rng, contrasts)
     return (one, other) if rng.random() < 0.5 else (other, one)

@@ -85,7 +85,7 @@ class Record:
     template: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def identity(self) -> str:
+    def prompt_key(self) -> str:
         """Equal where prompts are; of a pair without a prompt, that of the pair itself."""
         blank = not self.prompt if isinstance(self.prompt, tuple) else not self.prompt.strip()
         if isinstance(self.prompt, str) and not blank:
@@ -104,17 +104,17 @@ def normalise(row: Mapping[str, Any]) -> Record | Refusal:
     for name in ("prompt", "chosen", "rejected"):
         if name == "prompt" and name not in row:
             continue
-        content = content_of(row, name)
+        content = parse_content(row, name)
         if isinstance(content, Refusal):
             return content
         fields[name] = content
     if len({isinstance(content, str) for content in fields.values()}) > 1:
         return Refusal(Reason.MIXED_TYPES, "some of prompt, chosen and rejected are text, some not")
-    record = _with_prompt(fields)
-    return record if isinstance(record, Refusal) else checked(record)
+    record = _split_prompt(fields)
+    return record if isinstance(record, Refusal) else check_record(record)
 
 
-def missing(row: Mapping[str, Any], name: str) -> Refusal:
+def missing_field(row: Mapping[str, Any], name: str) -> Refusal:
     """Why a row has no value for a field: it is null, or missing beside other columns."""
     if name in row:
         return Refusal(Reason.NULL_FIELD, f"{name} is null")
@@ -127,13 +127,13 @@ def missing(row: Mapping[str, Any], name: str) -> Refusal:
     )
 
 
-def content_of(row: Mapping[str, Any], name: str) -> Content | Refusal:
+def parse_content(row: Mapping[str, Any], name: str) -> Content | Refusal:
     """Text, or a list of messages each with a role and content."""
     value = row.get(name)
     if value is None:
-        return missing(row, name)
+        return missing_field(row, name)
     if isinstance(value, str):
-        return value if _is_text(value) else _half_a_pair(name)
+        return value if _is_text(value) else _lone_surrogate(name)
     if isinstance(value, Mapping):  # ShareGPT gives an answer as one turn
         value = [value]
     if not isinstance(value, list):
@@ -157,21 +157,21 @@ def _message(place: str, message: Any) -> Message | Refusal:
         if key not in found and other in found:
             found[key] = found.pop(other)
     if isinstance(found.get("content"), list):
-        found["content"] = _joined(found["content"])
+        found["content"] = _join_parts(found["content"])
     if "content" not in found and found.get("tool_calls"):
         found["content"] = ""
     for key in ("role", "content"):
         if not isinstance(found.get(key), str):
             return Refusal(Reason.BAD_MESSAGE, f"{place} has no {key} that is text")
         if not _is_text(found[key]):
-            return _half_a_pair(f"{place}.{key}")
+            return _lone_surrogate(f"{place}.{key}")
     role = found["role"]
     if role not in _ROLES:
         return Refusal(Reason.BAD_ROLE, f"{place} has the unknown role {role!r}")
     return found if role in _KEPT_ROLES else found | {"role": _ROLES[role]}
 
 
-def _joined(parts: Sequence[Any]) -> str | None:
+def _join_parts(parts: Sequence[Any]) -> str | None:
     """The text of content in parts, or None where a part is no text."""
     texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
     return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
@@ -190,17 +190,17 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _half_a_pair(name: str) -> Refusal:
+def _lone_surrogate(name: str) -> Refusal:
     return Refusal(Reason.BAD_SURROGATE, f"{name} holds half of a surrogate pair, not text")
 
 
-def _with_prompt(fields: Mapping[str, Content]) -> Record | Refusal:
+def _split_prompt(fields: Mapping[str, Content]) -> Record | Refusal:
     """Take the prompt from the answers when the row has none of its own."""
     chosen, rejected = fields["chosen"], fields["rejected"]
     if "prompt" in fields:
         return Record(fields["prompt"], chosen, rejected)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return _cut_texts(chosen, rejected)
+        return _split_dialogues(chosen, rejected)
     if not chosen or not rejected:
         side = Reason.EMPTY_REJECTED if chosen else Reason.EMPTY_CHOSEN
         return Refusal(side, "has no messages")
@@ -209,7 +209,7 @@ def _with_prompt(fields: Mapping[str, Content]) -> Record | Refusal:
     return Record(chosen[:-1], chosen[-1:], rejected[-1:])
 
 
-def _cut_texts(chosen: str, rejected: str) -> Record | Refusal:
+def _split_dialogues(chosen: str, rejected: str) -> Record | Refusal:
     """Split two dialogues after their last `Assistant:`."""
     cuts = [text.rfind(_LAST_TURN) for text in (chosen, rejected)]
     if min(cuts) < 0:
@@ -223,7 +223,7 @@ def _cut_texts(chosen: str, rejected: str) -> Record | Refusal:
     return Record(chosen[: ends[0]], chosen[ends[0] :], rejected[ends[1] :])
 
 
-def checked(record: Record) -> Record | Refusal:
+def check_record(record: Record) -> Record | Refusal:
     """Refuse pairs with nothing to prefer, and turns that no one speaks in."""
     for name, reason in (
         ("chosen", Reason.EMPTY_CHOSEN),
@@ -233,7 +233,7 @@ def checked(record: Record) -> Record | Refusal:
         if isinstance(answer, tuple):
             if answer and role_of(answer[-1]) != ASSISTANT:
                 return Refusal(Reason.NOT_AN_ANSWER, f"{name} does not end with the assistant")
-            wrong = _wrong_order((*record.prompt, *answer))
+            wrong = _turn_order_error((*record.prompt, *answer))
             if wrong:
                 return Refusal(Reason.BAD_ROLE, wrong)
             calls = any(message.get("tool_calls") for message in answer)
@@ -245,7 +245,7 @@ def checked(record: Record) -> Record | Refusal:
     return record
 
 
-def _wrong_order(messages: Iterable[Any]) -> str | None:
+def _turn_order_error(messages: Iterable[Any]) -> str | None:
     """What is wrong with the order of turns, if anything is."""
     before = None
     for index, message in enumerate(messages):

@@ -17,10 +17,10 @@ from orpo_ray.preference.records import (
     Reason,
     Record,
     Refusal,
-    checked,
-    content_of,
-    missing,
+    check_record,
+    missing_field,
     normalise,
+    parse_content,
 )
 
 _ANSWERS = ("completions", "responses", "answers")
@@ -45,7 +45,7 @@ class Shape(StrEnum):
 
 
 @dataclass(frozen=True)
-class Found:
+class ParsedRow:
     """What one row holds.
 
     Args:
@@ -73,17 +73,17 @@ class RowReader:
     column_mapping: tuple[tuple[str, str], ...] = ()
     min_score_gap: float | None = None
 
-    def read(self, row: Mapping[str, Any]) -> Found | Refusal:
+    def read(self, row: Mapping[str, Any]) -> ParsedRow | Refusal:
         """The pairs of one row, or why it has none."""
         for _, column in self.column_mapping:
             if column not in row:
-                return missing(row, column)
+                return missing_field(row, column)
         named = row
         if self.column_mapping:
             taken = {column for _, column in self.column_mapping}
             named = {name: value for name, value in row.items() if name not in taken}
             named |= {name: row[column] for name, column in self.column_mapping}
-        shape, used = _shape(named)
+        shape, used = _detect_shape(named)
         template = _template_arguments(named)
         if isinstance(template, Refusal):
             return template
@@ -95,9 +95,9 @@ class RowReader:
         if template:
             records = tuple(with_fields(record, template=template) for record in records)
         ignored = frozenset(map(str, named.keys() - used))
-        return Found(shape, records, ignored, result.left_out)
+        return ParsedRow(shape, records, ignored, result.left_out)
 
-    def _pair(self, shape: Shape, row: Mapping[str, Any]) -> Found | Refusal:
+    def _pair(self, shape: Shape, row: Mapping[str, Any]) -> ParsedRow | Refusal:
         scores = [row.get("score_chosen"), row.get("score_rejected")]
         if None not in scores:
             problem = self._bad_scores(scores)
@@ -107,7 +107,7 @@ class RowReader:
         if isinstance(reshaped, Refusal):
             return reshaped
         record = normalise(reshaped)
-        return record if isinstance(record, Refusal) else Found(shape, (record,))
+        return record if isinstance(record, Refusal) else ParsedRow(shape, (record,))
 
     def _bad_scores(self, scores: Sequence[Any]) -> Refusal | None:
         numbers = [_number(score) for score in scores]
@@ -118,14 +118,14 @@ class RowReader:
             return Refusal(Reason.SCORE_GAP, f"the scores differ by {gap:g}")
         return None
 
-    def _ranking(self, row: Mapping[str, Any]) -> Found | Refusal:
+    def _ranking(self, row: Mapping[str, Any]) -> ParsedRow | Refusal:
         """Every two answers whose scores differ enough, the better one chosen."""
         name = next(name for name in _ANSWERS if isinstance(row.get(name), list))
         scored = _scored_answers(name, row)
         if isinstance(scored, Refusal):
             return scored
         prompt = next((key for key in _PROMPTS if row.get(key) is not None), "prompt")
-        asked = content_of(row, prompt)
+        asked = parse_content(row, prompt)
         if isinstance(asked, Refusal):
             return asked
         records, left_out, too_near = [], 0, False
@@ -138,7 +138,7 @@ class RowReader:
                 continue
             chosen: Content = better if isinstance(asked, str) else tuple(_answer(better))
             rejected: Content = worse if isinstance(asked, str) else tuple(_answer(worse))
-            record = checked(Record(asked, chosen, rejected))
+            record = check_record(Record(asked, chosen, rejected))
             if isinstance(record, Refusal):
                 left_out += 1
                 problem = problem or record
@@ -148,10 +148,10 @@ class RowReader:
             reason = Reason.SCORE_GAP if too_near else Reason.BAD_SCORE
             none = Refusal(reason, f"no two of {len(scored)} {name} differ enough in their scores")
             return problem or none
-        return Found(Shape.RANKING, tuple(records), left_out=left_out)
+        return ParsedRow(Shape.RANKING, tuple(records), left_out=left_out)
 
 
-def _shape(row: Mapping[str, Any]) -> tuple[Shape, set[str]]:
+def _detect_shape(row: Mapping[str, Any]) -> tuple[Shape, set[str]]:
     """The shape that a row's columns tell of, and the columns that it uses."""
     used = {"prompt", "chosen", "rejected"}
     if "chosen" not in row and any(isinstance(row.get(name), list) for name in _ANSWERS):
@@ -227,8 +227,8 @@ def _scored_answers(name: str, row: Mapping[str, Any]) -> list[tuple[str, float]
     scores: Any = next((row[key] for key in _SCORES if row.get(key) is not None), None)
     if scores is None:
         objects = [answer if isinstance(answer, Mapping) else {} for answer in answers]
-        scores = [_of(answer, _ANSWER_SCORES, _minus_rank(answer)) for answer in objects]
-        answers = [_of(answer, _ANSWER_TEXTS) for answer in objects]
+        scores = [_first_value(answer, _ANSWER_SCORES, _minus_rank(answer)) for answer in objects]
+        answers = [_first_value(answer, _ANSWER_TEXTS) for answer in objects]
     if not isinstance(scores, list) or len(scores) != len(answers):
         return Refusal(Reason.BAD_SCORE, f"not one score for each of {len(answers)} {name}")
     found = []
@@ -236,7 +236,7 @@ def _scored_answers(name: str, row: Mapping[str, Any]) -> list[tuple[str, float]
         number = _number(score)
         if number is None:
             return Refusal(Reason.BAD_SCORE, f"the score of {name}[{index}] is {score!r}")
-        text = content_of({name: answer}, name)
+        text = parse_content({name: answer}, name)
         if isinstance(text, Refusal):
             return text
         if not isinstance(text, str):
@@ -251,7 +251,7 @@ def _minus_rank(answer: Mapping[str, Any]) -> float | None:
     return None if rank is None else -rank
 
 
-def _of(values: Mapping[str, Any], names: Sequence[str], otherwise: Any = None) -> Any:
+def _first_value(values: Mapping[str, Any], names: Sequence[str], otherwise: Any = None) -> Any:
     return next((values[name] for name in names if values.get(name) is not None), otherwise)
 
 

@@ -64,11 +64,11 @@ def render(record: Record, tokenizer: Any) -> PairText | Refusal:
 def _render_messages(record: Record, tokenizer: Any) -> PairText | Refusal:
     prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
     arguments = record.template
-    asking = _rendered(tokenizer, prompt, arguments) if prompt else ""
-    with_chosen = _rendered(tokenizer, (*prompt, *chosen), arguments, answered=True)
-    with_rejected = _rendered(tokenizer, (*prompt, *rejected), arguments, answered=True)
+    asking = _apply_template(tokenizer, prompt, arguments) if prompt else ""
+    with_chosen = _apply_template(tokenizer, (*prompt, *chosen), arguments, answered=True)
+    with_rejected = _apply_template(tokenizer, (*prompt, *rejected), arguments, answered=True)
     shared = shared_length(asking, with_chosen, with_rejected)
-    asked = _rendered(tokenizer, prompt, arguments, answered=True) if prompt else ""
+    asked = _apply_template(tokenizer, prompt, arguments, answered=True) if prompt else ""
     if shared < shared_length(asking, asked):
         lost = asking[shared : shared + 40]
         return Refusal(
@@ -77,8 +77,8 @@ def _render_messages(record: Record, tokenizer: Any) -> PairText | Refusal:
         )
     return PairText(
         prompt=with_chosen[:shared],
-        chosen=_ended(with_chosen[shared:], tokenizer.eos_token),
-        rejected=_ended(with_rejected[shared:], tokenizer.eos_token),
+        chosen=_cut_after_eos(with_chosen[shared:], tokenizer.eos_token),
+        rejected=_cut_after_eos(with_rejected[shared:], tokenizer.eos_token),
     )
 
 
@@ -96,7 +96,7 @@ def shared_length(*sequences: Sequence[Any]) -> int:
     return shared
 
 
-def _rendered(
+def _apply_template(
     tokenizer: Any, messages: Content, arguments: Mapping[str, Any], answered: bool = False
 ) -> str:
     """One conversation as text; a prompt asks for the next turn or leaves its own open."""
@@ -111,7 +111,7 @@ def _rendered(
     return text
 
 
-def _ended(answer: str, eos: str) -> str:
+def _cut_after_eos(answer: str, eos: str) -> str:
     """Cut what a template writes after the end-of-sequence token: the answer ends there."""
     stripped = answer.rstrip()
     return stripped if stripped.endswith(eos) else answer

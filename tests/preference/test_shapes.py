@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 from orpo_ray.preference.records import Reason, Record, Refusal
-from orpo_ray.preference.shapes import Found, RowReader, Shape
+from orpo_ray.preference.shapes import ParsedRow, RowReader, Shape
 
 
 def says(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def read(row: dict[str, Any], **options: Any) -> Found:
+def read(row: dict[str, Any], **options: Any) -> ParsedRow:
     found = RowReader(**options).read(row)
-    assert isinstance(found, Found), found
+    assert isinstance(found, ParsedRow), found
     return found
 
 
@@ -92,7 +92,7 @@ SHAPES: list[tuple[Shape, dict[str, Any], Record]] = [
 @pytest.mark.parametrize(("shape", "row", "record"), SHAPES)
 def test_every_shape_gives_its_pair(shape: Shape, row: dict[str, Any], record: Record) -> None:
     found = read(row | {"source": "elsewhere", "id": 7})
-    assert found == Found(shape, (record,), frozenset({"source", "id"}))
+    assert found == ParsedRow(shape, (record,), frozenset({"source", "id"}))
 
 
 ANSWERS = ["worst", "best", "same", "same score"]

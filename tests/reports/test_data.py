@@ -9,7 +9,7 @@ import pytest
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.ingest import LENGTHS
-from orpo_ray.dataset.pair_index import StatsOfPairs
+from orpo_ray.dataset.pair_index import PairStatsBuilder
 from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
@@ -45,7 +45,7 @@ def token_set(folder: Path, total: dict[str, Any], *parts: dict[str, Any]) -> To
             quarantine.append(f"quarantine/{index}.jsonl")
             (folder / quarantine[-1]).write_text(f'{{"file": "{index}\u00e9"}}\n', encoding="utf-8")
     (folder / "stats").mkdir()
-    stats = StatsOfPairs(held_share=0.0)
+    stats = PairStatsBuilder(held_share=0.0)
     tallies = {kind: np.zeros(40, np.int64) for kind in ("prompt", "chosen", "rejected", "longest")}
     for n_prompt, n_chosen, n_rejected in PAIRS:
         parts_of = [np.zeros(n, np.int32) for n in (n_prompt, n_chosen, n_rejected)]

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.rows import RawRow, Split
-from orpo_ray.preference.reading.sources import opened
+from orpo_ray.preference.reading.sources import open_file
 from orpo_ray.preference.records import Reason
 
-UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
 _BATCH_ROWS = 512
 # A row group is decoded from its start by every split that lies in it.
 _SPLITS_PER_ROW_GROUP = 8
@@ -50,9 +50,9 @@ def count_parquet(path: str) -> int:
 def _parquet(path: str) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(opened(path, seekable=True))
+            file = stack.enter_context(open_file(path, seekable=True))
             opened_file = stack.enter_context(pq.ParquetFile(file))
-        except UNREADABLE as error:
+        except READ_ERRORS as error:
             raise DataError([f"{path}: not a Parquet file, or a damaged one: {error}"]) from error
         yield opened_file
 
@@ -73,14 +73,14 @@ def read_parquet(split: Split) -> Iterator[RawRow]:
 
 def read_arrow(path: str) -> Iterator[RawRow]:
     """Rows of Arrow's stream format, as `datasets` writes it, or of its file format."""
-    with opened(path) as file:
+    with open_file(path) as file:
         is_file_format = file.read(6) == b"ARROW1"
     if is_file_format:
-        with opened(path, seekable=True) as file:
+        with open_file(path, seekable=True) as file:
             reader = pa.ipc.open_file(file)
             yield from _records(map(reader.get_batch, range(reader.num_record_batches)))
     else:
-        with opened(path) as file:
+        with open_file(path) as file:
             yield from _records(pa.ipc.open_stream(file))
 
 

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.columns import (
-    UNREADABLE,
+    READ_ERRORS,
     count_parquet,
     read_arrow,
     read_parquet,
@@ -23,12 +23,12 @@ from orpo_ray.preference.reading.sources import (
     STREAMED,
     TABLES,
     kind_of,
-    opened,
+    open_file,
 )
 from orpo_ray.preference.records import Reason
 
 _BLOCK_BYTES = 1 << 20
-_MARK = b"\xef\xbb\xbf"
+_UTF8_BOM = b"\xef\xbb\xbf"
 
 
 def split_file(path: str, rows_per_split: int) -> list[Split]:
@@ -47,7 +47,7 @@ def split_file(path: str, rows_per_split: int) -> list[Split]:
 def _split_lines(path: str, rows_per_split: int) -> list[Split]:
     """Splits of `rows_per_split` lines, by looking for line ends only."""
     splits, start, row, offset = [], 0, 0, 0
-    with opened(path) as file:
+    with open_file(path) as file:
         while block := file.read(_BLOCK_BYTES):
             end = block.find(b"\n")
             while end >= 0:
@@ -70,7 +70,7 @@ def count_rows(path: str) -> int:
     if kind_of(path) not in LINES:
         return sum(1 for _ in read_split(Split(path)))
     n_lines, last = 0, b"\n"
-    with opened(path) as file:
+    with open_file(path) as file:
         while block := file.read(_BLOCK_BYTES):
             n_lines, last = n_lines + block.count(b"\n"), block[-1:]
     return n_lines + (last != b"\n")
@@ -92,11 +92,11 @@ def read_split(split: Split) -> Iterator[RawRow]:
         elif kind in TABLES:
             yield from _read_table(split.path, "," if kind == ".csv" else "\t")
         elif kind in LINES:
-            with opened(split.path) as file:
+            with open_file(split.path) as file:
                 yield from _read_lines(file, split)
         else:
             yield from _read_array(split.path)
-    except (*UNREADABLE, UnicodeDecodeError, csv.Error) as error:
+    except (*READ_ERRORS, UnicodeDecodeError, csv.Error) as error:
         raise DataError([f"{split.path}: cannot be read: {error}"]) from error
 
 
@@ -107,7 +107,7 @@ def _read_lines(file: IO[bytes], split: Split) -> Iterator[RawRow]:
         if split.n_rows is not None and index >= split.n_rows:
             return
         if index == 0 and split.first_row == 0:
-            line = line.removeprefix(_MARK)
+            line = line.removeprefix(_UTF8_BOM)
         if line.strip():
             yield _decoded(split.first_row + index, line)
 
@@ -126,36 +126,36 @@ def _decoded(number: int, line: bytes) -> RawRow:
 
 
 def _parsed(content: bytes) -> Any:
-    return json.loads(content.decode(), object_pairs_hook=_marking_repeats)
+    return json.loads(content.decode(), object_pairs_hook=_mark_duplicate_keys)
 
 
 def _row(number: int, record: Any, excerpt: str = "") -> RawRow:
     if not isinstance(record, dict):
         return RawRow(number, None, Reason.NOT_AN_OBJECT, excerpt or str(record)[:200])
-    if _has_repeats(record):
+    if _has_duplicate_keys(record):
         return RawRow(number, None, Reason.DUPLICATE_KEY, excerpt or str(record)[:200])
     return RawRow(number, record, excerpt=excerpt)
 
 
-class _Repeats(dict[str, Any]):
+class _DuplicateKeys(dict[str, Any]):
     """An object of JSON that has a key twice, of which each parser keeps another value."""
 
 
-def _marking_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _mark_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
-    return values if len(values) == len(pairs) else _Repeats(values)
+    return values if len(values) == len(pairs) else _DuplicateKeys(values)
 
 
-def _has_repeats(value: Any) -> bool:
+def _has_duplicate_keys(value: Any) -> bool:
     if isinstance(value, dict):
-        return isinstance(value, _Repeats) or any(map(_has_repeats, value.values()))
-    return isinstance(value, list) and any(map(_has_repeats, value))
+        return isinstance(value, _DuplicateKeys) or any(map(_has_duplicate_keys, value.values()))
+    return isinstance(value, list) and any(map(_has_duplicate_keys, value))
 
 
 def _read_array(path: str) -> Iterator[RawRow]:
     """The elements of a JSON array; a `.json` file that holds JSON lines is read as such."""
-    with opened(path) as file:
-        content = file.read().removeprefix(_MARK)
+    with open_file(path) as file:
+        content = file.read().removeprefix(_UTF8_BOM)
     try:
         array = _parsed(content)
     except (ValueError, RecursionError) as error:
@@ -170,7 +170,7 @@ def _read_array(path: str) -> Iterator[RawRow]:
 def _read_table(path: str, delimiter: str) -> Iterator[RawRow]:
     """Rows of CSV with a header; numbered by the line on which they begin."""
     csv.field_size_limit(sys.maxsize)
-    with opened(path) as raw:
+    with open_file(path) as raw:
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header = next(reader, [])

@@ -49,7 +49,7 @@ def find_files(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         try:
             matches = _remote_matches(pattern) if "://" in pattern else _local_matches(pattern)
-            problems += [f"{path}: {what}" for path in matches if (what := _unusable(path))]
+            problems += [f"{path}: {what}" for path in matches if (what := _file_problem(path))]
         except DataError as error:
             problems += error.lines
             continue
@@ -68,11 +68,11 @@ def find_files(patterns: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
-def _unusable(path: str) -> str | None:
+def _file_problem(path: str) -> str | None:
     """What speaks against a file before it is opened."""
     if not path.endswith(SUFFIXES):
         return f"not a kind of file that is read ({_KINDS_TEXT})"
-    return "is empty" if identity(path)[0] == 0 else None
+    return "is empty" if file_fingerprint(path)[0] == 0 else None
 
 
 def _local_matches(pattern: str) -> list[str]:
@@ -139,7 +139,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def identity(path: str) -> tuple[int | None, Any]:
+def file_fingerprint(path: str) -> tuple[int | None, Any]:
     """Size of a file in bytes if it is known, and what else tells it from another content."""
     if "://" not in path:
         stat = Path(path).stat()
@@ -150,7 +150,7 @@ def identity(path: str) -> tuple[int | None, Any]:
 
 
 @contextlib.contextmanager
-def opened(path: str, seekable: bool = False) -> Iterator[Any]:
+def open_file(path: str, seekable: bool = False) -> Iterator[Any]:
     """The bytes of a file, unpacked, as a stream.
 
     Args:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.readers import count_rows, read_split, split_file
 from orpo_ray.preference.reading.rows import RawRow, Split
-from orpo_ray.preference.reading.sources import find_files, identity
+from orpo_ray.preference.reading.sources import file_fingerprint, find_files
 from orpo_ray.preference.records import Reason
 
 BOM = b"\xef\xbb\xbf"
@@ -208,10 +208,10 @@ def test_a_bucket_is_read_as_a_folder_is(tmp_path: Path, bucket: Any) -> None:
         splits = split_file(url, 3)
         assert len(splits) == n_splits
         assert [raw.record for split in splits for raw in read_split(split)] == ROWS
-    before = identity(found[0])
-    assert identity(found[0]) == before
+    before = file_fingerprint(found[0])
+    assert file_fingerprint(found[0]) == before
     bucket.put_object(Bucket="bucket", Key="deep/rows.jsonl", Body=b'{"a": 1}\n')
-    assert identity(found[0]) != before
+    assert file_fingerprint(found[0]) != before
     with pytest.raises(DataError) as caught:
         find_files(["s3://bucket/gone.jsonl", "s3://none/a.jsonl", "s3://bucket/deep/notes.txt"])
     gone, none, notes = caught.value.lines
