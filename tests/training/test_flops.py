@@ -9,7 +9,6 @@ from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.training.flops import MfuMeter, Work, matmul_rate, seen_keys
-from tests.distributed import run_ranks
 from tests.reference.models import odd_groups, tiny_model
 
 
@@ -72,7 +71,7 @@ def utilization() -> tuple[float, float, float, float]:
     return (*found, Work.from_model(causal_lm).flops(row))
 
 
-def test_utilization_counts_the_rows_since_it_was_last_read():
+def test_utilization_counts_the_rows_since_it_was_last_read(run_ranks):
     """The rate of this CPU, which it is divided by, is between 1e8 and 1e14 FLOPs per second."""
     for one, none, two, flops in run_ranks(2, utilization):
         assert (none, two) == (0.0, pytest.approx(2 * one))
