@@ -11,7 +11,6 @@ from typing import Any
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.request import TRAIN
-from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.inputs import RunInputs
 from orpo_ray.orchestration.start import (
     make_console,
@@ -124,9 +123,6 @@ def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
     start = start_run(config, console, inputs)
     config, run_directory = start.config, start.run_directory
     plans = start.plans()
-    problem = cluster.set_aside_broken_snapshot(run_directory)
-    if problem:
-        console.print(problem, markup=False)
     console.print(
         f"run directory: {address(run_directory)}\n"
         f"starting {_workers_text(config)} worker(s) with {config.ray.resources_per_worker}",

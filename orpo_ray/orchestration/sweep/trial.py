@@ -13,7 +13,6 @@ from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.orchestration.cluster import set_aside_broken_snapshot
 from orpo_ray.orchestration.start import Start, make_console, start_run
 from orpo_ray.orchestration.trackers import Trackers
 from orpo_ray.orchestration.workers import Fit, TrainingError, train_worker
@@ -90,7 +89,6 @@ def run_trial(
             trial = start_run(_with_found_inputs(config, start, values), make_console())
         (directory / CONFIG).write_text(to_yaml(trial.config))
         publish(directory / CONFIG)
-        set_aside_broken_snapshot(directory)
         fit = Fit(trial.config, trial.inputs.model, directory, trial.plans(), callbacks)
         with _tracked(fit):
             fit.run(train_worker)
