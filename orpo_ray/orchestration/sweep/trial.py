@@ -1,8 +1,7 @@
 """One trial of a sweep: a training run with some settings of its own; in Tune's trial actors."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ from rich.console import Console
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.start import Start, make_console, start_run
-from orpo_ray.orchestration.trackers import Trackers
-from orpo_ray.orchestration.workers import Fit, TrainingError, train_worker
+from orpo_ray.orchestration.train import train_run
+from orpo_ray.orchestration.workers import TrainingError
 from orpo_ray.preference.errors import DataError
-from orpo_ray.reports.card import write_model_card
-from orpo_ray.reports.live import RunWatcher
 from orpo_ray.runs.files import CONFIG, TRIAL_RECORD, TRIALS
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.storage.bucket import address, make_folder
@@ -89,28 +86,11 @@ def run_trial(
             trial = start_run(_with_found_inputs(config, start, values), make_console())
         (directory / CONFIG).write_text(to_yaml(trial.config))
         publish(directory / CONFIG)
-        fit = Fit(trial.config, trial.inputs.model, directory, trial.plans(), callbacks)
-        with _tracked(fit):
-            fit.run(train_worker)
-        write_model_card(directory, trial.config, trial.data_report)
+        with working_on(directory):
+            train_run(trial, Console(quiet=True), callbacks)
     except (ConfigError, DataError, TrainingError, TrainingFailedError) as error:
         _write(directory, record | {"failure": first_line(error)})
         raise
-
-
-@contextmanager
-def _tracked(fit: Fit) -> Iterator[None]:
-    """Send a trial's metrics to the trackers that it reports to, each as a run of its own."""
-    if not fit.config.output.report_to:
-        yield
-        return
-    console = Console(quiet=True)
-    with (
-        working_on(fit.run_directory),
-        closing(Trackers(fit.config, fit.run_directory, console)) as trackers,
-        RunWatcher(fit.run_directory, 0, console, log=trackers.log),
-    ):
-        yield
 
 
 def trial_config(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:
