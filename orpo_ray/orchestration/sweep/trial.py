@@ -21,6 +21,7 @@ from orpo_ray.runs.mirror import working_on
 from orpo_ray.storage.bucket import address, make_folder
 from orpo_ray.storage.files import first_line, read_json, write_json
 from orpo_ray.storage.mirror import publish
+from orpo_ray.training.errors import StoppedError
 
 # Settings that change tokens or the base model: a trial with its own of these ingests for itself.
 _INPUTS = frozenset(
@@ -69,28 +70,30 @@ def run_trial(
 
     Why it failed is written into its folder as well, unless it was ended from outside.
     """
-    trials = start.run_directory / TRIALS
-    directory = trials / name
+    directory = start.run_directory / TRIALS / name
     make_folder(directory)
     record = {"trial": name, "values": dict(values)}
     _write(directory, record)
     try:
-        config = trial_config(start.config, values).replace(
-            run_name=name,
-            output_dir=address(trials),
-            token_cache_dir=start.config.data.token_cache_dir
-            or address(start.run_directory.parent / "token_cache"),
-        )
-        trial = dataclasses.replace(start, config=config, run_directory=directory)
-        if _INPUTS & values.keys():
-            trial = start_run(_with_found_inputs(config, start, values), make_console())
-        (directory / CONFIG).write_text(to_yaml(trial.config))
-        publish(directory / CONFIG)
         with working_on(directory):
-            train_run(trial, Console(quiet=True), callbacks)
-    except (ConfigError, DataError, TrainingError, TrainingFailedError) as error:
+            train_run(_start(start, directory, values), Console(quiet=True), callbacks)
+    except (ConfigError, DataError, StoppedError, TrainingError, TrainingFailedError) as error:
         _write(directory, record | {"failure": first_line(error)})
         raise
+
+
+def _start(sweep: Start, directory: Path, values: Mapping[str, Any]) -> Start:
+    """The sweep's start with a trial's settings; the trial ingests where they change its inputs."""
+    config = trial_config(sweep.config, values).replace(
+        run_name=directory.name,
+        output_dir=address(directory.parent),
+        token_cache_dir=sweep.config.data.token_cache_dir
+        or address(sweep.run_directory.parent / "token_cache"),
+    )
+    if _INPUTS & values.keys():
+        return start_run(_with_found_inputs(config, sweep, values), make_console())
+    (directory / CONFIG).write_text(to_yaml(config))
+    return dataclasses.replace(sweep, config=config, run_directory=directory)
 
 
 def trial_config(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:
