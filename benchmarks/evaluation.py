@@ -1,8 +1,8 @@
 """Evaluating a model beside TRL's evaluation loop, in turn: `python benchmarks/evaluation.py`.
 
 Both score the same pairs of a file with the same model, in one process: TRL's
-`ORPOTrainer.evaluate()`, and the scorer of `jobs/evaluate.py` without Ray. A round of one follows
-a round of the other, the first does not count, and of the others the median does.
+`ORPOTrainer.evaluate()`, and what a worker of `jobs/evaluate.py` runs, without Ray. A round of one
+follows a round of the other, the first does not count, and of the others the median does.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from workload import MAX_LENGTH, make_folder
 
@@ -25,25 +26,32 @@ BATCH = 16
 
 
 def orpo_ray_round(folder: Path, device: torch.device) -> Callable[[], float]:
-    """Scores all pairs; gives the accuracy."""
+    """Scores all pairs; gives the accuracy. Needs a process group."""
     from orpo_ray.config.schema import ORPOConfig
-    from orpo_ray.dataset.shards import TokenSet, read_shard
-    from orpo_ray.training.scoring import PairScorer
+    from orpo_ray.dataset.order import Order
+    from orpo_ray.dataset.shards import TokenSet
+    from orpo_ray.dataset.stream import BatchPlan, TokenStream
+    from orpo_ray.models.build import build_evaluated_model
+    from orpo_ray.training.budget import head_chunk
+    from orpo_ray.training.evaluation import evaluate_streams
 
     tokens = TokenSet.load(str(folder / "tokens-1"))
     assert tokens is not None
-    groups = read_shard(f"{tokens.directory}/{tokens.shards[0].name}")
     config = ORPOConfig(
         per_device_eval_batch_size=BATCH,
         max_length=MAX_LENGTH,
         max_tokens_per_microbatch=8192,
         bf16=device.type == "cuda",
     )
-    scorer = PairScorer.load(config, str(folder / "model"), device, groups)
+    model = build_evaluated_model(config, str(folder / "model"), device)
+    order = Order(tuple(shard.n_groups for shard in tokens.shards), 1, 0, shuffle=False)
+    chunk_tokens = head_chunk(config, model, device)
+    plan = BatchPlan(256, config.eval_microbatch_tokens, chunk_tokens, prompt_counts=True)
+    streams = {"eval_": TokenStream(tokens, order, plan, rank=0, world_size=1)}
 
     def score() -> float:
-        table = scorer.score(groups)
-        return float((table["margin"].to_numpy() > 0).mean())
+        found = evaluate_streams(model, streams, config.orpo.beta, device)
+        return float((found.scores["eval_"]["margin"].to_numpy() > 0).mean())
 
     return score
 
@@ -86,6 +94,12 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="orpo-evaluation-") as name:
         folder = Path(name)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{folder / 'rendezvous'}",
+            rank=0,
+            world_size=1,
+        )
         make_folder(folder, arguments.data, arguments.model, "16k", arguments.pairs)
         sides = {"orpo_ray": orpo_ray_round(folder, device), "trl": trl_round(folder, device)}
         seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -95,6 +109,7 @@ def main() -> int:
                 started = time.perf_counter()
                 accuracies[side] = work()
                 seconds[side].append(time.perf_counter() - started)
+    dist.destroy_process_group()
     rates: dict[str, Any] = {
         side: arguments.pairs / statistics.median(taken[1:]) for side, taken in seconds.items()
     }

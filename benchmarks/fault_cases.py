@@ -1,7 +1,6 @@
 """What is killed, filled or damaged, and when: each a function of a run that goes on."""
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -237,18 +236,6 @@ def missing(directory: Path) -> None:
     _newest_shard(directory).unlink()
 
 
-def torn_snapshot(directory: Path) -> None:
-    """Ray Train's own state is half a file."""
-    (directory / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_results": [{')
-
-
-def stale_snapshot(directory: Path) -> None:
-    """Ray Train's own state names a folder that is gone."""
-    entry = {"checkpoint_dir_name": "checkpoints/step-00000001", "metrics": {}}
-    content = {"checkpoint_results": [entry], "latest_checkpoint_result": entry}
-    (directory / "checkpoint_manager_snapshot.json").write_text(json.dumps(content))
-
-
 def second_driver(run: Run) -> None:
     """Another driver on the same run directory: it refuses, the first is not disturbed."""
     run.until_step(10)
@@ -311,8 +298,6 @@ FAULTS: dict[str, Fault] = {
     "one bit flipped": damaged(flipped),
     "one bit of a manifest flipped": damaged(flipped_manifest),
     "shard missing": damaged(missing),
-    "Ray's snapshot torn": damaged(torn_snapshot),
-    "Ray's snapshot stale": damaged(stale_snapshot),
     "second driver": second_driver,
     "config changed": changed_config,
     "data changed": changed_data,

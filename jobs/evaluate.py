@@ -12,9 +12,9 @@ from orpo_ray.config.schema import ORPOConfig
 
 def action(config: ORPOConfig) -> None:
     """Evaluate; imports Ray and torch only once the config is known to be good."""
-    from orpo_ray.orchestration.evaluate import evaluate_model
+    from orpo_ray.orchestration.evaluate import evaluate
 
-    evaluate_model(config)
+    evaluate(config)
 
 
 if __name__ == "__main__":

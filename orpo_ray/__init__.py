@@ -7,6 +7,7 @@ from orpo_ray.version import __version__
 
 if TYPE_CHECKING:
     from orpo_ray.config.schema import ConfigError, ORPOConfig
+    from orpo_ray.orchestration.evaluate import EvaluationResult, evaluate
     from orpo_ray.orchestration.sweep.tune import SweepResult, trainable, tune
     from orpo_ray.orchestration.train import TrainResult, prepare, train
     from orpo_ray.orchestration.trainer import ORPOTrainer
@@ -15,11 +16,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigError",
     "DataError",
+    "EvaluationResult",
     "ORPOConfig",
     "ORPOTrainer",
     "SweepResult",
     "TrainResult",
     "__version__",
+    "evaluate",
     "prepare",
     "train",
     "trainable",
@@ -30,10 +33,12 @@ __all__ = [
 _HOME = {
     "ConfigError": "orpo_ray.config.schema",
     "DataError": "orpo_ray.preference.errors",
+    "EvaluationResult": "orpo_ray.orchestration.evaluate",
     "ORPOConfig": "orpo_ray.config.schema",
     "ORPOTrainer": "orpo_ray.orchestration.trainer",
     "SweepResult": "orpo_ray.orchestration.sweep.tune",
     "TrainResult": "orpo_ray.orchestration.train",
+    "evaluate": "orpo_ray.orchestration.evaluate",
     "prepare": "orpo_ray.orchestration.train",
     "train": "orpo_ray.orchestration.train",
     "trainable": "orpo_ray.orchestration.sweep.tune",

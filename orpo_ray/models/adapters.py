@@ -1,14 +1,16 @@
 """LoRA through peft: adapters put into a model, and written out again; in training workers."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from orpo_ray.config.sections import ModelSection
-from orpo_ray.pretrained import UnsupportedModelError
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError
 
 _ADAPTER = "default"  # peft's own name for an only adapter
 
@@ -34,6 +36,27 @@ def add_adapters(causal_lm: PreTrainedModel, config: ModelSection, seed: int) ->
             raise UnsupportedModelError(f"lora_target_modules: {error}") from error
     if not isinstance(causal_lm.get_output_embeddings(), torch.nn.Linear):
         raise UnsupportedModelError("lora_target_modules: the LM head cannot be adapted")
+
+
+def base_of(source: ModelSource) -> tuple[ModelSource, Any]:
+    """The base model of LoRA adapters with their peft config; for any other model itself and None.
+
+    Args:
+        source: folder or hub id.
+    """
+    # As transformers looks for adapters where it loads a model.
+    if find_adapter_config_file(source.model, revision=source.revision) is None:
+        return source, None
+    adapters = _peft().PeftConfig.from_pretrained(source.model, revision=source.revision)
+    base = dataclasses.replace(
+        source, model=adapters.base_model_name_or_path, revision=adapters.revision
+    )
+    return base, adapters
+
+
+def inject_adapters(causal_lm: PreTrainedModel, adapters: Any) -> None:
+    """Put adapters of a peft config into a model in place; their weights are still to come."""
+    _peft().inject_adapter_in_model(adapters, causal_lm, _ADAPTER)
 
 
 def save_adapters(

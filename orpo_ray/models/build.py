@@ -1,6 +1,7 @@
 """Building a sharded model: meta device, FSDP2, then weights from rank 0; in training workers."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.models.adapters import add_adapters
+from orpo_ray.models.adapters import add_adapters, base_of, inject_adapters
 from orpo_ray.models.attention.kernels import Kernel, choose_kernel, kernel_support
 from orpo_ray.models.liger import use_liger_kernels
 from orpo_ray.models.orpo_model import AttentionPath, OrpoModel
@@ -58,14 +59,69 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
     if config.model.load_in_4bit:
         refuse_quantization(device)
         return build_quantized(config, origin, model_config, device)
-    # Buffers stay real: rotary frequencies are computed, not loaded.
-    with init_empty_weights(include_buffers=False):
-        causal_lm = empty_model(origin, model_config, dtype=torch.float32)
+
+    def with_adapters(causal_lm: PreTrainedModel) -> PreTrainedModel:
         if config.model.lora_r:
             add_adapters(causal_lm, config.model, config.train.seed)
+        return causal_lm
+
+    # Buffers stay real: rotary frequencies are computed, not loaded.
+    with init_empty_weights(include_buffers=False):
+        causal_lm = with_adapters(empty_model(origin, model_config, dtype=torch.float32))
+    return _with_weights(
+        causal_lm, lambda: with_adapters(load_model(origin, torch.float32)), device, config
+    )
+
+
+def build_evaluated_model(config: ORPOConfig, model_path: str, device: torch.device) -> OrpoModel:
+    """Build a model for evaluation, with the adapters that it is stored with, if any.
+
+    Its weights are in the dtype of computation. They are sharded over all ranks, or over
+    `shard_size`; where that is one rank, and where they are in 4 bits or stored quantized, every
+    rank reads and holds all of them.
+
+    Args:
+        config: the run.
+        model_path: folder or hub id, of a model or of adapters.
+        device: of this rank.
+
+    Raises:
+        UnsupportedModelError: see `build_model`.
+    """
+    origin = ModelSource.from_config(config.model, model_path)
+    bf16 = use_bf16(config, device)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    base, adapters = base_of(origin)
+    model_config = load_model_config(base)
+    refuse_unknown_heads(model_config)
+    if config.model.load_in_4bit:
+        refuse_quantization(device)
+        causal_lm = load_quantized(base, model_config, bf16, device)
+        if adapters is not None:
+            causal_lm.load_adapter(origin.model)
+        return _around(causal_lm, device, config)
+    shard_size = config.ray.shard_size or dist.get_world_size()
+    is_whole = shard_size == 1 and not _offloads(config, device)
+    if is_whole or getattr(model_config, "quantization_config", None) is not None:
+        return _around(load_model(origin, dtype).to(device), device, config)
+    with init_empty_weights(include_buffers=False):
+        causal_lm = empty_model(base, model_config, dtype=dtype)
+        if adapters is not None:
+            inject_adapters(causal_lm, adapters)
+    causal_lm.requires_grad_(False)
+    return _with_weights(causal_lm, lambda: load_model(origin, dtype), device, config)
+
+
+def _with_weights(
+    causal_lm: PreTrainedModel,
+    load: Callable[[], PreTrainedModel],
+    device: torch.device,
+    config: ORPOConfig,
+) -> OrpoModel:
+    """The sharded model around a decoder on the meta device, with the weights that rank 0 loads."""
     model = _sharded(causal_lm, device, config, ignored=set())
     _materialise(model, torch.device("cpu") if _offloads(config, device) else device)
-    weights = _weights(config, origin)
+    weights = _weights(load)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
     causal_lm.tie_weights()
@@ -93,18 +149,24 @@ def _sharded(
     ignored: set[nn.Parameter],
 ) -> OrpoModel:
     """The model around a decoder, with everything but the ignored parameters sharded."""
-    has_liger = use_liger_kernels(causal_lm, device, config.model)
-    attention = attention_path(config, causal_lm)
-    kernel = packed_kernel(config, causal_lm.config, device)
-    model = OrpoModel(causal_lm, attention, config.orpo.router_aux_loss_coef, kernel)
-    model.has_liger = has_liger
+    model = _around(causal_lm, device, config)
     if config.train.gradient_checkpointing:
         _checkpoint_activations(causal_lm, config.train.gradient_checkpointing_every)
     _shard(model, device, config, ignored)
     return model
 
 
-def _weights(config: ORPOConfig, origin: ModelSource) -> dict[str, Any]:
+def _around(causal_lm: PreTrainedModel, device: torch.device, config: ORPOConfig) -> OrpoModel:
+    """The model around a decoder, with this device's kernels."""
+    has_liger = use_liger_kernels(causal_lm, device, config.model)
+    attention = attention_path(config, causal_lm)
+    kernel = packed_kernel(config, causal_lm.config, device)
+    model = OrpoModel(causal_lm, attention, config.orpo.router_aux_loss_coef, kernel)
+    model.has_liger = has_liger
+    return model
+
+
+def _weights(load: Callable[[], PreTrainedModel]) -> dict[str, Any]:
     """All weights on rank 0, nothing on the others; what cannot be read ends all ranks alike.
 
     Raises:
@@ -114,12 +176,10 @@ def _weights(config: ORPOConfig, origin: ModelSource) -> dict[str, Any]:
     problem = [""]
     if dist.get_rank() == 0:
         try:
-            source = load_model(origin, torch.float32)
+            source = load()
         except UnsupportedModelError as error:
             problem = [str(error)]
         else:
-            if config.model.lora_r:
-                add_adapters(source, config.model, config.train.seed)
             weights = {f"causal_lm.{name}": tensor for name, tensor in source.state_dict().items()}
     dist.broadcast_object_list(problem)
     if problem[0]:

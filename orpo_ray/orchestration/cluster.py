@@ -1,6 +1,5 @@
 """Starting or joining Ray, and asking it for workers; on the driver."""
 
-import json
 import logging
 import math
 import os
@@ -19,12 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.storage.bucket import address
-from orpo_ray.storage.mirror import rename
 from orpo_ray.training.allocator import memory_settings
 
 _KIND = "accelerator_type:"
 _LOOK_S = 1.0
-_SNAPSHOT = "checkpoint_manager_snapshot.json"
 # Read by Ray where `fit` is called and passed on. The poll sets how fast a report is taken up.
 _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -170,30 +167,3 @@ def run_settings(
         callbacks=callbacks,
         worker_runtime_env={"env_vars": memory_settings(bool(config.ray.use_gpu))},
     )
-
-
-def set_aside_broken_snapshot(run_directory: Path) -> str | None:
-    """Move Ray Train's own state away when it cannot be started from; the checkpoints stay.
-
-    Ray writes the file in place and refuses to start on a torn one, or on one that names a
-    checkpoint which is gone, as earlier versions of this project let it. Training finds its
-    checkpoints by their manifests, not by it.
-
-    Returns:
-        What was wrong, or None.
-    """
-    path = run_directory / _SNAPSHOT
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-        named = [entry["checkpoint_dir_name"] for entry in content["checkpoint_results"]]
-    except (ValueError, KeyError, TypeError):
-        problem = "it is torn"
-    else:
-        gone = [name for name in named if not (run_directory / name).is_dir()]
-        if not gone:
-            return None
-        problem = f"{gone[0]} is gone"
-    rename(path, path.with_suffix(".set_aside.json"))
-    return f"Ray Train's {_SNAPSHOT} was set aside: {problem}"

@@ -1,17 +1,24 @@
-"""The evaluation command: figures with intervals, by subset and length, of one model or two."""
+"""Evaluating a model: estimates with intervals, by subset and length, beside a second model's.
+
+Workers score the pairs, as in training; the rest is on the driver.
+"""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.orchestration.inputs import named_model
-from orpo_ray.orchestration.scoring import score_token_set
+from orpo_ray.dataset.pair_index import PairStats
+from orpo_ray.dataset.shards import TokenSet
+from orpo_ray.orchestration.inputs import RunInputs, named_model
 from orpo_ray.orchestration.start import (
     Start,
     make_console,
@@ -19,14 +26,18 @@ from orpo_ray.orchestration.start import (
     start_run,
     with_run_name,
 )
+from orpo_ray.orchestration.workers import evaluate_worker, run_workers, scores_file
 from orpo_ray.preference.errors import DataError
+from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.metrics import set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.statistics import Difference, Estimate, Scores, differences, estimates
 from orpo_ray.storage.bucket import address
 from orpo_ray.storage.files import write_json
+from orpo_ray.storage.mirror import fetch_folder, remove
 
 RESULT = "evaluation.json"
+_WORKING = ".evaluation"  # of workers and Ray Train, while they run
 _SHOWN = ("accuracy", "length_controlled_accuracy", "margin", "log_odds", "perplexity")
 _LENGTH_GROUPS = 4
 _LEAST_PAIRS = 2
@@ -60,38 +71,55 @@ class EvaluationResult:
     Args:
         run_directory: absolute path or URL; `evaluation.json` in it holds the same.
         sets: by name of the evaluation set; `eval` where it has none.
+        metrics: the means that training logs of an evaluation, each name after the set's prefix
+            (`eval_`, `eval_<name>_`).
     """
 
     run_directory: str
     sets: dict[str, SetEvaluation]
+    metrics: dict[str, float]
 
 
-def evaluate_model(config: ORPOConfig) -> EvaluationResult:
-    """Score the evaluation files with a model, and with `baseline` where one is named.
+def evaluate(config: ORPOConfig, inputs: RunInputs | None = None) -> EvaluationResult:
+    """Evaluate a model on the evaluation files, and compare it with `baseline` if there is one.
+
+    A model that is too large for one device is sharded over `num_workers`; `shard_size=1` gives
+    every worker a copy. A baseline is evaluated after it, by workers of its own.
+
+    Args:
+        config: the run.
+        inputs: files and model, when they are not those that the config names.
 
     Raises:
-        ConfigError: for settings that the cluster cannot meet.
+        ConfigError: for settings that the cluster cannot meet, and for models that are not
+            supported.
         DataError: for missing files or models, no evaluation data, and when no row is usable.
+        ray.train.TrainingFailedError: when workers keep failing.
     """
     console = make_console()
     baseline = _baseline(config)
     config = with_run_name(config)
     with working_on(run_directory_of(config)):
-        return _evaluate_sets(config, baseline, console)
+        start = start_run(config, console, inputs, only_evals=True)
+        if not start.token_sets:
+            raise DataError(["eval_files: nothing to evaluate on; name files"])
+        return _evaluate_sets(start, baseline, console)
 
 
-def _evaluate_sets(config: ORPOConfig, baseline: str | None, console: Console) -> EvaluationResult:
-    """`evaluate_model` in a run directory that is kept in step."""
-    start = start_run(config, console, only_evals=True)
-    if not start.token_sets:
-        raise DataError(["eval_files: nothing to evaluate on; name files"])
+def _evaluate_sets(
+    start: Start, baseline: ModelSource | None, console: Console
+) -> EvaluationResult:
+    """`evaluate` on ingested data."""
+    scored = _score(start, start.inputs.model, "", console)
+    other = _score(start, baseline, "-baseline", console) if baseline else None
     sets = {}
-    for name in start.token_sets:
-        shown = set_name(name) or "eval"
-        sets[shown] = _evaluate_set(start, name, shown, console, baseline)
-        for table in _tables(shown, sets[shown]):
-            console.print(table)
-    result = EvaluationResult(address(start.run_directory), sets)
+    for name, table in scored.tables.items():
+        shown = _shown(name)
+        against = other.tables[name] if other else None
+        sets[shown] = _statistics(table, against, scored.files[name])
+        for text in _tables(shown, sets[shown]):
+            console.print(text)
+    result = EvaluationResult(address(start.run_directory), sets, scored.metrics)
     path = start.run_directory / RESULT
     write_json(path, asdict(result), indent=1)
     console.print(f"evaluation: {address(path)}", markup=False)
@@ -100,32 +128,85 @@ def _evaluate_sets(config: ORPOConfig, baseline: str | None, console: Console) -
     return result
 
 
-def _evaluate_set(
-    start: Start, name: str, shown: str, console: Console, baseline: str | None
-) -> SetEvaluation:
-    config, tokens = start.config, start.token_sets[name]
-    suffix = "" if shown == "eval" else f"-{shown}"
-    path = start.run_directory / f"scores{suffix}.parquet"
-    table, problem = score_token_set(config, start.inputs.model.model, tokens, path)
+@dataclass(frozen=True)
+class _Scored:
+    """Every pair of every evaluation set as one model scores it.
+
+    Args:
+        metrics: see `EvaluationResult`.
+        tables: by the set's name in the feed.
+        files: where they are written, by the same names.
+    """
+
+    metrics: dict[str, float]
+    tables: dict[str, pa.Table]
+    files: dict[str, Path]
+
+
+def _score(start: Start, model: ModelSource, suffix: str, console: Console) -> _Scored:
+    """Let workers score all sets with a model, and write a file a set."""
+    folder = start.run_directory / _WORKING
+    remove(folder)
+    scoring = replace(start, inputs=replace(start.inputs, model=model), run_directory=folder)
+    answer = run_workers(evaluate_worker, scoring)
+    for text in answer.notices:
+        console.print(text, markup=False)
+    fetch_folder(folder)
+    tables, files = {}, {}
+    for name, tokens in start.token_sets.items():
+        scores = pq.read_table(folder / scores_file(name))
+        tables[name] = _with_places(scores, tokens, start.config)
+        part = "" if _shown(name) == "eval" else f"-{_shown(name)}"
+        files[name] = start.run_directory / f"scores{part}{suffix}.parquet"
+        pq.write_table(tables[name], files[name])
+    remove(folder)
+    return _Scored(answer.metrics, tables, files)
+
+
+def _shown(name: str) -> str:
+    """What a set of the feed is called in results."""
+    return set_name(name) or "eval"
+
+
+def _with_places(scores: pa.Table, tokens: TokenSet, config: ORPOConfig) -> pa.Table:
+    """File, row from 1, and subset in place of the index of the source."""
+    subsets = _subsets(tokens) if config.data.eval_subset_column else {}
+    keys = list(zip(scores["source"].to_pylist(), scores["row"].to_pylist(), strict=True))
+    columns: Mapping[str, Any] = {
+        "file": pa.array([tokens.sources[source] for source, _ in keys]).dictionary_encode(),
+        "row": pa.array([row + 1 for _, row in keys], pa.int64()),
+        "subset": pa.array([subsets.get(key, "") for key in keys]).dictionary_encode(),
+    }
+    rest = scores.drop_columns(["source", "row"])
+    return pa.table({**columns, **{name: rest[name] for name in rest.column_names}})
+
+
+def _subsets(tokens: TokenSet) -> dict[tuple[int, int], str]:
+    """The subset of every row that has one, by source and row."""
+    found: dict[tuple[int, int], str] = {}
+    for name in PairStats.names(tokens.directory):
+        stats = PairStats.load(tokens.directory, name)
+        source = int(name.partition("-")[0])
+        for row, subset in zip(stats.rows.tolist(), stats.subsets.tolist(), strict=True):
+            if subset:
+                found[source, row] = subset
+    return found
+
+
+def _statistics(table: pa.Table, baseline: pa.Table | None, path: Path) -> SetEvaluation:
+    """Estimates of one set's scores, and their differences from the baseline's."""
     scores = Scores.of(table)
-    found: dict[str, Difference] = {}
-    if problem:
-        console.print(f"warning: the model computes padded rows: {problem}", markup=False)
-    if baseline is not None:
-        other_path = start.run_directory / f"scores{suffix}-baseline.parquet"
-        other, _ = score_token_set(config, baseline, tokens, other_path)
-        found = differences(scores, Scores.of(other))
     return SetEvaluation(
         pairs=len(scores.prompts),
         figures=estimates(scores),
         subsets=_by_group(scores, np.array(table["subset"].to_pylist())),
         lengths=_by_group(scores, _length_groups(scores)),
-        differences=found,
+        differences={} if baseline is None else differences(scores, Scores.of(baseline)),
         scores=address(path),
     )
 
 
-def _baseline(config: ORPOConfig) -> str | None:
+def _baseline(config: ORPOConfig) -> ModelSource | None:
     """The second model, if there is one.
 
     Raises:
@@ -136,7 +217,7 @@ def _baseline(config: ORPOConfig) -> str | None:
     source = None if name is None else named_model("baseline", name, config, problems)
     if problems:
         raise DataError(problems)
-    return source.model if source else None
+    return source
 
 
 def _length_groups(scores: Scores) -> Any:

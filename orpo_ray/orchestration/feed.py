@@ -79,13 +79,14 @@ def train_plan(
     )
 
 
-def eval_plan(config: ORPOConfig, token_set: TokenSet) -> FeedPlan:
+def eval_plan(config: ORPOConfig, token_set: TokenSet, groups_per_worker: int) -> FeedPlan:
     """The order and batches of an evaluation: file order, once."""
-    per_device = config.train.per_device_eval_batch_size
     return FeedPlan(
         token_set=token_set,
         order=_order(config, token_set, shuffle=False),
-        plan=_batches(config, per_device * config.ray.max_workers, config.eval_microbatch_tokens),
+        plan=_batches(
+            config, groups_per_worker * config.ray.max_workers, config.eval_microbatch_tokens
+        ),
     )
 
 

@@ -28,6 +28,7 @@ from orpo_ray.runs.resume import ResumeError, decisive_settings, newest_manifest
 from orpo_ray.storage.bucket import local, make_folder
 
 _FILE_WIDTH = 160
+_EVALUATED_GROUPS = 256
 
 
 def make_console() -> Console:
@@ -58,14 +59,24 @@ class Start:
 
     def plans(self) -> dict[str, FeedPlan]:
         """The feed of every data set."""
+        has_train = TRAIN in self.token_sets
+        # Larger batches fill microbatches better; smaller ones do not delay training for long.
+        per_worker = self.config.train.per_device_eval_batch_size
+        per_worker = per_worker if has_train else max(per_worker, _EVALUATED_GROUPS)
         evals = {
-            name: eval_plan(self.config, tokens)
+            name: eval_plan(self.config, tokens, per_worker)
             for name, tokens in self.token_sets.items()
             if name != TRAIN
         }
-        if TRAIN not in self.token_sets:
+        if not has_train:
             return evals
         return {TRAIN: self._train_plan()} | evals
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self._train_plan()
+        return self.config.total_steps(train.order.n_batches(train.plan.batch_groups))
 
     def _train_plan(self) -> FeedPlan:
         weights = [source.weight for source in self.inputs.train_files]

@@ -1,27 +1,29 @@
-"""The commands' one function each: from a config to a trained model; on the driver."""
+"""Training and preparing: from a config to a trained model or to token shards; on the driver."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray.train import UserCallback
+from rich.console import Console
+
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.request import TRAIN
-from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.inputs import RunInputs
 from orpo_ray.orchestration.start import (
+    Start,
     make_console,
     run_directory_of,
     start_run,
     with_run_name,
 )
 from orpo_ray.orchestration.trackers import Trackers, refuse_missing
-from orpo_ray.orchestration.workers import Fit, evaluate_worker, train_worker
-from orpo_ray.preference.errors import DataError
+from orpo_ray.orchestration.workers import run_workers, train_worker
 from orpo_ray.reports.card import write_model_card
 from orpo_ray.reports.curves import picture
 from orpo_ray.reports.data import count_trained, save_report
@@ -43,6 +45,7 @@ from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.suspects import SUSPECTS, write_suspects
 from orpo_ray.storage.bucket import address, local
 from orpo_ray.storage.mirror import remove
+from orpo_ray.training.errors import StoppedError
 
 STOPPED = 128 + signal.SIGTERM  # the exit code of a process that ended on this signal
 
@@ -113,71 +116,61 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
     """
     config = with_run_name(config)
     run_directory = run_directory_of(config)
-    with claimed(run_directory), working_on(run_directory):
-        return _train(config, inputs)
-
-
-def _train(config: ORPOConfig, inputs: RunInputs | None) -> TrainResult:
-    """`train` in a run directory that is ours."""
     refuse_missing(config.output.report_to)
     console = make_console()
-    start = start_run(config, console, inputs)
-    config, run_directory = start.config, start.run_directory
-    plans = start.plans()
-    problem = cluster.set_aside_broken_snapshot(run_directory)
-    if problem:
-        console.print(problem, markup=False)
-    console.print(
-        f"run directory: {address(run_directory)}\n"
-        f"starting {_workers_text(config)} worker(s) with {config.ray.resources_per_worker}",
-        markup=False,
-    )
-    steps_per_epoch = plans[TRAIN].order.n_batches(plans[TRAIN].plan.batch_groups)
-    n_steps = config.total_steps(steps_per_epoch)
-    refresh = partial(write_run_report, run_directory, config, start.data_report)
-    with closing(Trackers(config, run_directory, console)) as trackers:
-        with RunWatcher(run_directory, n_steps, console, refresh, trackers.log):
-            fit = Fit(config, start.inputs.model, run_directory, plans)
+    with claimed(run_directory), working_on(run_directory):
+        start = start_run(config, console, inputs)
+        console.print(
+            f"run directory: {address(run_directory)}\nstarting {_workers_text(start.config)} "
+            f"worker(s) with {start.config.ray.resources_per_worker}",
+            markup=False,
+        )
+        try:
             with stopping_on_sigterm(run_directory):
-                answer = fit.run(train_worker)
-        if answer.stopped:
-            console.print(f"{answer.stopped}; the same command goes on", markup=False)
-            raise SystemExit(STOPPED)
-        report = count_trained(run_directory, start.data_report, start.token_sets[TRAIN])
-        save_report(run_directory, report)
-        write_suspects(run_directory, start.token_sets[TRAIN].sources)
-        write_or_say(partial(write_run_report, run_directory, config, report), console)
-        card = write_model_card(run_directory, config, report)
+                result = train_run(start, console)
+        except StoppedError as error:
+            console.print(f"{error}; the same command goes on", markup=False)
+            raise SystemExit(STOPPED) from None
+    console.print(end_text(result, start.config), markup=False)
+    return result
+
+
+def train_run(
+    start: Start, console: Console, callbacks: Sequence[UserCallback] = ()
+) -> TrainResult:
+    """Train on ingested data in a run directory that is ours, and write its reports.
+
+    Args:
+        start: from `start_run`.
+        console: where the run is shown while it lasts.
+        callbacks: of Ray Train, called at every report.
+
+    Raises:
+        StoppedError: when the run was asked to stop, once a checkpoint was saved.
+        Others: see `train`.
+    """
+    config, run_directory, data_report = start.config, start.run_directory, start.data_report
+    tokens = start.token_sets[TRAIN]
+    refresh = partial(write_run_report, run_directory, config, data_report)
+    with closing(Trackers(config, run_directory, console)) as trackers:
+        with RunWatcher(run_directory, start.n_steps, console, refresh, trackers.log):
+            run_workers(train_worker, start, callbacks)
+        data_report = count_trained(run_directory, data_report, tokens)
+        save_report(run_directory, data_report)
+        write_suspects(run_directory, tokens.sources)
+        write_or_say(partial(write_run_report, run_directory, config, data_report), console)
+        card = write_model_card(run_directory, config, data_report)
         texts = (run_directory / CONFIG, run_directory / DATA_REPORT, card)
         trackers.log_texts({path.name: path.read_text() for path in texts})
     figures = summary(run_directory)
-    result = TrainResult(
+    return TrainResult(
         run_directory=address(run_directory),
         model_directory=address(run_directory / FINAL),
         metrics=figures["after"] | figures["train"],
         metrics_before=figures["before"],
-        data_report=report,
+        data_report=data_report,
         events=count_events(run_directory),
     )
-    console.print(end_text(result, config), markup=False)
-    return result
-
-
-def evaluate(config: ORPOConfig, inputs: RunInputs | None = None) -> dict[str, float]:
-    """Evaluate a model on the evaluation files; metric names start with `eval_`.
-
-    Raises:
-        ConfigError: for settings that the cluster cannot meet.
-        DataError: for missing files, no evaluation data, and when no usable row is left.
-    """
-    config = with_run_name(config)
-    with working_on(run_directory_of(config)):
-        start = start_run(config, make_console(), inputs, only_evals=True)
-        if not start.token_sets:
-            raise DataError(["eval_files: nothing to evaluate on; name files"])
-        folder = start.run_directory / "evaluation"
-        fit = Fit(start.config, start.inputs.model, folder, start.plans())
-        return fit.run(evaluate_worker).figures["after"]
 
 
 def prepare(config: ORPOConfig) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.config.sections import DataSource
+from orpo_ray.orchestration.evaluate import evaluate
 from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
 from orpo_ray.orchestration.start import run_directory_of
-from orpo_ray.orchestration.train import TrainResult, evaluate, train
+from orpo_ray.orchestration.train import TrainResult, train
 from orpo_ray.preference.reading.sources import find_files
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.files import FINAL
@@ -75,6 +76,8 @@ class ORPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Metrics on the evaluation data: of the trained model, before `train()` of the base.
 
+        The run directory then has what `orpo_ray.evaluate` writes.
+
         Raises:
             DataError: without evaluation data.
         """
@@ -83,7 +86,7 @@ class ORPOTrainer:
             model = str(local(self.result.model_directory))
             trained = dataclasses.replace(inputs.model, model=model)
             inputs = dataclasses.replace(inputs, model=trained)
-        return evaluate(self.args, inputs)
+        return evaluate(self.args, inputs).metrics
 
     def save_model(self, output_dir: str | None = None) -> str:
         """Copy the trained model, ready for `from_pretrained`; returns where it lies.

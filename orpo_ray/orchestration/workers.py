@@ -3,10 +3,12 @@
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 from ray.train import UserCallback
@@ -16,14 +18,14 @@ from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.feed import FeedPlan, PlannedFeed
+from orpo_ray.orchestration.feed import PlannedFeed
 from orpo_ray.orchestration.gauges import RunGauges
+from orpo_ray.orchestration.start import Start
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
-from orpo_ray.runs.files import RunFiles
 from orpo_ray.runs.mirror import from_workers
 from orpo_ray.runs.resume import ResumeError
-from orpo_ray.storage.bucket import WORKERS, of_side
-from orpo_ray.storage.mirror import fetch_folder
+from orpo_ray.storage.bucket import WORKERS, make_folder, of_side
+from orpo_ray.storage.mirror import fetch_folder, publish
 from orpo_ray.training.errors import (
     EvaluationError,
     MicrobatchTooLargeError,
@@ -36,107 +38,103 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class WorkerTask:
-    """One run, as every rank is told of it.
-
-    Args:
-        config: the run.
-        model: where base model and tokenizer are.
-        run_directory: absolute path, the same on every node.
-        evals: evaluation sets by their name in the feed, which is their metric prefix.
-    """
-
-    config: ORPOConfig
-    model: ModelSource
-    run_directory: str
-    evals: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class WorkerAnswer:
-    """How a run ended: its figures, or why another attempt would end the same way.
+    """How the workers ended, by rank 0; or why another attempt would end the same way.
 
     Args:
-        figures: `summary` of the run; empty when it failed.
+        metrics: of an evaluation.
+        notices: lines that an evaluation has for the user.
         refusal: a message for whoever wrote the config.
         failure: a message about the training itself.
         stopped: where it stopped, when it was asked to.
     """
 
-    figures: dict[str, dict[str, float]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
     refusal: str | None = None
     failure: str | None = None
     stopped: str | None = None
 
 
-def train_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
-    """Run the training loop on this rank."""
+def train_worker(
+    config: ORPOConfig, model: ModelSource, run_directory: str, evals: Sequence[str]
+) -> WorkerAnswer:
+    """Run the training loop on this rank; see `Work`."""
     from orpo_ray.training.job import TrainingJob
     from orpo_ray.training.loop import run_training
 
-    task = loop_config["task"]
     job = TrainingJob(
-        config=task.config,
-        model=task.model,
-        run_directory=task.run_directory,
+        config=config,
+        model=model,
+        run_directory=run_directory,
         train=ray.train.get_dataset_shard(TRAIN),
-        evals=_eval_streams(task),
-        device=_device(task),
+        evals=_streams(evals),
+        device=_device(config),
         report=_report,
-        watch=_watch(task),
+        watch=_watch(run_directory),
         preemption_notice=_preemption_notice,
     )
     # These would come back at every attempt: they are answers, not failures to start again from.
     try:
-        return WorkerAnswer(run_training(job))
+        run_training(job)
+        return WorkerAnswer()
     except (EvaluationError, ResumeError, UnsupportedModelError) as error:
-        return WorkerAnswer({}, refusal=str(error))
+        return WorkerAnswer(refusal=str(error))
     except StoppedError as error:
-        return WorkerAnswer({}, stopped=str(error))
+        return WorkerAnswer(stopped=str(error))
     except NonFiniteError as error:
-        return WorkerAnswer({}, failure=str(error))
+        return WorkerAnswer(failure=str(error))
     except MicrobatchTooLargeError as error:
         if ray.train.get_context().get_world_size() > 1:
             raise  # the other ranks wait for this one: Ray has to end them
-        return WorkerAnswer({}, failure=str(error))
+        return WorkerAnswer(failure=str(error))
 
 
-def evaluate_worker(loop_config: dict[str, WorkerTask]) -> WorkerAnswer:
-    """Evaluate the task's model on this rank."""
+def evaluate_worker(
+    config: ORPOConfig, model: ModelSource, run_directory: str, evals: Sequence[str]
+) -> WorkerAnswer:
+    """Evaluate the model on this rank; rank 0 writes a table of scores a set; see `Work`."""
     from orpo_ray.training.evaluation import run_evaluation
 
-    task = loop_config["task"]
-    evals = _eval_streams(task)
-    files = RunFiles(Path(task.run_directory), ray.train.get_context().get_world_rank() == 0)
-    files.directory.mkdir(parents=True, exist_ok=True)
-    model, device = task.model.model, _device(task)
+    notices: list[str] = []
+    device = _device(config)
     try:
-        metrics = run_evaluation(task.config, model, evals, device, files.notice)
+        found = run_evaluation(config, model.model, _streams(evals), device, notices.append)
     except UnsupportedModelError as error:
-        return WorkerAnswer({}, refusal=str(error))
-    return WorkerAnswer({"after": metrics})
+        return WorkerAnswer(refusal=str(error))
+    folder = Path(run_directory)
+    for name, table in found.scores.items():
+        make_folder(folder)
+        pq.write_table(table, folder / scores_file(name))
+        publish(folder / scores_file(name))
+    return WorkerAnswer(found.metrics, tuple(notices))
 
 
-def _eval_streams(task: WorkerTask) -> dict[str, TokenStream]:
+def scores_file(name: str) -> str:
+    """The file in which `evaluate_worker` leaves the scores of a set, by its name in the feed."""
+    return f"{name}.parquet"
+
+
+def _streams(evals: Sequence[str]) -> dict[str, TokenStream]:
     """This rank's evaluation streams; a set's name in the feed is its metric prefix."""
-    return {name: ray.train.get_dataset_shard(name) for name in task.evals}
+    return {name: ray.train.get_dataset_shard(name) for name in evals}
 
 
-def _device(task: WorkerTask) -> "torch.device":
+def _device(config: ORPOConfig) -> "torch.device":
     """This rank's device."""
     import torch
 
-    if task.config.ray.use_gpu:
+    if config.ray.use_gpu:
         device: torch.device = ray.train.torch.get_device()
         return device
     return torch.device("cpu")
 
 
-def _watch(task: WorkerTask) -> Callable[[Mapping[str, Any]], None]:
+def _watch(run_directory: str) -> Callable[[Mapping[str, Any]], None]:
     """What shows this run's logged lines to Prometheus: on rank 0 alone."""
     if ray.train.get_context().get_world_rank():
         return lambda line: None
-    return RunGauges(Path(task.run_directory)).show
+    return RunGauges(Path(run_directory)).show
 
 
 def _report(metrics: Mapping[str, Any]) -> None:
@@ -158,67 +156,55 @@ def _preemption_notice() -> str | None:
     return f"node {nodes} is to be taken away{until if info.deadline_ms else ''}"
 
 
-Work = Callable[[dict[str, WorkerTask]], WorkerAnswer]
+Work = Callable[[ORPOConfig, ModelSource, str, Sequence[str]], WorkerAnswer]
+"""What every rank runs: given the config, base model and tokenizer, the run directory as workers
+see it, and the names of the evaluation sets in the feed."""
 
 
 class TrainingError(RuntimeError):
     """Training stopped for a reason of its own, which another attempt would meet again."""
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What Ray Train is given.
+def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()) -> WorkerAnswer:
+    """Run `work` on every rank; returns rank 0's answer.
 
     Args:
-        config: settled by `cluster.with_cluster`.
-        model: base model and tokenizer.
-        run_directory: where the run and Ray Train's own state of it are kept.
-        plans: the feed, by data set name.
-        callbacks: of Ray Train, told of every report.
+        work: importable by name.
+        start: Ray Train keeps its own state in the run directory as well.
+        callbacks: of Ray Train, called at every report.
+
+    Raises:
+        ConfigError: for what the workers refuse.
+        StoppedError: when training was asked to stop, once a checkpoint was saved.
+        TrainingError: for what another attempt would meet again.
+        ray.train.TrainingFailedError: when workers keep failing.
     """
-
-    config: ORPOConfig
-    model: ModelSource
-    run_directory: Path
-    plans: Mapping[str, FeedPlan]
-    callbacks: Sequence[UserCallback] = ()
-
-    def run(self, work: Work) -> WorkerAnswer:
-        """Run `work` on every rank; returns rank 0's answer.
-
-        Raises:
-            ConfigError: for what the workers refuse.
-            TrainingError: for what another attempt would meet again.
-            ray.train.TrainingFailedError: when workers keep failing.
-        """
-        task = WorkerTask(
-            config=self.config,
-            model=self.model,
-            run_directory=str(of_side(self.run_directory, WORKERS)),
-            evals=tuple(name for name in self.plans if name != TRAIN),
-        )
-        cluster.ask_for_timeouts(self.config)
-        backend = "cpu:gloo,cuda:nccl" if self.config.ray.use_gpu else "gloo"
-        trainer = TorchTrainer(
-            work,
-            train_loop_config={"task": task},
-            torch_config=TorchConfig(
-                backend=backend, timeout_s=int(self.config.ray.process_group_timeout_s)
-            ),
-            scaling_config=cluster.scaling(self.config),
-            run_config=cluster.run_settings(self.config, self.run_directory, list(self.callbacks)),
-            datasets={name: plan.shard_list() for name, plan in self.plans.items()},
-            dataset_config=PlannedFeed(self.plans),
-        )
-        try:
-            answer: WorkerAnswer = trainer.fit().return_value
-        except BaseException:
-            with contextlib.suppress(OSError):
-                fetch_folder(self.run_directory, from_workers)
-            raise
-        fetch_folder(self.run_directory, from_workers)
-        if answer.refusal:
-            raise ConfigError(answer.refusal.splitlines())
-        if answer.failure:
-            raise TrainingError(answer.failure)
-        return answer
+    config, run_directory, plans = start.config, start.run_directory, start.plans()
+    evals = tuple(name for name in plans if name != TRAIN)
+    worker_directory = str(of_side(run_directory, WORKERS))
+    cluster.ask_for_timeouts(config)
+    trainer = TorchTrainer(
+        partial(work, config, start.inputs.model, worker_directory, evals),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
+            timeout_s=int(config.ray.process_group_timeout_s),
+        ),
+        scaling_config=cluster.scaling(config),
+        run_config=cluster.run_settings(config, run_directory, list(callbacks)),
+        datasets={name: plan.shard_list() for name, plan in plans.items()},
+        dataset_config=PlannedFeed(plans),
+    )
+    try:
+        answer: WorkerAnswer = trainer.fit().return_value
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fetch_folder(run_directory, from_workers)
+        raise
+    fetch_folder(run_directory, from_workers)
+    if answer.refusal:
+        raise ConfigError(answer.refusal.splitlines())
+    if answer.failure:
+        raise TrainingError(answer.failure)
+    if answer.stopped:
+        raise StoppedError(answer.stopped)
+    return answer

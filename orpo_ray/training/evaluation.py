@@ -14,12 +14,13 @@ from torch import Tensor
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.packing import PackedRow
 from orpo_ray.dataset.stream import StepBatch, TokenStream
-from orpo_ray.models.build import build_model, use_bf16
+from orpo_ray.models.build import build_evaluated_model, use_bf16
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel, OrpoOutput
 from orpo_ray.models.packing_check import check_packing
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.objective.odds_ratio import log_odds
+from orpo_ray.training.budget import head_chunk, with_plan
 from orpo_ray.training.step import loss_scale
 
 SCHEMA = pa.schema(
@@ -181,9 +182,22 @@ def run_evaluation(
     evals: Mapping[str, TokenStream],
     device: torch.device,
     notice: Callable[[str], None],
-) -> dict[str, Any]:
-    """Load a model and evaluate it; see `evaluate_streams`."""
-    model = build_model(config, model_path, device)
-    stream = next(iter(evals.values()))
-    check_packing(model, stream, device, use_bf16(config, device), notice)
-    return evaluate_streams(model, evals, config.orpo.beta, device).metrics
+) -> EvaluationFigures:
+    """Load a model and evaluate it; every rank calls this.
+
+    Args:
+        config: the run.
+        model_path: folder or hub id, of a model or of LoRA adapters.
+        evals: see `evaluate_streams`.
+        device: of this rank.
+        notice: told how a model of an unknown family is computed.
+
+    Raises:
+        UnsupportedModelError: for a model whose loss would be wrong or that cannot be read.
+    """
+    model = build_evaluated_model(config, model_path, device)
+    chunk_tokens = head_chunk(config, model, device)  # the feed was planned without the device
+    evals = {name: with_plan(part, chunk_tokens=chunk_tokens) for name, part in evals.items()}
+    sample = next(iter(evals.values()))
+    check_packing(model, sample, device, use_bf16(config, device), notice)
+    return evaluate_streams(model, evals, config.orpo.beta, device)

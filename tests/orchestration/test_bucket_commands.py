@@ -138,6 +138,7 @@ def test_a_sweep_its_champion_and_an_evaluation(bucket, new_ray_cluster, run_com
     trials = [path.read_bytes() for path in sweep.glob("trials/*/final/model.safetensors")]
     assert weights in trials
     assert len({path.parts[-3] for path in sweep.glob("trials/*/tensorboard/events*")}) == 2
+    assert len(list(sweep.glob("trials/*/report.html"))) == 2
     assert "scratch" not in (sweep / "best_config.yaml").read_text()
     status = run_command(tmp_path, "jobs/status.py", "s3://bucket/runs/sweep", "--json")
     assert [t["state"] for t in json.loads(status.stdout)["trials"]] == ["finished", "finished"]
@@ -156,7 +157,7 @@ def test_a_sweep_its_champion_and_an_evaluation(bucket, new_ray_cluster, run_com
     result = found("s3://bucket/runs/looked-at")
     assert json.loads((result / "evaluation.json").read_text())["sets"]["eval"]["pairs"] == 100
     assert (result / "scores.parquet").stat().st_size
-    assert not (result / "parts").exists()
+    assert not (result / ".evaluation").exists()
 
 
 @pytest.mark.parametrize(

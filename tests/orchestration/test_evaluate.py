@@ -26,7 +26,7 @@ def pair(i: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, run_command, ray_cluster) -> Path:
-    """A run of the command on the demo's base model, beside itself as its own baseline."""
+    """The command on the demo's base model, sharded over two workers, as its own baseline."""
     folder = tmp_path_factory.mktemp("evaluated")
     lines = [json.dumps(pair(i)) for i in range(N_ROWS)]
     lines[7] = "{"
@@ -41,6 +41,7 @@ def evaluated(tmp_path_factory, run_command, ray_cluster) -> Path:
         "eval_files={path: pairs.jsonl, name: sums}",
         "eval_subset_column=subset",
         "max_bad_fraction=0.05",
+        "num_workers=2",
         "run_name=run",
         ray_address=ray_cluster,
     )

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.demo.model import make_demo_model
-from orpo_ray.orchestration.evaluate import evaluate_model
+from orpo_ray.orchestration.evaluate import evaluate
 from orpo_ray.orchestration.exposure import asks_for_token, reachable_addresses
 from orpo_ray.orchestration.inputs import find_inputs
 from orpo_ray.preference.errors import DataError
@@ -79,7 +79,7 @@ def test_code_of_a_model_is_not_run(own_code, folder, run_command, run_here, mon
     assert done.stderr.startswith(f"error: model_name_or_path: {says}")
     assert len(done.stderr.splitlines()) == 1
     with pytest.raises(DataError, match=r"baseline: .* brings code of its own"):
-        evaluate_model(ORPOConfig(baseline=str(path)))
+        evaluate(ORPOConfig(baseline=str(path)))
     with pytest.raises(ConfigError, match=r"model_name_or_path: .* brings code of its own"):
         plan_lines(ORPOConfig(model_name_or_path=str(path)))
     with pytest.raises(UnsupportedModelError, match="brings code of its own"):

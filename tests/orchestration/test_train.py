@@ -18,11 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_ray import ORPOConfig, ORPOTrainer
 from orpo_ray.config.schema import ConfigError
-from orpo_ray.orchestration.cluster import (
-    set_aside_broken_snapshot,
-    with_cluster,
-    workers_that_fit,
-)
+from orpo_ray.orchestration.cluster import with_cluster, workers_that_fit
 from orpo_ray.runs.files import count_events
 from tests.conftest import ROOT
 from tests.reference.timing import TIMING
@@ -158,13 +154,6 @@ def test_more_workers_than_the_cluster_holds_are_refused(ray_cluster):
 )
 def test_workers_are_counted_whole_on_a_node(ray_cluster, changes, n_fit):
     assert workers_that_fit(ORPOConfig(**changes)) == n_fit
-
-
-@pytest.mark.parametrize("content", ["", "{", '{"checkpoint_results": [{"checkpoint_dir_name": 1'])
-def test_a_torn_snapshot_of_ray_is_set_aside(tmp_path, content):
-    (tmp_path / "checkpoint_manager_snapshot.json").write_text(content)
-    assert "torn" in set_aside_broken_snapshot(tmp_path)
-    assert set_aside_broken_snapshot(tmp_path) is None
 
 
 @pytest.mark.slow  # test_refusals trains a mixture of the same files on two workers

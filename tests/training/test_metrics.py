@@ -1,6 +1,7 @@
 """What a run writes down of its pairs and of the model's answers, beside its metrics."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,37 +9,34 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.dataset.shards import read_shard
 from orpo_ray.runs.files import TIME_PARTS, TIME_PREFIX, read_metrics
 from orpo_ray.storage.files import read_lines
-from orpo_ray.training.scoring import PairScorer
 from tests.reference.small_run import train_small
+from tests.training.test_evaluation import evaluated
 
 
-def scores(folder: Path, model: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """Every pair of the inputs as the scorer, on one device and without sharding, sees it."""
-    paths = sorted((folder / "tokens").glob("*.parquet"))
-    groups = [group for path in paths for group in read_shard(str(path))]
-    scorer = PairScorer.load(ORPOConfig(), str(model), torch.device("cpu"), groups[:4])
-    rows = scorer.score(groups).to_pylist()
-    return {(row["source"], row["row"] + 1): row for row in rows}
+def scores(
+    run_ranks: Callable[..., Any], folder: Path, model: Path
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """Every pair of the inputs as the evaluation command, on one rank without sharding, sees it."""
+    ((table, *_),) = run_ranks(1, evaluated, str(folder / "tokens"), str(model), {})
+    return {(row["source"], row["row"] + 1): row for row in table.to_pylist()}
 
 
-def test_margins_are_those_of_the_model_before_the_step(whole_run, inputs):
+def test_margins_are_those_of_the_model_before_the_step(run_ranks, whole_run, inputs):
     """Two ranks share a batch; the file has it in the ledger's order. Six digits are written."""
     margins, ledger = (read_lines(whole_run / f"{name}.jsonl") for name in ("margins", "ledger"))
     assert [line["step"] for line in margins] == [line["step"] for line in ledger]
     assert all(len(m["margins"]) == len(x["rows"]) for m, x in zip(margins, ledger, strict=True))
-    expected = scores(inputs, inputs / "model")
+    expected = scores(run_ranks, inputs, inputs / "model")
     first = [expected[source, row]["margin"] for source, row in ledger[0]["rows"]]
     assert margins[0]["margins"] == pytest.approx(first, abs=2e-6)
 
 
-def test_evaluations_are_those_of_the_scorer_with_intervals(whole_run, inputs):
+def test_evaluations_are_those_of_the_command_with_intervals(run_ranks, whole_run, inputs):
     lines = read_lines(whole_run / "evaluations.jsonl")
     assert [line["step"] for line in lines] == [0, 10, 20, 24]
-    rows = list(scores(inputs, whole_run / "final").values())
+    rows = list(scores(run_ranks, inputs, whole_run / "final").values())
     accuracy, low, high = lines[-1]["figures"]["accuracy"]
     assert accuracy == sum(row["margin"] > 0 for row in rows) / len(rows)
     assert low < accuracy < high

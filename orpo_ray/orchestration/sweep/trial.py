@@ -1,8 +1,7 @@
 """One trial of a sweep: a training run with some settings of its own; in Tune's trial actors."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,16 @@ from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.orchestration.cluster import set_aside_broken_snapshot
 from orpo_ray.orchestration.start import Start, make_console, start_run
-from orpo_ray.orchestration.trackers import Trackers
-from orpo_ray.orchestration.workers import Fit, TrainingError, train_worker
+from orpo_ray.orchestration.train import train_run
+from orpo_ray.orchestration.workers import TrainingError
 from orpo_ray.preference.errors import DataError
-from orpo_ray.reports.card import write_model_card
-from orpo_ray.reports.live import RunWatcher
 from orpo_ray.runs.files import CONFIG, TRIAL_RECORD, TRIALS
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.storage.bucket import address, make_folder
 from orpo_ray.storage.files import first_line, read_json, write_json
 from orpo_ray.storage.mirror import publish
+from orpo_ray.training.errors import StoppedError
 
 # Settings that change tokens or the base model: a trial with its own of these ingests for itself.
 _INPUTS = frozenset(
@@ -73,46 +70,30 @@ def run_trial(
 
     Why it failed is written into its folder as well, unless it was ended from outside.
     """
-    trials = start.run_directory / TRIALS
-    directory = trials / name
+    directory = start.run_directory / TRIALS / name
     make_folder(directory)
     record = {"trial": name, "values": dict(values)}
     _write(directory, record)
     try:
-        config = trial_config(start.config, values).replace(
-            run_name=name,
-            output_dir=address(trials),
-            token_cache_dir=start.config.data.token_cache_dir
-            or address(start.run_directory.parent / "token_cache"),
-        )
-        trial = dataclasses.replace(start, config=config, run_directory=directory)
-        if _INPUTS & values.keys():
-            trial = start_run(_with_found_inputs(config, start, values), make_console())
-        (directory / CONFIG).write_text(to_yaml(trial.config))
-        publish(directory / CONFIG)
-        set_aside_broken_snapshot(directory)
-        fit = Fit(trial.config, trial.inputs.model, directory, trial.plans(), callbacks)
-        with _tracked(fit):
-            fit.run(train_worker)
-        write_model_card(directory, trial.config, trial.data_report)
-    except (ConfigError, DataError, TrainingError, TrainingFailedError) as error:
+        with working_on(directory):
+            train_run(_start(start, directory, values), Console(quiet=True), callbacks)
+    except (ConfigError, DataError, StoppedError, TrainingError, TrainingFailedError) as error:
         _write(directory, record | {"failure": first_line(error)})
         raise
 
 
-@contextmanager
-def _tracked(fit: Fit) -> Iterator[None]:
-    """Send a trial's metrics to the trackers that it reports to, each as a run of its own."""
-    if not fit.config.output.report_to:
-        yield
-        return
-    console = Console(quiet=True)
-    with (
-        working_on(fit.run_directory),
-        closing(Trackers(fit.config, fit.run_directory, console)) as trackers,
-        RunWatcher(fit.run_directory, 0, console, log=trackers.log),
-    ):
-        yield
+def _start(sweep: Start, directory: Path, values: Mapping[str, Any]) -> Start:
+    """The sweep's start with a trial's settings; the trial ingests where they change its inputs."""
+    config = trial_config(sweep.config, values).replace(
+        run_name=directory.name,
+        output_dir=address(directory.parent),
+        token_cache_dir=sweep.config.data.token_cache_dir
+        or address(sweep.run_directory.parent / "token_cache"),
+    )
+    if _INPUTS & values.keys():
+        return start_run(_with_found_inputs(config, sweep, values), make_console())
+    (directory / CONFIG).write_text(to_yaml(config))
+    return dataclasses.replace(sweep, config=config, run_directory=directory)
 
 
 def trial_config(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:

@@ -21,7 +21,6 @@ from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.dataset.request import TRAIN
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.start import (
     Start,
@@ -151,12 +150,7 @@ def _with_evaluations(start: Start) -> Start:
     """Trials are compared at evaluations: without `eval_steps`, eight of them a run."""
     if start.config.train.eval_steps is not None:
         return start
-    return replace(start, config=start.config.replace(eval_steps=max(1, _n_steps(start) // 8)))
-
-
-def _n_steps(start: Start) -> int:
-    plan = start.plans()[TRAIN]
-    return start.config.total_steps(plan.order.n_batches(plan.plan.batch_groups))
+    return replace(start, config=start.config.replace(eval_steps=max(1, start.n_steps // 8)))
 
 
 def _tuner(start: Start, space: Mapping[str, Any], goal: Goal) -> ray_tune.Tuner:
@@ -220,7 +214,7 @@ def _scheduler(start: Start) -> TrialScheduler:
     config = start.config
     grace = config.tune.grace_steps or config.train.eval_steps or 1
     if config.tune.trial_scheduler == "asha":
-        n_steps = max(_n_steps(start), grace)
+        n_steps = max(start.n_steps, grace)
         return ASHAScheduler(
             time_attr="step",
             max_t=n_steps,

@@ -80,6 +80,13 @@ def test_a_bad_trial_is_recorded_and_the_best_of_the_others_is_kept(run_command,
     names = {trial.name for trial in read_trials(sweep)}
     assert "beta-0" in names
     assert len(names) == 3
+    for trial in read_trials(sweep):
+        if trial.finished:  # as any run ends: 12 steps of 4 pairs, none of them twice
+            page = (trial.directory / "report.html").read_text()
+            assert "<svg" in page
+            counts = json.loads((trial.directory / "data_report.json").read_text())["train"]
+            assert (counts["rows_trained"], counts["rows_not_reached"]) == (48, 16)
+            assert len((trial.directory / "suspects.jsonl").read_text().splitlines()) == 48
     page = (sweep / "sweep_report.html").read_text()
     assert page.count("<svg") >= 2
     assert not re.findall(r'(?:src|href)="http', page)  # but for SVG's own, `xlink:href="#..."`
