@@ -148,7 +148,8 @@ def shared_data() -> Path:
 def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a command of the project in a folder: `run_command(folder, "jobs/train.py", ...)`.
 
-    It starts a Ray of its own, or joins the one at `ray_address`.
+    A name without `.py` is a command of `orpo-ray`. It starts a Ray of its own, or joins the one at
+    `ray_address`.
     """
 
     def run(
@@ -159,8 +160,9 @@ def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
         timeout_s: float = 280,
     ) -> subprocess.CompletedProcess[str]:
         joins = {"RAY_ADDRESS": ray_address} if ray_address else {}
+        program = [str(ROOT / script)] if script.endswith(".py") else ["-m", "orpo_ray", script]
         return subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments],
+            [sys.executable, *program, *arguments],
             cwd=folder,
             env=os.environ | joins,
             capture_output=True,

@@ -1,11 +1,9 @@
 """README.md and docs/ are true: commands and Python run as they stand, configs load, links hold."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,19 +55,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.commands
 @pytest.mark.timeout(900)
-def test_the_commands_run_in_the_order_they_are_shown(folder, ray_cluster):
+def test_the_commands_run_in_the_order_they_are_shown(folder, run_command, ray_cluster):
     for command in commands("orpo-ray"):
         # A sweep brings its own Ray, with the dashboard that frees what stopped trials held.
-        joins = {} if command[1] == "tune" else {"RAY_ADDRESS": ray_cluster}
-        done = subprocess.run(
-            [sys.executable, "-m", "orpo_ray", *command[1:]],
-            cwd=folder,
-            env=os.environ | joins,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
+        address = None if command[1] == "tune" else ray_cluster
+        done = run_command(folder, *command[1:], ray_address=address)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
         assert "Traceback" not in done.stderr
     log = (folder / "runs" / "first" / "run.log").read_text()

@@ -77,7 +77,7 @@ class TrainResult:
     """A finished run.
 
     Args:
-        run_directory: absolute path or URL; the README says what is in it.
+        run_directory: absolute path or URL; `docs/runs.md` lists its files.
         model_directory: the trained model, for `AutoModelForCausalLM.from_pretrained`.
         metrics: last logged training metrics and last evaluation.
         metrics_before: the evaluation before the first step; empty without evaluation data.

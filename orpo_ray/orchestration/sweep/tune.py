@@ -56,7 +56,7 @@ class SweepResult:
     """A finished sweep.
 
     Args:
-        directory: absolute path or URL; the README says what is in it.
+        directory: absolute path or URL; `docs/sweeps.md` lists its files.
         best: the best trial, or None when none is left under the guard.
         trials: all trials, the best first.
         model_directory: the best trial's model.
