@@ -166,13 +166,13 @@ def _as_refusals(name: str) -> Iterator[None]:
 
 def _own_code(name: str) -> str:
     return (
-        f"{name} brings code of its own, which is not run; read it, and set trust_remote_code=true "
-        "with model_revision at the commit that was read"
+        f"{name} contains custom code, which is not run; review it, then set "
+        "trust_remote_code=true and model_revision to the reviewed commit"
     )
 
 
 def _no_safetensors(name: str) -> str:
     return (
-        f"{name} has no safetensors weights, and pickled ones (*.bin) can run code and are never "
-        "read; where its origin is trusted, load it with transformers and save_pretrained() it"
+        f"{name} has no safetensors weights, and pickled weights (*.bin) are never loaded, "
+        "since they can run code; if its origin is trusted, convert it with save_pretrained()"
     )

@@ -73,7 +73,7 @@ def test_no_usable_row_is_exit_2_with_the_reasons(run_here, ray_cluster, tmp_pat
     assert lines == [
         f"error: no usable row in {path}: 1 identical_answers, 1 malformed_json",
         f"error: {path}:1: identical_answers: chosen and rejected are the same",
-        f"error: {path}:2: malformed_json: the line is no JSON",
+        f"error: {path}:2: malformed_json: the line is not valid JSON",
     ]
 
 

@@ -182,7 +182,9 @@ def nothing_usable(tokens: TokenSet) -> list[str]:
     counts = ", ".join(f"{count} {reason}" for reason, count in report["refused"].items())
     if report["rows_held_out"]:
         counts = f"{report['rows_held_out']} held out"
-    lines = [f"no usable row in {', '.join(tokens.sources)}: {counts or 'the files hold no row'}"]
+    lines = [
+        f"no usable row in {', '.join(tokens.sources)}: {counts or 'the files contain no rows'}"
+    ]
     return lines + first_refused(tokens, 3)
 
 

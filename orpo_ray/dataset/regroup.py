@@ -153,8 +153,8 @@ def _count_dropped(
         summary[name] = len(np.unique(stats.rows[kept & side]))
     lost = set(stats.rows.tolist()) - set(stats.rows[kept].tolist())
     details = {
-        Reason.DUPLICATE: "the same pair stands before it",
-        Reason.OVERLAP: "an evaluation set has its prompt",
+        Reason.DUPLICATE: "repeats an earlier pair",
+        Reason.OVERLAP: "its prompt is also in an evaluation set",
     }
     lines = []
     for reason, mask in reasons.items():

@@ -217,7 +217,7 @@ class _ShardContents:
         if raw.record is None:
             if raw.problem is None:
                 raise AssertionError(f"row {raw.number} has neither a record nor a problem")
-            return Refusal(raw.problem, _WHY_NO_RECORD.get(raw.problem, "it is no JSON object"))
+            return Refusal(raw.problem, _WHY_NO_RECORD.get(raw.problem, "not a JSON object"))
         found = self._request.reader.read(raw.record)
         if isinstance(found, Refusal):
             return found
@@ -248,14 +248,14 @@ class _ShardContents:
         try:
             (text.prompt + text.chosen + text.rejected).encode()
         except UnicodeEncodeError:
-            return Refusal(Reason.BAD_SURROGATE, "its text holds half of a surrogate pair")
+            return Refusal(Reason.BAD_SURROGATE, "the rendered text contains an unpaired surrogate")
         return empty_answer(text, tokenizer.eos_token) or text
 
 
 _WHY_NO_RECORD = {
-    Reason.MALFORMED_JSON: "the line is no JSON",
-    Reason.MALFORMED_TABLE: "it has not as many cells as the header",
-    Reason.TORN_LINE: "the last line of the file has no end: was it cut off?",
-    Reason.NOT_UTF8: "it is not UTF-8",
-    Reason.DUPLICATE_KEY: "an object has a key twice, and parsers differ in which they keep",
+    Reason.MALFORMED_JSON: "the line is not valid JSON",
+    Reason.MALFORMED_TABLE: "its number of cells differs from the header's",
+    Reason.TORN_LINE: "the last line is not valid JSON and has no newline; is the file cut off?",
+    Reason.NOT_UTF8: "not valid UTF-8",
+    Reason.DUPLICATE_KEY: "an object has a duplicate key, whose value depends on the parser",
 }

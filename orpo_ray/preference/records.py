@@ -109,7 +109,7 @@ def normalise(row: Mapping[str, Any]) -> Record | Refusal:
             return content
         fields[name] = content
     if len({isinstance(content, str) for content in fields.values()}) > 1:
-        return Refusal(Reason.MIXED_TYPES, "some of prompt, chosen and rejected are text, some not")
+        return Refusal(Reason.MIXED_TYPES, "prompt, chosen and rejected mix text and messages")
     record = _split_prompt(fields)
     return record if isinstance(record, Refusal) else check_record(record)
 
@@ -191,7 +191,7 @@ def _is_text(value: str) -> bool:
 
 
 def _lone_surrogate(name: str) -> Refusal:
-    return Refusal(Reason.BAD_SURROGATE, f"{name} holds half of a surrogate pair, not text")
+    return Refusal(Reason.BAD_SURROGATE, f"{name} contains an unpaired surrogate")
 
 
 def _split_prompt(fields: Mapping[str, Content]) -> Record | Refusal:
@@ -202,10 +202,13 @@ def _split_prompt(fields: Mapping[str, Content]) -> Record | Refusal:
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _split_dialogues(chosen, rejected)
     if not chosen or not rejected:
-        side = Reason.EMPTY_REJECTED if chosen else Reason.EMPTY_CHOSEN
-        return Refusal(side, "has no messages")
+        if chosen:
+            return Refusal(Reason.EMPTY_REJECTED, "rejected has no messages")
+        return Refusal(Reason.EMPTY_CHOSEN, "chosen has no messages")
     if chosen[:-1] != rejected[:-1]:
-        return Refusal(Reason.PROMPT_NOT_SHARED, "messages differ before the last one")
+        return Refusal(
+            Reason.PROMPT_NOT_SHARED, "chosen and rejected differ before their last message"
+        )
     return Record(chosen[:-1], chosen[-1:], rejected[-1:])
 
 
@@ -215,11 +218,13 @@ def _split_dialogues(chosen: str, rejected: str) -> Record | Refusal:
     if min(cuts) < 0:
         return Refusal(
             Reason.MISSING_FIELD,
-            "prompt is missing, and the answers hold no 'Assistant:' turn to cut it at",
+            "prompt is missing, and chosen or rejected has no 'Assistant:' turn to split it from",
         )
     ends = [cut + len(_LAST_TURN) for cut in cuts]
     if chosen[: ends[0]] != rejected[: ends[1]]:
-        return Refusal(Reason.PROMPT_NOT_SHARED, "dialogues differ before the last 'Assistant:'")
+        return Refusal(
+            Reason.PROMPT_NOT_SHARED, "chosen and rejected differ before their last 'Assistant:'"
+        )
     return Record(chosen[: ends[0]], chosen[ends[0] :], rejected[ends[1] :])
 
 
@@ -232,7 +237,10 @@ def check_record(record: Record) -> Record | Refusal:
         answer = getattr(record, name)
         if isinstance(answer, tuple):
             if answer and role_of(answer[-1]) != ASSISTANT:
-                return Refusal(Reason.NOT_AN_ANSWER, f"{name} does not end with the assistant")
+                return Refusal(
+                    Reason.NOT_AN_ANSWER,
+                    f"the last message of {name} has a role other than assistant",
+                )
             wrong = _turn_order_error((*record.prompt, *answer))
             if wrong:
                 return Refusal(Reason.BAD_ROLE, wrong)
@@ -251,9 +259,9 @@ def _turn_order_error(messages: Iterable[Any]) -> str | None:
     for index, message in enumerate(messages):
         role = role_of(message)
         if role == SYSTEM and before not in (None, SYSTEM):
-            return f"a system turn stands at place {index + 1}, after the {before}'s"
+            return f"message {index + 1} has the role system, but comes after {before}"
         if role == USER and before == USER:
-            return f"turns {index} and {index + 1} are both the user's"
+            return f"messages {index} and {index + 1} both have the role user"
         before = role
     return None
 

@@ -115,7 +115,10 @@ class RowReader:
             return Refusal(Reason.BAD_SCORE, f"scores {scores} are not two numbers")
         gap = float(numbers[0] or 0) - float(numbers[1] or 0)
         if self.min_score_gap is not None and gap < self.min_score_gap:
-            return Refusal(Reason.SCORE_GAP, f"the scores differ by {gap:g}")
+            return Refusal(
+                Reason.SCORE_GAP,
+                f"score_chosen - score_rejected is {gap:g}, less than min_score_gap",
+            )
         return None
 
     def _ranking(self, row: Mapping[str, Any]) -> ParsedRow | Refusal:
@@ -230,12 +233,16 @@ def _scored_answers(name: str, row: Mapping[str, Any]) -> list[tuple[str, float]
         scores = [_first_value(answer, _ANSWER_SCORES, _minus_rank(answer)) for answer in objects]
         answers = [_first_value(answer, _ANSWER_TEXTS) for answer in objects]
     if not isinstance(scores, list) or len(scores) != len(answers):
-        return Refusal(Reason.BAD_SCORE, f"not one score for each of {len(answers)} {name}")
+        return Refusal(
+            Reason.BAD_SCORE, f"expected a list of {len(answers)} scores, one for each of {name}"
+        )
     found = []
     for index, (answer, score) in enumerate(zip(answers, scores, strict=True)):
         number = _number(score)
         if number is None:
-            return Refusal(Reason.BAD_SCORE, f"the score of {name}[{index}] is {score!r}")
+            return Refusal(
+                Reason.BAD_SCORE, f"the score of {name}[{index}] is {score!r}, not a finite number"
+            )
         text = parse_content({name: answer}, name)
         if isinstance(text, Refusal):
             return text
@@ -275,10 +282,12 @@ def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
             try:
                 value = json.loads(value)
             except ValueError:
-                return Refusal(Reason.WRONG_TYPE, f"{name} is text that is no JSON")
+                return Refusal(Reason.WRONG_TYPE, f"{name} is text that is not valid JSON")
         if not value:
             continue
         if not isinstance(value, kind):
-            return Refusal(Reason.WRONG_TYPE, f"{name} is a {type(value).__name__}")
+            return Refusal(
+                Reason.WRONG_TYPE, f"{name} is a {type(value).__name__}, not a {kind.__name__}"
+            )
         arguments |= value if kind is dict else {"tools": value}
     return arguments

@@ -30,7 +30,7 @@ def template_text(setting: str) -> str:
         return setting
     path = Path(setting).expanduser()
     if not path.is_file():
-        raise DataError([f"chat_template: {setting}: no such file, and no template either"])
+        raise DataError([f"chat_template: {setting}: no such file, and not a Jinja template"])
     return path.read_text(encoding="utf-8")
 
 
@@ -58,7 +58,7 @@ def render(record: Record, tokenizer: Any) -> PairText | Refusal:
         return _render_messages(record, tokenizer)
     except Exception as error:
         # A template is a program: it raises on turns that its model does not take, and on others.
-        return Refusal(Reason.TEMPLATE_REFUSED, f"the chat template says: {error}")
+        return Refusal(Reason.TEMPLATE_REFUSED, f"the chat template raised: {error}")
 
 
 def _render_messages(record: Record, tokenizer: Any) -> PairText | Refusal:
@@ -73,7 +73,7 @@ def _render_messages(record: Record, tokenizer: Any) -> PairText | Refusal:
         lost = asking[shared : shared + 40]
         return Refusal(
             Reason.UNSTABLE_BORDER,
-            f"the chat template renders the prompt otherwise once it is answered, from {lost!r} on",
+            f"the chat template renders the prompt differently before an answer, from {lost!r} on",
         )
     return PairText(
         prompt=with_chosen[:shared],
@@ -122,7 +122,7 @@ def empty_answer(text: PairText, eos: str) -> Refusal | None:
     for name, reason in (("chosen", Reason.EMPTY_CHOSEN), ("rejected", Reason.EMPTY_REJECTED)):
         answer: str = getattr(text, name)
         if not answer.strip().removesuffix(eos).strip():
-            return Refusal(reason, f"{name} has no text before its end")
+            return Refusal(reason, f"{name} has no text before its end-of-sequence token")
     return None
 
 
@@ -145,7 +145,8 @@ def special_token_in(record: Record, tokenizer: Any) -> Refusal | None:
             if found:
                 return Refusal(
                     Reason.SPECIAL_TOKEN,
-                    f"{name} holds {found.group()}; special_tokens_in_text=allow reads it as such",
+                    f"{name} contains the special token {found.group()}; to encode it as one, set "
+                    "special_tokens_in_text=allow",
                 )
     return None
 

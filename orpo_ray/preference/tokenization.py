@@ -76,10 +76,18 @@ class PairTokenizer:
         name = self.tokenizer.name_or_path
         if not self.tokenizer.is_fast:
             raise DataError(
-                [f"model_name_or_path: {name} has a slow tokenizer, which gives no offsets"]
+                [
+                    f"model_name_or_path: {name} has a slow tokenizer, which gives no character "
+                    "offsets; a fast one (tokenizer.json) is needed"
+                ]
             )
         if self.tokenizer.eos_token_id is None:
-            raise DataError([f"model_name_or_path: {name} has a tokenizer without an eos_token"])
+            raise DataError(
+                [
+                    f"model_name_or_path: {name} has a tokenizer without an eos_token; set one in "
+                    "its tokenizer_config.json"
+                ]
+            )
 
     @cached_property
     def _encoder(self) -> Any:
@@ -134,7 +142,7 @@ class PairTokenizer:
         prompt_cut = len(prompt) > most
         if prompt_cut and limits.truncation in ("drop", "error"):
             return Refusal(
-                Reason.PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens, of {most} at most"
+                Reason.PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens, the limit is {most}"
             )
         if prompt_cut:
             n_bos = int(prompt[0] == self.tokenizer.bos_token_id)
@@ -152,8 +160,8 @@ class PairTokenizer:
         if not prompt and min(len(chosen), len(rejected)) < 2:
             return Refusal(
                 Reason.NO_PREDICTED_TOKEN,
-                "with no prompt and no beginning-of-sequence token an answer of one token has "
-                "nothing before it",
+                "an answer of one token has no predicted token without a prompt or a "
+                "beginning-of-sequence token",
             )
         group = PromptGroup(
             prompt=np.asarray(prompt, dtype=np.int32),

@@ -300,7 +300,7 @@ def test_when_every_row_is_refused_the_first_are_shown(ingested: Ingested, tmp_p
     for _ in range(2):
         counts, *rows = nothing_usable(ingest(request, map_tasks))
         assert counts == f"no usable row in {path}: 1 malformed_json, 4 missing_field"
-        assert rows[0] == f"{path}:1: malformed_json: the line is no JSON"
+        assert rows[0] == f"{path}:1: malformed_json: the line is not valid JSON"
         assert rows[1].startswith(f"{path}:3: missing_field: chosen is missing")
 
 
@@ -308,7 +308,7 @@ def test_files_without_rows_are_refused(ingested: Ingested, tmp_path: Path) -> N
     (line,) = nothing_usable(
         ingest(request_for(ingested, tmp_path, "blank.jsonl", b"\n  \n"), map_tasks)
     )
-    assert line.endswith("the files hold no row")
+    assert line.endswith("the files contain no rows")
 
 
 def test_messages_without_a_template_are_refused(ingested: Ingested, tmp_path: Path) -> None:

@@ -43,18 +43,18 @@ TEXT_CLASSES: dict[str, tuple[dict[str, Any], str | None, str]] = {
         "identical_after_truncation",
         "the same tokens",
     ),
-    "prompt over the limit": (TEXT | {"prompt": "q" * 99}, "prompt_too_long", "of 32 at most"),
+    "prompt over the limit": (TEXT | {"prompt": "q" * 99}, "prompt_too_long", "the limit is 32"),
     "long completion": (TEXT | {"chosen": "q" * 99}, None, ""),
     "special token in the text": (
         TEXT | {"chosen": "a<|eos|>b"},
         "special_token_in_text",
-        "chosen holds <|eos|>; special_tokens_in_text=allow",
+        "chosen contains the special token <|eos|>; to encode it as one, set special_tokens",
     ),
     "ends with the end of sequence": (TEXT | {"chosen": "yes!<|eos|>"}, None, ""),
     "control and NUL characters": (TEXT | {"chosen": "a\x00\x07b"}, None, ""),
     "right to left and emoji": (TEXT | {"chosen": "\u05d0\u202e\U0001f600"}, None, ""),
     "extra columns": (TEXT | {"prompt": "q: ", "source": "web"}, None, ""),
-    "exact duplicate": (TEXT, "duplicate", "stands before it"),
+    "exact duplicate": (TEXT, "duplicate", "repeats an earlier pair"),
     "prompt of the evaluation set": (TEXT | {"prompt": "e: "}, "overlap", "evaluation set"),
     "score that is not a number": (
         TEXT | {"score_chosen": float("nan"), "score_rejected": 1.0},
@@ -70,17 +70,17 @@ CHAT_CLASSES: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "unknown order": (
         chat(prompt=[says("user", "a"), says("system", "b")]),
         "bad_role",
-        "a system turn stands at place 2",
+        "message 2 has the role system",
     ),
     "not ending with the assistant": (
         chat(chosen=[says("user", "c")]),
         "not_an_answer",
-        "does not end with the assistant",
+        "of chosen has a role other than assistant",
     ),
     "border not stable": (
         chat(prompt=[says("user", "unstable")]),
         "unstable_border",
-        "renders the prompt otherwise once it is answered",
+        "renders the prompt differently before an answer",
     ),
 }
 DIALOGUE_CLASSES: dict[str, tuple[dict[str, Any], str | None, str]] = {
@@ -88,19 +88,19 @@ DIALOGUE_CLASSES: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "prompt not shared": (
         {"chosen": DIALOGUE + " a", "rejected": "\n\nHuman: ho\n\nAssistant: b"},
         "prompt_not_shared",
-        "dialogues differ",
+        "chosen and rejected differ",
     ),
 }
 # Only text can be so wrong: lines of JSON as bytes.
 LINE_CLASSES: dict[str, tuple[bytes, str | None, str]] = {
-    "malformed middle line": (b'{"prompt": "cut', "malformed_json", "no JSON"),
-    "not an object": (b"[1, 2]", "not_an_object", "no JSON object"),
+    "malformed middle line": (b'{"prompt": "cut', "malformed_json", "not valid JSON"),
+    "not an object": (b"[1, 2]", "not_an_object", "not a JSON object"),
     "not UTF-8": (b'{"prompt": "\xff"}', "not_utf8", "UTF-8"),
-    "duplicate key": (b'{"prompt": "a", "prompt": "b"}', "duplicate_key", "key twice"),
+    "duplicate key": (b'{"prompt": "a", "prompt": "b"}', "duplicate_key", "duplicate key"),
     "bad surrogate": (
         b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "r"}',
         "bad_surrogate",
-        "chosen holds half of a surrogate pair",
+        "chosen contains an unpaired surrogate",
     ),
     "blank line": (b"  ", None, ""),
     "CRLF": (json.dumps(TEXT | {"prompt": "crlf: "}).encode() + b"\r", None, ""),
@@ -113,7 +113,7 @@ LINE_CLASSES: dict[str, tuple[bytes, str | None, str]] = {
     "text mixed with messages": (
         json.dumps(TEXT | {"chosen": [says("assistant", "c")]}).encode(),
         "mixed_types",
-        "are text, some not",
+        "mix text and messages",
     ),
     "a row of 12 MB": (json.dumps(TEXT | {"chosen": "word " * 2_400_000}).encode(), None, ""),
     "torn last line": (b'{"prompt": "p", "chosen": "c", "rej', "torn_last_line", "cut off"),
@@ -212,7 +212,7 @@ REPEATED = {("text", "empty prompt"), ("chat", "kept"), ("dialogue", "kept")}
 def test_rows(prepared: Path, file: str, name: str, kind: str) -> None:
     _, reason, detail = ROW_CLASSES[file][name]
     if kind == "parquet" and (file, name) in REPEATED:
-        reason, detail = "duplicate", "stands before it"
+        reason, detail = "duplicate", "repeats an earlier pair"
     look(prepared, f"{file}.{kind}", list(ROW_CLASSES[file]).index(name) + 1, reason, detail)
 
 
@@ -257,7 +257,7 @@ def test_files_that_cannot_be_are_said_all_at_once(tmp_path, run_here) -> None:
     empty, none, notes = done.stderr.splitlines()
     assert empty == f"error: train_files: {tmp_path}/empty.jsonl: is empty"
     assert none == "error: train_files: none-*.jsonl: no such file or folder"
-    assert notes.startswith(f"error: train_files: {tmp_path}/notes.txt: not a kind of file")
+    assert notes.startswith(f"error: train_files: {tmp_path}/notes.txt: not a supported file type")
 
 
 @pytest.mark.commands
@@ -363,7 +363,7 @@ def test_more_bad_rows_than_allowed_stop_before_any_worker(
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "train data: 100 of 10000 rows are refused (" in errors[0]
     assert "more than max_bad_fraction=0.009" in errors[0]
-    assert "pairs.jsonl:38: malformed_json: the line is no JSON" in errors[1]
+    assert "pairs.jsonl:38: malformed_json: the line is not valid JSON" in errors[1]
     assert "starting" not in done.stdout
 
 

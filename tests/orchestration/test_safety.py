@@ -73,16 +73,16 @@ def own_code(folder, tmp_path) -> tuple[Path, Path]:
 def test_code_of_a_model_is_not_run(own_code, folder, run_command, run_here, monkeypatch, tmp_path):
     path, trace = own_code
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    says = f"{path} brings code of its own, which is not run; read it, and set trust_remote_code"
+    says = f"{path} contains custom code, which is not run; review it, then set trust_remote_code"
     done = run_here(folder, TRAIN, "train_files=pairs.jsonl", f"model_name_or_path={path}")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: model_name_or_path: {says}")
     assert len(done.stderr.splitlines()) == 1
-    with pytest.raises(DataError, match=r"baseline: .* brings code of its own"):
+    with pytest.raises(DataError, match=r"baseline: .* contains custom code"):
         evaluate(ORPOConfig(baseline=str(path)))
-    with pytest.raises(ConfigError, match=r"model_name_or_path: .* brings code of its own"):
+    with pytest.raises(ConfigError, match=r"model_name_or_path: .* contains custom code"):
         plan_lines(ORPOConfig(model_name_or_path=str(path)))
-    with pytest.raises(UnsupportedModelError, match="brings code of its own"):
+    with pytest.raises(UnsupportedModelError, match="contains custom code"):
         load_model(ModelSource(str(path), str(path)), torch.float32)
     assert not trace.exists()
     trusted = ("trust_remote_code=true", f"model_revision={COMMIT}")
@@ -98,7 +98,7 @@ def test_code_of_a_tokenizer_is_not_run(own_code, folder):
     settings = json.loads((path / "tokenizer_config.json").read_text())
     settings |= {"auto_map": {"AutoTokenizer": [None, "modeling_x.X"]}, "tokenizer_class": "X"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UnsupportedModelError, match="brings code of its own"):
+    with pytest.raises(UnsupportedModelError, match="contains custom code"):
         refuse_unsafe(ModelSource(str(path), str(path)))
     assert not trace.exists()
 

@@ -88,9 +88,13 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason, str]] = [
     (
         dialogue([says("user"), says("system")]),
         Reason.BAD_ROLE,
-        "a system turn stands at place 2, after the user's",
+        "message 2 has the role system, but comes after user",
     ),
-    (dialogue([says("user"), says("user")]), Reason.BAD_ROLE, "turns 1 and 2 are both the user's"),
+    (
+        dialogue([says("user"), says("user")]),
+        Reason.BAD_ROLE,
+        "messages 1 and 2 both have the role user",
+    ),
     (pair(prompt=None), Reason.NULL_FIELD, "prompt is null"),
     (pair(chosen=None), Reason.NULL_FIELD, "chosen is null"),
     ({"chosen": "c", "rejected": "r"}, Reason.MISSING_FIELD, "no 'Assistant:' turn"),
@@ -100,9 +104,9 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason, str]] = [
     (pair(rejected=1.5), Reason.WRONG_TYPE, "rejected is a float"),
     (pair(chosen=True), Reason.WRONG_TYPE, "chosen is a bool"),
     (pair(chosen=b"bytes"), Reason.WRONG_TYPE, "chosen is a bytes"),
-    (pair(chosen="\ud83d"), Reason.BAD_SURROGATE, "chosen holds half of a surrogate pair"),
-    (pair(chosen=[says("assistant")]), Reason.MIXED_TYPES, "are text, some not"),
-    (pair(prompt=[says("user")]), Reason.MIXED_TYPES, "are text, some not"),
+    (pair(chosen="\ud83d"), Reason.BAD_SURROGATE, "chosen contains an unpaired surrogate"),
+    (pair(chosen=[says("assistant")]), Reason.MIXED_TYPES, "mix text and messages"),
+    (pair(prompt=[says("user")]), Reason.MIXED_TYPES, "mix text and messages"),
     (pair(chosen=["c"]), Reason.BAD_MESSAGE, "chosen[0] is not an object"),
     (pair(prompt=[says("user"), {"role": "user"}]), Reason.BAD_MESSAGE, "prompt[1] has no content"),
     (pair(rejected=[{"content": "r"}]), Reason.BAD_MESSAGE, "rejected[0] has no role"),
@@ -133,7 +137,7 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason, str]] = [
     (
         {"chosen": DIALOGUE + "c", "rejected": "\n\nHuman: ho\n\nAssistant: r"},
         Reason.PROMPT_NOT_SHARED,
-        "dialogues differ",
+        "chosen and rejected differ",
     ),
     (
         {
@@ -141,12 +145,12 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason, str]] = [
             "rejected": [says("user", "b"), says("assistant")],
         },
         Reason.PROMPT_NOT_SHARED,
-        "messages differ",
+        "before their last message",
     ),
     (
         {"chosen": [says("user"), says("user", "c")], "rejected": [says("user"), says("user")]},
         Reason.NOT_AN_ANSWER,
-        "chosen does not end with the assistant",
+        "the last message of chosen has a role other than assistant",
     ),
 ]
 

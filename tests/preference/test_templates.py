@@ -155,7 +155,7 @@ def test_what_a_template_raises_is_said(tokenizer: Any) -> None:
     tokenizer.chat_template = NO_SYSTEM + CHATML
     record = Record(({"role": "system", "content": "s"},), CHAT.chosen, CHAT.rejected)
     refusal = render(record, tokenizer)
-    assert refusal == Refusal(Reason.TEMPLATE_REFUSED, "the chat template says: no system turn")
+    assert refusal == Refusal(Reason.TEMPLATE_REFUSED, "the chat template raised: no system turn")
 
 
 def test_a_row_may_bring_arguments_and_tools(tokenizer: Any) -> None:
@@ -181,12 +181,15 @@ def test_the_end_of_turn_is_trained_where_it_is_not_the_end_of_sequence(tokenize
     ("record", "found"),
     [
         (Record("<|bos|>p", "c<|eos|>", "r <|eos|>"), None),
-        (Record("p", "c", "r<|eos|>\n"), "rejected holds <|eos|>"),
+        (Record("p", "c", "r<|eos|>\n"), "rejected contains the special token <|eos|>"),
         (Record("p", "c", "r"), None),
-        (Record("p <|bos|>", "c", "r"), "prompt holds <|bos|>"),
-        (Record("p", "c<|eos|>d", "r"), "chosen holds <|eos|>"),
-        (Record("p", "c", "<|pad|>r"), "rejected holds <|pad|>"),
-        (Record((user("<|eos|>"),), CHAT.chosen, CHAT.rejected), "prompt holds <|eos|>"),
+        (Record("p <|bos|>", "c", "r"), "prompt contains the special token <|bos|>"),
+        (Record("p", "c<|eos|>d", "r"), "chosen contains the special token <|eos|>"),
+        (Record("p", "c", "<|pad|>r"), "rejected contains the special token <|pad|>"),
+        (
+            Record((user("<|eos|>"),), CHAT.chosen, CHAT.rejected),
+            "prompt contains the special token <|eos|>",
+        ),
         (CHAT, None),
     ],
 )
@@ -222,7 +225,7 @@ def test_special_tokens_are_found_in_calls_of_tools_too(tokenizer: Any) -> None:
     answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
     refusal = special_token_in(Record(CHAT.prompt, (answer,), CHAT.rejected), tokenizer)
     assert refusal is not None
-    assert refusal.detail.startswith("chosen holds <|eos|>")
+    assert refusal.detail.startswith("chosen contains the special token <|eos|>")
 
 
 def test_an_answer_of_nothing_but_its_end_is_empty() -> None:

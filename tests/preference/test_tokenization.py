@@ -260,7 +260,7 @@ def test_a_long_prompt_loses_one_of_its_ends(truncation: str, kept: str) -> None
 @pytest.mark.parametrize("truncation", ["drop", "error"])
 def test_a_long_prompt_may_be_refused(truncation: str) -> None:
     refusal = tokenize(LETTERS, "x" * 8, "y", "x", 8, truncation=truncation)
-    detail = "the prompt has 8 tokens, of 6 at most"
+    detail = "the prompt has 8 tokens, the limit is 6"
     assert refusal == Refusal(Reason.PROMPT_TOO_LONG, detail)
     assert isinstance(tokenize(LETTERS, "x" * 6, "y", "x", 8, truncation=truncation), TokenizedPair)
 

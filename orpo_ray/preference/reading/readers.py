@@ -175,7 +175,7 @@ def _read_table(path: str, delimiter: str) -> Iterator[RawRow]:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise DataError([f"{path}: its header names a column twice: {', '.join(header)}"])
+            raise DataError([f"{path}: the header has a duplicate column: {', '.join(header)}"])
         number = reader.line_num
         try:
             for cells in reader:
@@ -183,7 +183,9 @@ def _read_table(path: str, delimiter: str) -> Iterator[RawRow]:
                     yield _table_row(number, header, cells)
                 number = reader.line_num
         except csv.Error as error:
-            raise DataError([f"{path}:{reader.line_num}: cannot be read on: {error}"]) from error
+            raise DataError(
+                [f"{path}:{reader.line_num}: cannot be read further: {error}"]
+            ) from error
 
 
 def _table_row(number: int, header: Sequence[str], cells: Sequence[str]) -> RawRow:

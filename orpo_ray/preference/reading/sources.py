@@ -55,7 +55,7 @@ def find_files(patterns: Sequence[str]) -> list[str]:
             continue
         except Exception as error:
             # Every file system has errors of its own, and aiohttp's are no OSError.
-            problems.append(f"{pattern}: cannot be looked at: {type(error).__name__}: {error}")
+            problems.append(f"{pattern}: cannot be listed: {type(error).__name__}: {error}")
             continue
         if not matches:
             folder = Path(pattern).expanduser().is_dir()
@@ -71,7 +71,7 @@ def find_files(patterns: Sequence[str]) -> list[str]:
 def _file_problem(path: str) -> str | None:
     """What speaks against a file before it is opened."""
     if not path.endswith(SUFFIXES):
-        return f"not a kind of file that is read ({_KINDS_TEXT})"
+        return f"not a supported file type ({_KINDS_TEXT})"
     return "is empty" if file_fingerprint(path)[0] == 0 else None
 
 
@@ -104,7 +104,7 @@ def _saved_to_disk(folder: str, open_in: Callable[[str], Any]) -> list[str] | No
     splits = content("dataset_dict.json").get("splits")
     if splits:
         raise DataError(
-            [f"{folder}: holds the splits {', '.join(splits)}; name one of the folders"]
+            [f"{folder}: contains the splits {', '.join(splits)}; give the folder of one"]
         )
     files = content("state.json").get("_data_files")
     return None if files is None else [file["filename"] for file in files]

@@ -130,7 +130,7 @@ def test_tables_of_text(tmp_path: Path, name: str) -> None:
 
 
 def test_a_table_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"bad\.csv: its header names a column twice"):
+    with pytest.raises(DataError, match=r"bad\.csv: the header has a duplicate column"):
         read_bytes(tmp_path / "bad.csv", b"prompt,chosen,chosen\na,b,c\n")
 
 
@@ -157,12 +157,12 @@ def test_a_folder_that_datasets_saved_has_its_files_in_their_order(tmp_path: Pat
     rows = [raw.record for path in files for raw in read_all(Path(path), 100)]
     assert rows == [{"a": i} for i in range(30)]
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(DataError, match="holds the splits train, test; name one"):
+    with pytest.raises(DataError, match="contains the splits train, test; give the folder"):
         find_files([str(tmp_path / "splits")])
     assert len(find_files([str(tmp_path / "splits" / "test")])) == 1
     remote = [f"file://{path}" for path in files]
     assert find_files([f"file://{tmp_path}/saved"]) == remote
-    with pytest.raises(DataError, match="holds the splits train, test; name one"):
+    with pytest.raises(DataError, match="contains the splits train, test; give the folder"):
         find_files([f"file://{tmp_path}/splits"])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "state.json").write_text('{"a": 1}')
@@ -217,7 +217,7 @@ def test_a_bucket_is_read_as_a_folder_is(tmp_path: Path, bucket: Any) -> None:
     gone, none, notes = caught.value.lines
     assert gone == "s3://bucket/gone.jsonl: no such file or folder"
     assert none.startswith("s3://none/a.jsonl: ")
-    assert notes.startswith("s3://bucket/deep/notes.txt: not a kind of file")
+    assert notes.startswith("s3://bucket/deep/notes.txt: not a supported file type")
 
 
 def test_lines_in_a_bucket_are_read_in_blocks(
@@ -376,7 +376,7 @@ def test_a_repeated_key_in_an_array_costs_one_row(tmp_path: Path) -> None:
 
 
 def test_a_table_that_cannot_be_read_on_names_the_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"bad\.csv:3: cannot be read on"):
+    with pytest.raises(DataError, match=r"bad\.csv:3: cannot be read further"):
         read_bytes(tmp_path / "bad.csv", b'prompt,chosen\na,b\n"x"y,c\n')
 
 
@@ -442,5 +442,5 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     gone, csv, notes, empty = caught.value.lines
     assert gone == f"{tmp_path}/gone.jsonl: no such file or folder"
     assert csv == f"{tmp_path}/*.csv: no such file or folder"
-    assert notes.startswith(f"{tmp_path}/notes.txt: not a kind of file that is read (.jsonl, ")
+    assert notes.startswith(f"{tmp_path}/notes.txt: not a supported file type (.jsonl, ")
     assert empty == f"{tmp_path}/empty.jsonl: is empty"
