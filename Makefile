@@ -22,7 +22,7 @@ test-all: .venv/test.installed
 	$(BIN)/python -m pytest
 
 faults: .venv/test.installed
-	$(BIN)/python benchmarks/faults.py $(ONLY)
+	$(BIN)/python -m faults $(ONLY)
 
 gpu-dry-run: .venv/test.installed
 	PYTHON=$(BIN)/python bash benchmarks/gpu/check.sh all --dry-run --seconds 900

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from fault_run import EVAL_STEPS, N_STEPS, SAVE_STEPS, Run
+from faults.run import EVAL_STEPS, N_STEPS, SAVE_STEPS, Run
 
 Fault = Callable[[Run], None]
 

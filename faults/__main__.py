@@ -1,6 +1,6 @@
 """Kill what can be killed in a run on local multi-node Ray, and compare it with a whole run.
 
-`python benchmarks/faults.py [NAME ...]` runs the faults whose names contain one of the words
+`python -m faults [NAME ...]` runs the faults whose names contain one of the words
 (all without), `--kills N` then kills N seeded random processes at random instants. Every case is
 the real `jobs/train.py` on two workers on two nodes, ended by real signals or damaged files; the
 table says whether the run ended, which rows its ledger misses or doubles, whether the exported
@@ -24,9 +24,9 @@ from typing import Any
 import psutil
 import ray
 
-from fault_cases import DISK_FULL, FAULTS, LONG_INGEST, OTHER_SIZES, Fault, random_kill
-from fault_cluster import FaultCluster
-from fault_run import N_STEPS, Run, write_inputs
+from faults.cases import DISK_FULL, FAULTS, LONG_INGEST, OTHER_SIZES, Fault, random_kill
+from faults.cluster import FaultCluster
+from faults.run import N_STEPS, Run, write_inputs
 from orpo_ray.runs.files import read_metrics
 
 # Metrics that differ between two runs which are otherwise the same.

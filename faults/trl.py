@@ -1,6 +1,6 @@
 """The faults of `faults.py` that apply to TRL's ORPOTrainer, for the comparison.
 
-`python benchmarks/faults_trl.py` trains the demo's decoder with TRL on the same pairs, kills it or
+`python -m faults.trl` trains the demo's decoder with TRL on the same pairs, kills it or
 damages its newest checkpoint, and runs the same script again with `resume_from_checkpoint=True`.
 The table says whether the second run ended, and whether its weights are the whole run's bytes.
 """
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fault_run import N_STEPS, SAVE_STEPS, write_inputs
+from faults.run import N_STEPS, ROOT, SAVE_STEPS, write_inputs
 
 ENVIRONMENT = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -57,9 +57,11 @@ def train(folder: Path, beta: float) -> None:
 
 def start(folder: Path, beta: float = 0.1) -> "subprocess.Popen[bytes]":
     """The script above in a process of its own."""
-    command = [sys.executable, __file__, "train", str(folder), str(beta)]
+    command = [sys.executable, "-m", "faults.trl", "train", str(folder), str(beta)]
     with (folder / "out").open("ab") as out:
-        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT
+        )
 
 
 def newest(folder: Path) -> Path:

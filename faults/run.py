@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from fault_cluster import FaultCluster
+from faults.cluster import FaultCluster
 
 ROOT = Path(__file__).resolve().parent.parent
 N_PAIRS, BATCH, N_STEPS, SAVE_STEPS, EVAL_STEPS = 96, 4, 120, 15, 30
