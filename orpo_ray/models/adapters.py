@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from orpo_ray.config.sections import ModelSection
+from orpo_ray.config.model import ModelSection
 from orpo_ray.pretrained import UnsupportedModelError
 
 _ADAPTER = "default"  # peft's own name for an only adapter

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedConfig
 
-from orpo_ray.config.sections import ModelSection
+from orpo_ray.config.model import ModelSection
 from orpo_ray.models.adapters import save_adapters
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.pretrained import ModelSource, load_model, load_model_config, load_tokenizer

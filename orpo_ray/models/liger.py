@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from orpo_ray.config.sections import ModelSection
+from orpo_ray.config.model import ModelSection
 from orpo_ray.pretrained import UnsupportedModelError
 
 # Its losses want logits or the whole hidden state; the head here is projected in chunks.

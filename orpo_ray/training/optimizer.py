@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from orpo_ray.config.sections import TrainSection
+from orpo_ray.config.train import TrainSection
 
 
 def build_optimizer(model: nn.Module, config: TrainSection) -> torch.optim.AdamW:

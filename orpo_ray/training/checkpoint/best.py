@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from orpo_ray.config.sections import TrainSection
+from orpo_ray.config.train import TrainSection
 from orpo_ray.models.export import export_model
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
