@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test quick test-commands test-all faults gpu-dry-run lint docs wheel clean
+.PHONY: demo test quick test-commands test-newest test-all faults gpu-dry-run lint docs wheel clean
 
 demo: .venv/run.installed
 	$(BIN)/python jobs/train.py
@@ -17,6 +17,18 @@ quick: .venv/test.installed
 
 test-commands: .venv/test.installed
 	$(BIN)/python -m pytest -m "commands and not slow"
+
+# The selection of `make quick` with the newest release of every package but torch, whatever the
+# ranges of pyproject.toml say, in an environment of its own.
+test-newest:
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/pip --disable-pip-version-check install --quiet packaging \
+		torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	build/newest/bin/python tests/newest.py > build/newest/requirements.txt
+	build/newest/bin/pip --disable-pip-version-check install --quiet --upgrade \
+		--requirement build/newest/requirements.txt
+	build/newest/bin/python tests/newest.py --outside
+	build/newest/bin/python -m pytest -m "not slow and not commands and not ranks and not ray"
 
 test-all: .venv/test.installed
 	$(BIN)/python -m pytest

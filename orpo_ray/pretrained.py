@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orpo_ray.config.sections import ModelSection
+from orpo_ray.config.model import ModelSection
 from orpo_ray.storage.mirror import fetch_folder, light
 
 

@@ -6,16 +6,11 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from orpo_ray.config.sections import (
-    DataSection,
-    ModelSection,
-    OrpoSection,
-    OutputSection,
-    RaySection,
-    Section,
-    TrainSection,
-    TuneSection,
-)
+from orpo_ray.config.data import DataSection
+from orpo_ray.config.fields import Decides, Section
+from orpo_ray.config.model import ModelSection
+from orpo_ray.config.run import OutputSection, RaySection, TuneSection
+from orpo_ray.config.train import OrpoSection, TrainSection
 
 
 class ConfigError(ValueError):
@@ -97,6 +92,16 @@ SECTIONS: dict[str, type[Section]] = {
     "tune": TuneSection,
 }
 SECTION_OF = {leaf: name for name, section in SECTIONS.items() for leaf in section.model_fields}
+
+
+def settings_that_decide(what: Decides) -> frozenset[str]:
+    """Leaf names of all settings that decide the tokens, the weights or the run."""
+    return frozenset(
+        leaf
+        for section in SECTIONS.values()
+        for leaf, field in section.model_fields.items()
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["decides"] == what
+    )
 
 
 def leaves_into_sections(values: Mapping[str, Any]) -> dict[str, Any]:

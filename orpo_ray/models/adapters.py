@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from orpo_ray.config.sections import ModelSection
+from orpo_ray.config.model import ModelSection
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
 
 _ADAPTER = "default"  # peft's own name for an only adapter

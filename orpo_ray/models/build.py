@@ -39,17 +39,17 @@ _UNKNOWN_HEADS = {"logit_scale": 1.0, "logits_scaling": 1.0}
 def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> OrpoModel:
     """Build the model with its weights sharded over all ranks.
 
-    Only rank 0 reads the weights, on the host; every other rank gets its shard of one parameter
-    at a time. Master weights are fp32.
+    Only rank 0 reads the weights, on the host, and broadcasts them parameter by parameter. Master
+    weights are fp32.
 
     Args:
-        config: the run.
+        config: the run's config.
         model_path: folder or hub id.
         device: of this rank.
 
     Raises:
-        UnsupportedModelError: for heads that are more than a matrix product, code of the model's
-            own, and weights that are no safetensors.
+        UnsupportedModelError: for an LM head that is more than a matrix product, for custom model
+            code, and for weights that are not safetensors.
     """
     origin = ModelSource.from_config(config.model, model_path)
     model_config = load_model_config(origin)
@@ -167,10 +167,10 @@ def _around(causal_lm: PreTrainedModel, device: torch.device, config: ORPOConfig
 
 
 def _weights(load: Callable[[], PreTrainedModel]) -> dict[str, Any]:
-    """All weights on rank 0, nothing on the others; what cannot be read ends all ranks alike.
+    """All weights on rank 0, none on the others; an error of rank 0 is raised on all ranks.
 
     Raises:
-        UnsupportedModelError: for weights that are no safetensors.
+        UnsupportedModelError: for weights that are not safetensors.
     """
     weights: dict[str, Any] = {}
     problem = [""]
@@ -188,7 +188,7 @@ def _weights(load: Callable[[], PreTrainedModel]) -> dict[str, Any]:
 
 
 def use_bf16(config: ORPOConfig, device: torch.device) -> bool:
-    """Whether this run computes in bfloat16: as asked, else on GPUs that have it."""
+    """Whether the run computes in bfloat16; by default on GPUs that support it."""
     if config.train.bf16 is not None:
         return config.train.bf16
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -197,17 +197,17 @@ def use_bf16(config: ORPOConfig, device: torch.device) -> bool:
 def packed_kernel(
     config: ORPOConfig, model_config: PreTrainedConfig, device: torch.device
 ) -> Kernel:
-    """What a packed row's attention goes through on this device.
+    """The attention kernel for packed rows on this device.
 
     Raises:
-        UnsupportedModelError: when the kernel that was asked for cannot run here.
+        UnsupportedModelError: when the requested kernel cannot run.
     """
     support = kernel_support(model_config, device, use_bf16(config, device))
     return choose_kernel(config.model.attention_kernel, support)
 
 
 def attention_path(config: ORPOConfig, causal_lm: PreTrainedModel) -> AttentionPath:
-    """The packed row where the decoder goes through transformers' attention interface."""
+    """Packed rows for decoders that use transformers' attention interface, else padded rows."""
     asked = config.model.attention
     if asked != "auto":
         return asked
@@ -230,7 +230,7 @@ def _without_dropout(model_config: PreTrainedConfig) -> None:
 
 
 def refuse_unknown_heads(model_config: PreTrainedConfig) -> None:
-    """Stop before a head whose logits this version would get wrong.
+    """Refuse LM heads whose logits are not `head(hidden)`.
 
     Raises:
         UnsupportedModelError: naming the setting.
@@ -245,7 +245,7 @@ def refuse_unknown_heads(model_config: PreTrainedConfig) -> None:
 
 
 def _blocks(causal_lm: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers, as transformers names what must stay together."""
+    """The decoder layers, by `_no_split_modules` of transformers."""
     names = set(causal_lm._no_split_modules or ())
     return [module for module in causal_lm.modules() if type(module).__name__ in names]
 
@@ -285,7 +285,7 @@ def _shard(
             block.compile(dynamic=True)
         if not one_unit:
             fully_shard(block, mp_policy=policy, **options)
-    # The root is given counts and weights beside token ids: those are not to be rounded.
+    # Inputs of the root include counts and weights, which must not be cast to bfloat16.
     root_policy = dataclasses.replace(policy, cast_forward_inputs=False)
     fully_shard(model, mp_policy=root_policy, **options)
 
@@ -310,7 +310,7 @@ def _offloads(config: ORPOConfig, device: torch.device) -> bool:
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:
-    """Allocate the parameters of a meta model and keep what its buffers hold."""
+    """Allocate the parameters of a meta model and keep the values of its buffers."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
@@ -318,9 +318,9 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Put buffers where the layers compute, also where parameters are kept on the host.
+    """Move buffers to the compute device, also with CPU offload.
 
-    Only once weights are in: torch hands out weights to one kind of device at a time.
+    After the weights are loaded: `set_model_state_dict` supports one device type at a time.
     """
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -1,4 +1,4 @@
-"""The finished model as a folder that transformers and vLLM load as it is; in training workers."""
+"""Export a model to a folder that transformers and vLLM load; in training workers."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedConfig
 
-from orpo_ray.config.sections import ModelSection
+from orpo_ray.config.model import ModelSection
 from orpo_ray.models.adapters import save_adapters
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.pretrained import ModelSource, load_model, load_model_config, load_tokenizer
@@ -20,13 +20,13 @@ from orpo_ray.storage.mirror import publish, remove
 def export_model(
     directory: str, model: OrpoModel, source: ModelSource, config: ModelSection, step: int
 ) -> None:
-    """Gather the weights on rank 0 and write model, configs and tokenizer.
+    """Gather the weights on rank 0 and write model, configs and tokenizer; a collective.
 
-    The folder appears whole: it is written beside its place and renamed.
+    The folder is written under a temporary name and renamed.
 
     Args:
-        directory: where; replaced if it exists.
-        model: sharded over all ranks, each of which has to call this.
+        directory: target folder; replaced if it exists.
+        model: sharded over all ranks.
         source: of the base model, whose config and tokenizer are exported.
         config: says whether there are adapters, and whether they are merged.
         step: optimizer steps that the model was trained for.

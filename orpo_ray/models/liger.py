@@ -1,4 +1,4 @@
-"""Liger's kernels for norms, MLPs and rotary positions, put into a model; in training workers."""
+"""Patch a model with Liger's kernels for norms, MLPs and RoPE; in training workers."""
 
 import inspect
 import sys
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from orpo_ray.config.sections import ModelSection
+from orpo_ray.config.model import ModelSection
 from orpo_ray.pretrained import UnsupportedModelError
 
-# Its losses want logits or the whole hidden state; the head here is projected in chunks.
+# Its losses take logits or all hidden states; the LM head here is projected in chunks.
 _LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 

@@ -1,4 +1,4 @@
-"""A packed row as tensors on a worker's device, and the padded rows it stands for."""
+"""A packed row as tensors on a worker's device, and its equivalent padded rows."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from orpo_ray.objective.head import Chunk, Targets
 
 
 class Microbatch:
-    """One forward and backward pass of work: a packed row, its layout and its targets.
+    """Input of one forward and backward pass: a packed row, its layout and its targets.
 
-    Not a dataclass on purpose: FSDP walks through those at every layer, and casts their numbers.
+    Not a dataclass on purpose: FSDP traverses dataclass arguments at every layer and casts them.
 
     Args:
-        row: the packed row, moved to the device without waiting for it.
+        row: the packed row; it is copied to the device asynchronously.
         device: of this rank.
     """
 
@@ -67,7 +67,7 @@ class PaddedRows:
 
 
 def pad_rows(batch: Microbatch) -> PaddedRows:
-    """Lay a packed row out as padded rows."""
+    """Convert a packed row to padded rows."""
     sequences: list[tuple[range, range]] = []  # prompt and completion, as ranges of the row
     first_rows: list[int] = []
     start = 0

@@ -18,15 +18,15 @@ AttentionPath = Literal["packed", "padded"]
 
 
 class OrpoOutput(NamedTuple):
-    """What a forward pass gives: the scaled loss, the metrics' sums, and figures by pair.
+    """Output of a forward pass: the scaled loss, sums for metrics, and log-probabilities per pair.
 
-    A named tuple, in which every version of FSDP finds the tensor that carries the gradient.
+    A named tuple, since every version of FSDP finds the tensors with gradients in it.
 
     Args:
         loss: scaled by the divisors of the global batch; carries the gradient.
         sums: of `batch_sums`, unscaled.
-        chosen_log_probs: mean log-probability of each pair's chosen answer, in nats.
-        rejected_log_probs: the same of its rejected answer.
+        chosen_log_probs: mean log-probability per token of each chosen answer, in nats.
+        rejected_log_probs: likewise of each rejected answer.
     """
 
     loss: Float[Tensor, ""]
@@ -38,8 +38,8 @@ class OrpoOutput(NamedTuple):
 class OrpoModel(nn.Module):
     """A causal language model whose forward pass is the ORPO loss of a packed row.
 
-    The head and the loss are inside `forward` so that, as the FSDP root, it holds their weights
-    gathered just then, and so that full logits never leave it.
+    The LM head and the loss are computed in `forward` of the FSDP root: the head's weights are
+    unsharded there, and full logits never exist.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class OrpoModel(nn.Module):
         self.use_attention(attention)
 
     def use_attention(self, attention: AttentionPath) -> None:
-        """Choose between the packed row and padded rows; both give the same numbers."""
+        """Choose between packed and padded rows, which compute the same."""
         self.attention = attention
         packed, implementation = attention == "packed", PACKED_ATTENTION
         if not packed:
-            # Capped scores are more than SDPA computes.
+            # SDPA has no logit soft-capping.
             config = self.causal_lm.config.get_text_config()
             capped = getattr(config, "attn_logit_softcapping", None) is not None
             sdpa = getattr(self.causal_lm, "_supports_sdpa", False) and not capped

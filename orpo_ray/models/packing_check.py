@@ -1,8 +1,8 @@
-"""Checking that a model computes the same packed as padded, before it is trained; in workers.
+"""Check that a model computes the same with packed as with padded rows; in training workers.
 
 Packing is exact for every decoder whose layers mix tokens by attention alone, through
-transformers' attention interface, at the positions they are given. Whether a model that nobody
-tried does so shows on its first pairs.
+transformers' attention interface, at the positions they are given. A model of a family that the
+tests do not cover is compared on the first pairs of a run.
 """
 
 from collections.abc import Callable
@@ -47,14 +47,14 @@ def check_packing(
     bf16: bool,
     notice: Callable[[str], None],
 ) -> None:
-    """Let a model of an unknown family go on packed only if it agrees with the padded rows.
+    """Compare packed with padded rows for an untested family; fall back to padded if they differ.
 
     Args:
         model: sharded; every rank calls this.
-        stream: its first few groups are compared.
+        stream: its first groups are compared.
         device: of this rank.
         bf16: whether matrix products are in bfloat16.
-        notice: told what was found.
+        notice: receives a line with the result.
     """
     family = model.causal_lm.config.model_type
     if model.attention == "padded" or family in COMPARED:
@@ -75,7 +75,7 @@ def check_packing(
 def disagreement(
     model: OrpoModel, sample: PackedRow, device: torch.device, bf16: bool
 ) -> str | None:
-    """What differs between the two computations of one row, or None."""
+    """Describe how packed and padded differ on one row, or return None if they agree."""
     scale = LossScale(nll=1 / sample.n_nll_tokens, pair=1 / sample.n_pairs, beta=1.0)
     was_training = model.training
     model.eval()

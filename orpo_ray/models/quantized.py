@@ -11,7 +11,7 @@ from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_model
 
 
 def refuse_quantization(device: torch.device) -> None:
-    """Stop where 4-bit weights cannot be trained on.
+    """Refuse 4-bit weights where they are not supported.
 
     Raises:
         UnsupportedModelError: with the fix.
@@ -68,7 +68,7 @@ def n_weights(parameter: nn.Parameter) -> int:
 
 
 def quantized_text(model: nn.Module) -> str:
-    """How much of a base is in 4 bits: its linear layers, which experts are none of."""
+    """How many base weights are in 4 bits: linear layers, which do not include experts."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     in_4_bits = sum(map(n_weights, filter(_is_quantized, frozen)))
     n_all = sum(map(n_weights, frozen))
@@ -78,9 +78,9 @@ def quantized_text(model: nn.Module) -> str:
 def _without_quantization_state(
     module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:
-    """Leave out what goes with 4-bit weights: they are read anew, never saved.
+    """Drop the quantization state: 4-bit weights are loaded from the base model, never saved.
 
-    Checkpoints look for a parameter behind each name, and there is none.
+    Checkpoints look up a parameter for each name, and these have none.
     """
     for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
         del state[name]

@@ -9,8 +9,8 @@ from typing import Any
 
 import xxhash
 
+from orpo_ray.config.data import DataSource
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.config.sections import DataSource
 from orpo_ray.demo.pairs import write_demo_pairs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.sources import find_files

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import load_config, to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.config.sections import DataSource
 from orpo_ray.dataset.ingest import ingest
 from orpo_ray.dataset.request import TRAIN, IngestRequest
 from orpo_ray.dataset.shards import TokenSet

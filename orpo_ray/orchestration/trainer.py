@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from orpo_ray.config.data import DataSource
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.config.sections import DataSource
 from orpo_ray.orchestration.evaluate import evaluate
 from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
 from orpo_ray.orchestration.start import run_directory_of

@@ -10,7 +10,8 @@ from typing import Any
 
 import xxhash
 
-from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.config.model import ModelSection
+from orpo_ray.config.schema import SECTION_OF, ORPOConfig, settings_that_decide
 from orpo_ray.runs.manifest import checkpoint_directories, read_manifest
 
 
@@ -18,54 +19,21 @@ class ResumeError(ValueError):
     """The run directory's checkpoint does not fit the config it is to go on with."""
 
 
-# What may differ from the checkpoint without a word: how long and how often, how the work is cut,
-# and which of the models is exported. The schedule of a longer run is the longer run's.
-_FREE = {
-    "attention",
-    "attention_kernel",
-    "baseline",
-    "cpu_offload",
-    "early_stopping_patience",
-    "eval_steps",
-    "global_batch_size",  # the loop compares the pairs of a step by themselves
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "gradient_checkpointing_every",
-    "greater_is_better",
-    "head_chunk_tokens",
-    "load_best_model_at_end",
-    "logging_steps",
-    "max_new_tokens",
-    "max_skipped_rows",
-    "max_steps",
-    "max_tokens_per_microbatch",
-    "merge_adapter",
-    "metric_for_best_model",
-    "num_train_epochs",
-    "on_nonfinite",
-    "per_device_eval_batch_size",
-    "per_device_train_batch_size",
-    "resume_changed",
-    "sample_prompts",
-    "save_steps",
-    "save_total_limit",
-    "torch_compile",
-    "use_liger_kernel",
-}
-_DATA = ("shuffle", "shuffle_window_shards")
+# Tokens are compared by their digest; the base model's settings decide its weights as well.
+_DECISIVE = settings_that_decide("weights") | (
+    settings_that_decide("tokens") & ModelSection.model_fields.keys()
+)
 
 
 def decisive_settings(config: ORPOConfig, data_digest: str) -> dict[str, Any]:
-    """What a manifest keeps of a run: with another value of one of these it is another run.
+    """The settings that a manifest records: with another value of one it is another run.
 
     Args:
-        config: of the run.
-        data_digest: of the token set that it trains on.
+        config: the run's config.
+        data_digest: digest of the token set that it trains on.
     """
     values = config.model_dump(mode="json")
-    kept = values["model"] | values["orpo"] | values["train"]
-    kept |= {name: values["data"][name] for name in _DATA}
-    settings = {name: value for name, value in sorted(kept.items()) if name not in _FREE}
+    settings = {name: values[SECTION_OF[name]][name] for name in sorted(_DECISIVE)}
     return settings | {"train_data": data_digest}
 
 

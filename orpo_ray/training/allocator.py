@@ -1,4 +1,4 @@
-"""Settings of the allocator for processes that compute, by their environment; on the driver."""
+"""Environment variables that configure the memory allocators of workers; on the driver."""
 
 import os
 

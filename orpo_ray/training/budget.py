@@ -1,4 +1,4 @@
-"""How many tokens a microbatch may hold on a GPU, by measurement; in training workers."""
+"""The token budget of a microbatch, by measurement on the GPU; in training workers."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -21,27 +21,27 @@ from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.step import TrainState, forward_backward
 
 _GIB = 2**30
-_LOOKED_AT = 256  # first groups, of which the longest is measured
+_N_CANDIDATES = 256  # first groups, of which the longest is measured
 _MARGIN = 0.1  # of the device, for what the allocator cannot use and what was not measured
 _SIGNIFICANT_BITS = 5
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The most memory that a microbatch of some tokens took, weights and gradients included."""
+    """Peak memory of a microbatch, including weights and gradients."""
 
     n_tokens: int
     peak_bytes: int
 
 
 def head_chunk(config: ORPOConfig, model: OrpoModel, device: torch.device) -> int:
-    """Positions that the head projects at once on a device."""
+    """Number of positions that the LM head projects at once on a device."""
     vocab_size = model.causal_lm.config.get_text_config().vocab_size
     return config.train.head_chunk(vocab_size, device.type == "cuda")
 
 
 def with_head_chunk(job: TrainingJob, model: OrpoModel) -> TrainingJob:
-    """The job with the chunks of its device; the feed was planned before that was known."""
+    """The job with the head chunk of its device, which was unknown when the feed was planned."""
     chunk_tokens = head_chunk(job.config, model, job.device)
     if chunk_tokens == job.config.train.head_chunk():
         return job
@@ -51,15 +51,16 @@ def with_head_chunk(job: TrainingJob, model: OrpoModel) -> TrainingJob:
 def with_token_budget(
     job: TrainingJob, state: TrainState, notice: Callable[[str], None]
 ) -> TrainingJob:
-    """The job with the budget that `max_tokens_per_microbatch=auto` comes to.
+    """The job with its token budget, measured with `max_tokens_per_microbatch=auto`.
 
-    Batches and their order do not depend on it. It is the same on all ranks, and in every run on
-    the same devices: before a checkpoint is read, whatever the optimizer will hold is counted.
+    Batches and their order do not depend on the budget. It is the same on all ranks and in every
+    run on the same devices: it is measured before a checkpoint is loaded, and the memory that the
+    optimizer will need is added.
 
     Args:
         job: of this rank; every rank calls this.
-        state: as it was built. Its weights stay, its gradients are dropped.
-        notice: told what was found.
+        state: before the first step. Weights are kept, gradients dropped.
+        notice: receives a line with the result.
 
     Raises:
         MicrobatchTooLargeError: when one of the longest groups does not fit.
@@ -78,7 +79,7 @@ def with_token_budget(
 
 
 def with_plan(stream: TokenStream, **changes: Any) -> TokenStream:
-    """The same batches, cut into microbatches or chunks of another size."""
+    """The same batches with another size of microbatches or chunks."""
     return dataclasses.replace(stream, plan=dataclasses.replace(stream.plan, **changes))
 
 
@@ -88,15 +89,15 @@ def _with_plan(job: TrainingJob, **changes: Any) -> TrainingJob:
 
 
 def tokens_that_fit(measured: Sequence[Measured], later_bytes: int, room_bytes: int) -> int:
-    """Tokens up to which the line through the last measurement stays inside the room.
+    """Number of tokens that fit, by linear extrapolation from the last measurement.
 
-    The line is as steep as the steepest between two neighbours; where memory does not grow, so
-    many tokens that any share of a batch is less.
+    The slope is the steepest between two neighbouring measurements. If memory does not grow with
+    tokens, the result is larger than any batch.
 
     Args:
-        measured: at least two, by rising tokens.
-        later_bytes: what a step holds besides, from the first update on.
-        room_bytes: what there is.
+        measured: at least two measurements, by ascending tokens.
+        later_bytes: memory that is allocated at the first update.
+        room_bytes: available memory.
     """
     steps = pairwise(measured)
     slope = max((b.peak_bytes - a.peak_bytes) / (b.n_tokens - a.n_tokens) for a, b in steps)
@@ -108,32 +109,32 @@ def tokens_that_fit(measured: Sequence[Measured], later_bytes: int, room_bytes: 
 
 
 def rounded_down(n_tokens: int) -> int:
-    """To five significant bits: a second measurement that differs a little gives the same."""
+    """Round to five significant bits, so that a slightly different measurement gives the same."""
     step: int = 1 << max(0, n_tokens.bit_length() - _SIGNIFICANT_BITS)
     return n_tokens - n_tokens % step
 
 
 def optimizer_bytes(model: nn.Module) -> int:
-    """What AdamW's two moments will take on this rank's GPU; none is there before a first step."""
+    """Memory of AdamW's two moments on this rank's GPU, allocated in the first step."""
     local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     trained = (p for p in local if p.requires_grad and p.is_cuda)
     return 2 * sum(p.numel() * p.element_size() for p in trained)
 
 
 def agreed(n_tokens: int, device: torch.device) -> int:
-    """The fewest tokens of any rank."""
+    """The minimum over all ranks."""
     fewest = torch.tensor(n_tokens, dtype=torch.int64, device=device)
     dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
     return int(fewest.item())
 
 
 def _measured_budget(stream: TokenStream, state: TrainState) -> tuple[int, str]:
-    """The budget, and how it came about.
+    """The budget, and a text with its measurements.
 
-    Rows of one and two chunks of the head tell how far one can go: below one, logits grow with the
-    row too. A row of half of that tells it better.
+    Rows of one and two head chunks give a first estimate (shorter rows have fewer logits than a
+    chunk); a row of half of it gives a better one.
     """
-    group = max(stream.first_groups(_LOOKED_AT), key=lambda group: group.n_tokens)
+    group = max(stream.first_groups(_N_CANDIDATES), key=lambda group: group.n_tokens)
     most = -(-stream.plan.batch_groups // stream.world_size) * group.n_tokens
     later, device = optimizer_bytes(state.model), state.device
     chunk = -(-stream.plan.chunk_tokens // group.n_tokens)
@@ -155,7 +156,7 @@ def _measured_budget(stream: TokenStream, state: TrainState) -> tuple[int, str]:
 
 
 def _measure(state: TrainState, stream: TokenStream, groups: list[PromptGroup]) -> Measured:
-    """Forward and backward of one row, with gradients to add to, as all but a step's first have."""
+    """Measure forward and backward of one row while gradients are accumulated."""
     row = pack(groups, stream.plan.chunk_tokens, stream.plan.prompt_counts)
     state.model.train()
     for _ in range(2):
@@ -165,6 +166,6 @@ def _measure(state: TrainState, stream: TokenStream, groups: list[PromptGroup]) 
 
 
 def _room_bytes(device: torch.device) -> int:
-    """What this process may hold: what it has and what is free, without the margin."""
+    """Memory that this process may use: reserved and free memory less the margin."""
     free, total = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - _MARGIN * total)

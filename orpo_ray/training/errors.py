@@ -1,4 +1,4 @@
-"""Errors that another attempt would meet again: they are answers, not failures of a worker."""
+"""Errors that a restarted worker would meet again, so that a restart is of no use."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from orpo_ray.preference.groups import RowId
 
 
 class EvaluationError(ValueError):
-    """The config asks of the run's evaluations what they do not have."""
+    """The config needs an evaluation set or a metric that the run does not have."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -14,7 +14,7 @@ class NonFiniteError(ArithmeticError):
 
     Args:
         message: with step and rows.
-        rows: where the figures were not finite; the same on every rank.
+        rows: whose log-probabilities were not finite; the same on every rank.
     """
 
     def __init__(self, message: str, rows: Sequence[RowId] = ()) -> None:
@@ -23,7 +23,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class StoppedError(RuntimeError):
-    """The run was asked to stop, and has saved; raised on all ranks."""
+    """The run stopped on request, after saving a checkpoint; raised on all ranks."""
 
 
 class MicrobatchTooLargeError(MemoryError):

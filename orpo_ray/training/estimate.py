@@ -1,4 +1,4 @@
-"""What a run would take, before it takes it: batch, steps, memory; on the driver, without Ray."""
+"""Estimate of batch size, steps and memory for `--dry-run`; on the driver, without Ray."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ _ACTIVATIONS_PER_TOKEN = 6 + 3 * 8 / 3
 
 
 def plan_lines(config: ORPOConfig) -> list[str]:
-    """The effective batch, the steps and the memory a worker needs, a line each.
+    """Lines with the effective batch size, the number of steps and the memory per worker.
 
     Raises:
         ConfigError: for a model that brings code of its own.
@@ -46,7 +46,7 @@ def plan_lines(config: ORPOConfig) -> list[str]:
 
 
 def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
-    """Memory a worker needs for its shard, one microbatch, and one chunk of logits."""
+    """Memory per worker for its shard, one microbatch, and one chunk of logits."""
     import torch
 
     source = ModelSource.from_config(config.model, model_path)
@@ -75,7 +75,7 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
 
 
 def _state(config: ORPOConfig, model: Any) -> tuple[float, str]:
-    """Bytes on a worker of weights, and of what is trained of them; and how they come about."""
+    """Bytes per worker of weights, gradients and optimizer state, with their derivation."""
     from torch import nn
 
     n_parameters, workers = sum(p.numel() for p in model.parameters()), config.ray.max_workers

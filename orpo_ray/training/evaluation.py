@@ -1,4 +1,4 @@
-"""Metrics and scores of a model over evaluation sets, without training it; in training workers."""
+"""Metrics and scores of a model on evaluation sets; in training workers."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

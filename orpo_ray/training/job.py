@@ -1,4 +1,4 @@
-"""What one training worker is given for a run."""
+"""The inputs of one training worker."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ Report = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """All that one worker is given.
+    """The inputs of one training worker.
 
     Args:
-        config: the run.
-        model: where base model and tokenizer are.
-        run_directory: absolute path.
+        config: the run's config.
+        model: source of the base model and its tokenizer.
+        run_directory: absolute path of the run directory.
         train: this rank's training stream.
         evals: this rank's evaluation streams by metric prefix (`eval_`, `eval_<name>_`).
         device: of this rank.
-        report: told the latest metrics at every evaluation, by all ranks together.
-        watch: shown every line of `metrics.jsonl` when it is written, on rank 0.
+        report: called with the latest metrics at every evaluation, on all ranks.
+        watch: called with every line of `metrics.jsonl` when it is written, on rank 0.
         preemption_notice: called about once a second by all ranks together; a text when one of
             their nodes is about to be preempted, upon which a checkpoint is saved.
     """

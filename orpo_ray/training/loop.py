@@ -1,7 +1,7 @@
 """The training loop of one worker: restore, step, log, evaluate, save, export.
 
-It needs a process group and nothing of Ray: batches come from an iterator and what it reports
-goes to a function, so it runs under torchrun as well.
+It needs a process group but not Ray: batches come from an iterator and metrics are reported to a
+function, so it runs under torchrun as well.
 """
 
 import os
@@ -41,24 +41,24 @@ from orpo_ray.training.step import StepResult, TrainState, train_step
 
 
 def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
-    """Train to the end, from the newest checkpoint if there is one, and export the model.
+    """Train to the last step, resuming from the newest checkpoint if there is one, and export.
 
     Returns:
         `summary` of the run directory.
 
     Raises:
-        EvaluationError: when the best evaluation is asked for, and cannot be known.
+        EvaluationError: when the best evaluation is needed but there is none with its metric.
         NonFiniteError: before an update that would not be finite.
         ResumeError: when the checkpoint was made with other settings or data.
-        StoppedError: when it was asked to stop, and has saved.
+        StoppedError: when the run stopped on request, after saving a checkpoint.
     """
     if job.config.train.full_determinism:
-        # Read by cuBLAS when it is first used, which is not before a model is there.
+        # cuBLAS reads it on first use, which is after the model is built.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with _files_in_step(Path(job.run_directory)):
         loop = _Loop(job)
-        loop.plan_microbatches()  # by the base model: a resumed run has to decide the same
+        loop.plan_microbatches()  # before restoring: a resumed run has to decide the same
         loop.restore()
         loop.run()
         loop.finish()
@@ -68,7 +68,7 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
 
 @contextmanager
 def _files_in_step(directory: Path) -> Iterator[None]:
-    """Where the run directory is in a bucket: begin with its files, and keep up with the driver."""
+    """Keep a run directory in a bucket in sync with the driver's, on rank 0."""
     if dist.get_rank():
         yield
         return
@@ -115,7 +115,7 @@ class _Loop:
         )
 
     def restore(self) -> None:
-        """Go to the newest checkpoint that verifies."""
+        """Resume from the newest valid checkpoint."""
         progress = self.schedule.restore()
         if progress is not None:
             self.state.scheduler.load_state_dict(progress.scheduler)
@@ -138,7 +138,7 @@ class _Loop:
             self.files.notice(text)
 
     def plan_microbatches(self) -> None:
-        """Decide between packed and padded rows and how long they are, and say so."""
+        """Choose packed or padded rows and their token budget, and log the choice."""
         model = self.state.model
         self.job = job = with_head_chunk(self.job, model)
         bf16 = use_bf16(job.config, job.device)
@@ -150,7 +150,7 @@ class _Loop:
         self.job = with_token_budget(job, self.state, self.files.notice)
 
     def run(self) -> None:
-        """All steps from here to the end."""
+        """Run all remaining steps."""
         if self.step == 0 and (evaluated := self._evaluate()):
             self.log.write({"step": 0, "epoch": 0.0} | evaluated)
         batches = self.job.train.batches(self.step, self.n_steps)
@@ -163,11 +163,11 @@ class _Loop:
             self._step(batch, started)
             self._after_step(rate)
             if self.step == self.n_steps:
-                break  # perhaps earlier than the feed was told
+                break  # early stopping may have lowered n_steps
             started = time.perf_counter()
 
     def _step(self, batch: StepBatch, asked_at: float) -> None:
-        """Train on a batch, which was asked for at `asked_at`, and write down its rows."""
+        """Train on a batch that was requested at `asked_at`, and record its rows."""
         left_out: tuple[RowId, ...] = ()
         result: StepResult | None = None
         started = time.perf_counter()
@@ -190,10 +190,10 @@ class _Loop:
         self.margins.add(self.step, batch.row_ids, result.margins if result else [])
 
     def _check_nonfinite(self, error: NonFiniteError) -> None:
-        """Say which rows are left out.
+        """Record the rows that are left out.
 
         Raises:
-            NonFiniteError: where none may be, or no more.
+            NonFiniteError: with on_nonfinite=stop, or beyond max_skipped_rows.
         """
         train = self.job.config.train
         self.skipped_rows += len(error.rows)
@@ -213,7 +213,7 @@ class _Loop:
         write_final(self.job, self.state.model, self.evaluations, self.files, self.step)
 
     def _after_step(self, rate: float) -> None:
-        """Log, evaluate and save, whichever is due."""
+        """Log, evaluate and save if due."""
         config = self.job.config.train
         evaluated: dict[str, Any] = {}
         if self.step == self.n_steps or (config.eval_steps and self.step % config.eval_steps == 0):
@@ -223,7 +223,7 @@ class _Loop:
         line: dict[str, Any] = {}
         if last or self.step % config.logging_steps == 0:
             self.margins.flush()
-            line |= self.log.figures(rate)
+            line |= self.log.read(rate)
             self.log.check_spike(self.step, line["loss"])
         line |= evaluated
         if line:
@@ -238,7 +238,7 @@ class _Loop:
             raise StoppedError(f"stopped at step {self.step} of {self.n_steps}")
 
     def _evaluate(self) -> dict[str, Any]:
-        """Evaluate all sets, and let the model answer the sample prompts."""
+        """Evaluate all sets and answer the sample prompts."""
         job, model = self.job, self.state.model
         with self.log.timed("evaluation"):
             found = evaluate_streams(model, job.evals, job.config.orpo.beta, job.device)
@@ -255,7 +255,7 @@ class _Loop:
         return found.metrics
 
     def _check_patience(self) -> None:
-        """Make this step the last one when there was no better evaluation for too long."""
+        """Make this step the last one if early_stopping_patience is exceeded."""
         if self.step < self.n_steps and self.evaluations.patience_is_out:
             self.n_steps = self.step
             self.files.notice(self.evaluations.stop_text(self.step))

@@ -1,4 +1,4 @@
-"""What a step is measured by: lines of `metrics.jsonl`, the margin of every pair; in workers."""
+"""Metrics of training steps: lines of `metrics.jsonl` and margins of pairs; in training workers."""
 
 import contextlib
 import math
@@ -20,19 +20,19 @@ from orpo_ray.runs.files import TIME_PARTS, TIME_PREFIX, RunFiles
 from orpo_ray.training.flops import MfuMeter
 from orpo_ray.training.job import Report
 
-# A logged loss so many times the median of so many lines before it is a spike.
+# A spike is a logged loss this many times the median of this many lines before it.
 _SPIKE, _RECENT = 10.0, 50
 
 
 @dataclass
 class StepLog:
-    """Adds up on the device what steps measure, and writes it down when it is asked to.
+    """Accumulates the metrics of steps on the device and writes lines of `metrics.jsonl`.
 
     Args:
         files: of the run directory.
-        weights: between the terms of the loss.
+        weights: of the terms of the loss.
         device: of this rank.
-        watch: shown every line that is written, on rank 0.
+        watch: called with every line that is written, on rank 0.
         mfu_meter: counts model FLOPs on GPUs; None: `mfu` is not logged.
         sums: (10,) of `batch_sums` since the last logged step, of this rank.
         steps: optimizer steps since then.
@@ -64,7 +64,7 @@ class StepLog:
         self._norm = None
 
     def restore(self, sums: tuple[tuple[float, ...], ...], steps: int) -> None:
-        """Take up what was added up before a checkpoint, by rank; rank 0 has it at another size."""
+        """Restore the sums of a checkpoint, by rank; at another world size rank 0 gets them all."""
         before = torch.tensor(sums, dtype=torch.float64, device=self.device)
         if len(before) == dist.get_world_size():
             self.sums += before[dist.get_rank()]
@@ -73,18 +73,18 @@ class StepLog:
         self.steps = steps
 
     def remember(self, line: dict[str, Any]) -> None:
-        """Take up a line that was written before this worker was started."""
+        """Restore from a line that was written before this worker started."""
         self.latest |= line
         if line.get("loss") is not None:
             self._losses.append(line["loss"])
 
     def add(self, batch: StepBatch, norm: Tensor | None, seconds: float) -> None:
-        """Count a step.
+        """Add a step.
 
         Args:
-            batch: what was trained on.
-            norm: of the gradient.
-            seconds: that it took, the wait for its data included.
+            batch: its batch.
+            norm: gradient norm; None for a step without an update.
+            seconds: its duration, including the wait for data.
         """
         self.steps += 1
         self._tokens += batch.n_tokens
@@ -95,32 +95,32 @@ class StepLog:
         self._norm = norm if norm is not None else self._norm
 
     def add_time(self, part: str, seconds: float) -> None:
-        """Count time to one of `TIME_PARTS`."""
+        """Add time to one of `TIME_PARTS`."""
         self._spent[part] = self._spent.get(part, 0.0) + seconds
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Count the time in here to one of `TIME_PARTS`."""
+        """Add the time in this context to one of `TIME_PARTS`."""
         started = time.perf_counter()
         yield
         self.add_time(part, time.perf_counter() - started)
 
-    def figures(self, rate: float) -> dict[str, Any]:
-        """The metrics since the last logged step: one collective, one wait for the device."""
+    def read(self, rate: float) -> dict[str, Any]:
+        """Metrics since the last logged step: one collective, one device synchronization."""
         dist.all_reduce(self.sums)
-        figures = metrics_from_sums(self.sums.tolist(), self.weights) | {
+        metrics = metrics_from_sums(self.sums.tolist(), self.weights) | {
             "learning_rate": rate,
             "grad_norm": float(self._norm) if self._norm is not None else None,
             "pairs_per_s": self._pairs / self._seconds,
             "tokens_per_s": self._tokens / self._seconds,
         }
         if self.mfu_meter is not None:
-            figures["mfu"] = self.mfu_meter.read(self._seconds)
+            metrics["mfu"] = self.mfu_meter.read(self._seconds)
         self._clear()
-        return figures
+        return metrics
 
     def check_spike(self, step: int, loss: float) -> None:
-        """Say so when a logged loss is far above those before it."""
+        """Record an event if a logged loss is far above those before it."""
         median = statistics.median(self._losses) if self._losses else math.inf
         if loss > _SPIKE * median:
             text = f"step {step}: the loss is {loss:.4g}, {median:.4g} was usual before"
@@ -128,7 +128,7 @@ class StepLog:
         self._losses.append(loss)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write a line, with where the time went since the line before."""
+        """Write a line, with the time spent on each part since the previous line."""
         self.latest |= line
         seconds = {TIME_PREFIX + part: round(self._spent.get(part, 0.0), 4) for part in TIME_PARTS}
         self._spent = {}
@@ -138,15 +138,11 @@ class StepLog:
 
 
 PairMargins = tuple[tuple[RowId, ...], Tensor]
-"""Pairs of one microbatch, and log-probability of the chosen answer less that of the rejected."""
+"""Rows of one microbatch, and their margins: log-probability of chosen minus rejected answer."""
 
 
 class MarginLog:
-    """Keeps margins on the device until they are written to `margins.jsonl`, many steps at once.
-
-    Args:
-        files: of the run directory.
-    """
+    """Keeps margins on the device until `flush` writes them to `margins.jsonl`."""
 
     def __init__(self, files: RunFiles) -> None:
         self._files = files
@@ -154,18 +150,18 @@ class MarginLog:
         self._parts: list[tuple[int, PairMargins]] = []
 
     def add(self, step: int, rows: tuple[RowId, ...], margins: Sequence[PairMargins]) -> None:
-        """Take up a step.
+        """Add a step.
 
         Args:
             step: optimizer steps done, this one included.
-            rows: of the global batch, in the order in which they are written.
+            rows: of the global batch, in the order of the ledger.
             margins: this rank's share.
         """
         self._steps.append((step, rows))
         self._parts += [(step, part) for part in margins if part[0]]
 
     def flush(self) -> None:
-        """Write what was added since the last time; a collective and one wait for the device."""
+        """Write the margins of all steps since the last flush; a collective."""
         if not self._steps:
             return
         tensors = [margins for _, (_, margins) in self._parts]

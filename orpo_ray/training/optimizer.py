@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule, as a transformers user knows them; in training workers."""
+"""AdamW and its learning-rate schedule; in training workers."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from orpo_ray.config.sections import TrainSection
+from orpo_ray.config.train import TrainSection
 
 
 def build_optimizer(model: nn.Module, config: TrainSection) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters, with no decay on norms and biases (one dimension)."""
+    """AdamW on all trainable parameters, without weight decay on norms and biases (1-D)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},

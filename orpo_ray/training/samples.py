@@ -1,4 +1,4 @@
-"""What the model answers to a few prompts while it is trained; in training workers."""
+"""Samples of a model during training: its answers to a few prompts; in training workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from orpo_ray.pretrained import load_tokenizer
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.training.job import TrainingJob
 
-_LOOKED_AT = 256  # groups among which held-out prompts are chosen
+_N_CANDIDATES = 256  # groups that held-out prompts are taken from
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class SamplePrompt:
 
     Args:
         ids: its tokens.
-        text: the prompt as text, as the tokenizer gives it back.
-        chosen: the answer that people preferred; None for a prompt of the user's own.
+        text: the prompt as decoded by the tokenizer.
+        chosen: its chosen answer; None for a prompt from the config.
     """
 
     ids: tuple[int, ...]
@@ -38,15 +38,15 @@ class SamplePrompt:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Answers the same prompts again and again, greedily, so that only the model differs.
+    """Generates greedy answers to the same prompts at every evaluation.
 
-    Every rank answers all of them at the same time, at the cost of `max_new_tokens` forward
-    passes over one token a prompt each: under FSDP every layer is gathered for each of them.
+    Every rank answers all prompts as one batch, in up to `max_new_tokens` forward passes; under
+    FSDP every layer is all-gathered in each of them.
 
     Args:
-        prompts: to be answered.
+        prompts: the prompts to answer.
         tokenizer: of the model.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: maximum number of new tokens per answer.
     """
 
     prompts: tuple[SamplePrompt, ...]
@@ -55,9 +55,9 @@ class Sampler:
 
     @staticmethod
     def from_job(job: TrainingJob, model: OrpoModel, files: RunFiles) -> "Sampler | None":
-        """The sampler of a run, or None where nothing is to be answered.
+        """The sampler of a run, or None if there are no prompts.
 
-        Prompts that leave no room for an answer in the model's positions are left out.
+        Prompts that with `max_new_tokens` exceed the model's positions are left out.
         """
         wanted, n_new = job.config.train.sample_prompts, job.config.train.max_new_tokens
         if not wanted or (isinstance(wanted, int) and not job.evals):
@@ -66,7 +66,7 @@ class Sampler:
         text_config = model.causal_lm.config.get_text_config()
         n_positions = getattr(text_config, "max_position_embeddings", None) or 1 << 30
         if isinstance(wanted, int):
-            groups = next(iter(job.evals.values())).first_groups(_LOOKED_AT)
+            groups = next(iter(job.evals.values())).first_groups(_N_CANDIDATES)
             prompts = _held_out(groups, tokenizer)
         else:
             prompts = [_own(text, tokenizer) for text in wanted]
@@ -98,12 +98,12 @@ class Sampler:
         attention, root = model.attention, cast(FSDPModule, model)
         model.use_attention("padded")
         model.eval()
-        # FSDP lets no part run before the whole has; a row that predicts nothing is enough.
+        # FSDP's root has to run forward once before its submodules (lazy init); an empty row does.
         nothing = Microbatch(pack([], chunk_tokens=1, prompt_counts=True), device)
         model(nothing, LossScale(nll=0.0, pair=0.0, beta=0.0))
-        # Embeddings and head belong to the root, whose own forward pass is not run in `generate`.
+        # Embeddings and head belong to the root, whose forward pass `generate` does not run.
         root.unshard()
-        # A router loss over a cached token and the mask of all tokens is more than models compute.
+        # Models cannot compute a router loss for one cached token and the mask of all tokens.
         options = {"output_router_logits": False} if model.has_router else {}
         output: Any = model.causal_lm.generate(
             input_ids=ids.to(device),
@@ -120,7 +120,7 @@ class Sampler:
         return texts
 
     def _settings(self, model: OrpoModel) -> GenerationConfig:
-        """Greedy, to the tokenizer's end or one of the model's own."""
+        """Greedy decoding up to the EOS token of the tokenizer or one of the model's."""
         eos = self.tokenizer.eos_token_id
         own = model.causal_lm.generation_config.eos_token_id
         ends = own if isinstance(own, list) else [own] * (own is not None)
@@ -134,7 +134,7 @@ class Sampler:
 
 
 def _held_out(groups: Sequence[PromptGroup], tokenizer: Any) -> list[SamplePrompt]:
-    """Every prompt of some groups, once, with the answer of its first pair."""
+    """Each distinct prompt of some groups, with the chosen answer of its first pair."""
     found = {}
     for group in groups:
         ids = tuple(group.prompt.tolist())
@@ -146,7 +146,7 @@ def _held_out(groups: Sequence[PromptGroup], tokenizer: Any) -> list[SamplePromp
 
 
 def _own(text: str, tokenizer: Any) -> SamplePrompt:
-    """A user's prompt: one turn of a chat where the tokenizer has a template, else plain text."""
+    """A prompt from the config: one user turn if the tokenizer has a chat template, else text."""
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)

@@ -22,7 +22,7 @@ from orpo_ray.training.metrics import PairMargins
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a step changes, and the two constants it needs."""
+    """What a training step updates, and the constants it needs."""
 
     model: OrpoModel
     optimizer: torch.optim.Optimizer
@@ -35,12 +35,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves behind it, on the device.
+    """Results of a step, on the device.
 
     Args:
-        norm: of the whole gradient before clipping.
+        norm: gradient norm over all ranks before clipping.
         margins: of this rank's pairs, before the update.
-        optimizer_s: seconds of the host in the update; on GPUs it goes on in the next step's.
+        optimizer_s: host time of the update in seconds; a GPU may still be running it.
     """
 
     norm: Tensor
@@ -54,13 +54,13 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def loss_scale(batch: StepBatch, beta: float) -> LossScale:
-    """The divisors of a global batch; FSDP averages over ranks, so each counts that often."""
+    """The divisors of a global batch, times the world size, since FSDP averages gradients."""
     world_size = dist.get_world_size()
     return LossScale(world_size / batch.n_nll_tokens, world_size / batch.n_pairs, beta)
 
 
 def train_step(state: TrainState, batch: StepBatch, sums: Tensor) -> StepResult:
-    """Move the weights by one global batch and add its metrics to `sums`.
+    """Update the weights with one global batch and add its metrics to `sums`.
 
     Args:
         state: model, optimizer and schedule.
@@ -92,10 +92,10 @@ def train_step(state: TrainState, batch: StepBatch, sums: Tensor) -> StepResult:
 
 
 def forward_backward(state: TrainState, row: PackedRow, scale: LossScale) -> OrpoOutput:
-    """One microbatch.
+    """Forward and backward pass of one microbatch.
 
     Raises:
-        MicrobatchTooLargeError: when it does not fit.
+        MicrobatchTooLargeError: when it runs out of memory.
     """
     try:
         output: OrpoOutput = state.model(Microbatch(row, state.device), scale)
@@ -112,7 +112,7 @@ def forward_backward(state: TrainState, row: PackedRow, scale: LossScale) -> Orp
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed; only torch's own on GPUs have a class for it."""
+    """Whether an allocation failed; only torch's CUDA allocator has an exception class for it."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         text in str(error)
         for text in ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
@@ -120,22 +120,22 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def gradient_norm(model: OrpoModel, max_norm: float) -> Tensor:
-    """The norm of the whole gradient, which is then clipped to `max_norm` (0: not at all)."""
+    """Clip gradients to `max_norm` (0: no clipping) and return their norm before it."""
     limit = max_norm if max_norm > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _non_finite(state: TrainState, batch: StepBatch, scale: LossScale) -> NonFiniteError:
-    """Run the step's forward passes again and name the pairs whose figures are not finite."""
+    """Rerun the step's forward passes to find pairs whose log-probabilities are not finite."""
     bad: list[RowId] = []
     with torch.no_grad():
         for row in batch.rows:
             output = state.model(Microbatch(row, state.device), scale)
-            figures = output.chosen_log_probs + output.rejected_log_probs
+            log_probs = output.chosen_log_probs + output.rejected_log_probs
             bad += [
                 row_id
-                for row_id, fine in zip(row.row_ids, figures.isfinite().tolist(), strict=True)
+                for row_id, fine in zip(row.row_ids, log_probs.isfinite().tolist(), strict=True)
                 if not fine
             ]
     everywhere: list[list[RowId]] = [[]] * dist.get_world_size()

@@ -1,12 +1,20 @@
 """The config: what it accepts, and how it says no."""
 
 import itertools
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
+from orpo_ray.config.fields import Decides
 from orpo_ray.config.file import load_config, to_yaml
-from orpo_ray.config.schema import SECTION_OF, SECTIONS, ConfigError, ORPOConfig
+from orpo_ray.config.schema import (
+    SECTION_OF,
+    SECTIONS,
+    ConfigError,
+    ORPOConfig,
+    settings_that_decide,
+)
 
 
 def refusals(*overrides: str, path: str | None = None) -> list[str]:
@@ -19,6 +27,31 @@ def test_leaf_names_are_unique_and_no_section_is_one():
     leaves = list(itertools.chain(*(model.model_fields for model in SECTIONS.values())))
     assert len(leaves) == len(set(leaves)) == len(SECTION_OF)
     assert not set(leaves) & set(SECTIONS)
+
+
+def test_every_setting_says_what_it_decides_and_what_it_is():
+    """In one of three words, and in sentences that stand by themselves."""
+    decided = [settings_that_decide(what) for what in get_args(Decides)]
+    assert sum(map(len, decided)) == len(SECTION_OF)
+    assert frozenset().union(*decided) == SECTION_OF.keys()
+    for section in SECTIONS.values():
+        for name, field in section.model_fields.items():
+            assert field.description is not None, name
+            assert field.description[0].isupper(), name
+            assert field.description.endswith("."), name
+
+
+def test_settings_that_decide_the_tokens():
+    """A trial with one of these of its own ingests for itself."""
+    data = {
+        *("train_files", "eval_files", "eval_subset_column", "val_set_size", "dataset_name"),
+        *("dataset_config", "dataset_revision", "dataset_train_split", "dataset_test_split"),
+        *("column_mapping", "min_score_gap", "chat_template", "max_length", "max_prompt_length"),
+        *("max_completion_length", "truncation", "special_tokens_in_text", "drop_duplicates"),
+        *("drop_overlap", "group_by_prompt", "shard_rows"),
+    }
+    model = {"model_name_or_path", "model_revision", "trust_remote_code"}
+    assert settings_that_decide("tokens") == data | model
 
 
 def test_a_setting_may_stand_in_its_section_or_bare():
@@ -79,9 +112,9 @@ def test_all_findings_come_at_once():
         "bta: no such setting; did you mean orpo.beta?",
         "optim: no such setting; --help lists all of them",
         "orpo.beta: input should be greater than or equal to 0 (got -1)",
-        "ray.num_workers: give a number of workers from 1, or [least, most] of them (got 'x')",
+        "ray.num_workers: give a number of workers from 1, or [min, max] of them (got 'x')",
         "train.lr: no such setting; did you mean train.learning_rate?",
-        "train.max_steps: 0 steps: give a number of steps, or -1 to go by epochs (got 0)",
+        "train.max_steps: 0 steps: set a number from 1, or -1 for num_train_epochs (got 0)",
     ]
 
 

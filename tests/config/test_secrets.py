@@ -3,10 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
+from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import load_config
 from orpo_ray.config.schema import SECTION_OF, SECTIONS, ConfigError, ORPOConfig
 from orpo_ray.config.secrets import HIDDEN, hide, is_secret_name
-from orpo_ray.config.sections import DataSource
 
 CANARY = "canary0value1to2find"
 NAMES = [

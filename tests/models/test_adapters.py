@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from orpo_ray.config.sections import ModelSection
+from orpo_ray.config.model import ModelSection
 from orpo_ray.models.adapters import add_adapters
 from orpo_ray.pretrained import UnsupportedModelError
 from tests.reference.models import tiny_model

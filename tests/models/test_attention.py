@@ -91,7 +91,7 @@ def test_a_kernel_that_is_asked_for_is_taken(kernel):
     [
         ("flex", {"capability": None}, "it runs on GPUs only"),
         ("flex", {"widths": (8, 8)}, "heads narrower than 16"),
-        ("varlen", {"softcap": True}, "it knows no softcap, which this model has"),
+        ("varlen", {"softcap": True}, "it does not support the logit soft-capping"),
         ("varlen", {"half": False}, "set bf16=true"),
         ("flex", {"has_triton": False}, "pip install triton"),
         ("varlen", {"widths": (512, 512)}, "heads of width 512"),

@@ -11,8 +11,8 @@ import pytest
 import ray.data
 from pydantic import ValidationError
 
+from orpo_ray.config.data import DataSource
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.config.sections import DataSource
 from orpo_ray.orchestration.inputs import find_inputs, keep_dataset
 from orpo_ray.preference.errors import DataError
 

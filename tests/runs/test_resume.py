@@ -5,9 +5,22 @@ import pytest
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.runs.resume import ResumeError, changed_settings, decisive_settings, refuse_changes
 
+# What a manifest records, besides the digest of the pairs.
+DECISIVE = {
+    *("model_name_or_path", "model_revision", "trust_remote_code", "disable_dropout", "lora_r"),
+    *("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "beta", "nll_scope"),
+    *("router_aux_loss_coef", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16"),
+    *("full_determinism", "seed", "shuffle", "shuffle_window_shards"),
+}
+
 
 def settings(**changes):
     return decisive_settings(ORPOConfig(**changes), "digest")
+
+
+def test_a_manifest_records_what_decides_the_weights():
+    assert settings().keys() == DECISIVE | {"train_data"}
 
 
 @pytest.mark.parametrize(

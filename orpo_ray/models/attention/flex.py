@@ -1,7 +1,7 @@
 """FlexAttention over a packed row; in training workers.
 
-It is given a mask in blocks, made on the host from the row's segments: once a microbatch and
-window, whatever the number of layers, and without a word from the device.
+Its block mask is built on the host from the row's segments, once per microbatch and window size,
+whatever the number of layers, and without a device synchronization.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from orpo_ray.models.attention.layout import PackedLayout, Scores, Segment, to_device
 
 _BLOCK = 128
-_OPTIONS: Any = {"BACKEND": "TRITON"}  # also for short rows: never the kernel of decoding
+_OPTIONS: Any = {"BACKEND": "TRITON"}  # never the decoding kernel, which short rows would get
 Blocks = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
 
@@ -30,7 +30,7 @@ def flex(
     layout: PackedLayout,
     scores: Scores,
 ) -> Float[Tensor, "1 tokens heads value_width"]:
-    """Attend with FlexAttention: compiled on GPUs, step by step elsewhere."""
+    """Attend with FlexAttention: compiled on GPUs, eager elsewhere."""
     attend = _compiled() if query.is_cuda else flex_attention
     output: Tensor = attend(
         query,
@@ -47,10 +47,11 @@ def flex(
 
 @cache
 def _compiled() -> Any:
-    """Compiled for rows of any length: from the second one on, lengths are symbols.
+    """FlexAttention compiled for rows of any length, which are symbolic from the second one on.
 
-    It is compiled anew for rows of one block, of whole blocks, and without gradients, which with
-    layers of two shapes is above torch's limit; after it, all scores of a row would be held.
+    It is compiled again for rows of one block, of whole blocks, and without gradients, which for
+    layers of two shapes exceeds torch's recompile limit. Beyond it, all scores of a row would be
+    materialized.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, fullgraph=True)
@@ -58,7 +59,7 @@ def _compiled() -> Any:
 
 @cache
 def _capped(softcap: float) -> Callable[..., Tensor]:
-    """Scores pressed into plus and minus `softcap`."""
+    """Logit soft-capping as a score modification: `softcap * tanh(score / softcap)`."""
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -67,18 +68,18 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 def block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
-    """The row's mask for one window; made when it is first asked for."""
+    """The row's block mask for one window size, built on first use."""
     if window not in layout.block_masks:
         layout.block_masks[window] = packed_block_mask(layout, window)
     return layout.block_masks[window]
 
 
 def packed_block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
-    """Who sees whom, token by token, and which blocks of it are seen in part or as a whole."""
+    """Build the block mask: the mask by token, and its partial and full blocks."""
     columns = _seen_by_token(layout, window)
     own, prompt, prompt_stop = (to_device(torch.from_numpy(c), layout.device) for c in columns)
 
-    # The same for every window, which would be compiled for each by itself.
+    # Windows are in the tensors: a window as a constant would be compiled for each size.
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen_own = (key >= own[query]) & (key <= query)
         seen: Tensor = seen_own | ((key >= prompt[query]) & (key < prompt_stop[query]))
@@ -96,7 +97,7 @@ def packed_block_mask(layout: PackedLayout, window: int | None) -> BlockMask:
 
 
 def _seen_by_token(layout: PackedLayout, window: int | None) -> npt.NDArray[np.int32]:
-    """(3, tokens): the first own key that a token sees, the first and last + 1 of the prompt's."""
+    """(3, tokens): each query's first own key, and its prompt keys from first to last + 1."""
     columns = np.empty((3, layout.n_tokens), dtype=np.int32)
     for segment in layout.segments:
         queries = np.arange(segment.start, segment.start + segment.length)
@@ -106,7 +107,7 @@ def _seen_by_token(layout: PackedLayout, window: int | None) -> npt.NDArray[np.i
 
 
 def seen_blocks(layout: PackedLayout, window: int | None) -> tuple[Blocks, Blocks]:
-    """(query blocks, key blocks): where some query sees some key, and where each sees all."""
+    """(query blocks, key blocks): which are not empty, and which are full."""
     n_blocks = -(-layout.n_tokens // _BLOCK)
     some = np.zeros((n_blocks, n_blocks), dtype=np.bool_)
     every = np.zeros_like(some)
@@ -116,7 +117,7 @@ def seen_blocks(layout: PackedLayout, window: int | None) -> tuple[Blocks, Block
 
 
 def _mark(some: Blocks, every: Blocks, segment: Segment, window: int | None) -> None:
-    """Add what the queries of one segment see."""
+    """Mark the blocks that the queries of one segment attend to."""
     stop = segment.start + segment.length
     prompt_stop = segment.prompt_start + segment.prompt_length
     for row in range(segment.start // _BLOCK, -(-stop // _BLOCK)):
@@ -127,13 +128,13 @@ def _mark(some: Blocks, every: Blocks, segment: Segment, window: int | None) -> 
         some[row, own // _BLOCK : last // _BLOCK + 1] = True
         if prompt < prompt_stop:
             some[row, prompt // _BLOCK : -(-prompt_stop // _BLOCK)] = True
-        if last - first + 1 == _BLOCK:  # else other queries of the block see other keys
+        if last - first + 1 == _BLOCK:  # else queries of other segments are in the block
             every[row, -(-own_of_all // _BLOCK) : row] = True
             every[row, -(-prompt_of_all // _BLOCK) : prompt_stop // _BLOCK] = True
 
 
 def _reach(segment: Segment, queries: Indices, window: int | None) -> tuple[Indices, Indices]:
-    """The first keys of a segment's own part and of its prompt that each query's window reaches."""
+    """The first own key and the first prompt key in each query's window."""
     own = queries - (segment.length + segment.prompt_length if window is None else window - 1)
     # The prompt ends where the segment begins, as positions go.
     prompt = own - segment.start + segment.prompt_start + segment.prompt_length
@@ -141,7 +142,7 @@ def _reach(segment: Segment, queries: Indices, window: int | None) -> tuple[Indi
 
 
 def _in_order(blocks: Blocks, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries has, and which: those first, in order."""
+    """Number of key blocks per query block, and their indices first, in ascending order."""
     order = np.argsort(~blocks, axis=-1, kind="stable").astype(np.int32)
     counts = blocks.sum(axis=-1, dtype=np.int32)
     return (

@@ -15,7 +15,7 @@ from orpo_ray.models.attention.layout import PackedLayout, Scores, Segment
 from orpo_ray.models.attention.varlen import varlen
 
 PACKED_ATTENTION = "orpo_ray_packed"
-# What decoders pass along that changes nothing here.
+# Options that decoders pass through and that have no effect here.
 _HARMLESS = {
     "position_ids",
     "cache_position",
@@ -28,7 +28,7 @@ _HARMLESS = {
 
 
 class PackingNotSupportedError(RuntimeError):
-    """The model's attention needs something that the packed row cannot give it."""
+    """The model's attention needs an option that packed rows do not support."""
 
 
 def packed_attention(
@@ -39,11 +39,11 @@ def packed_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads value_width"], None]:
-    """Attend as the row's layout says; the signature is transformers' AttentionInterface's.
+    """Attend with the mask of the row's layout; an attention function of `AttentionInterface`.
 
     Raises:
-        PackingNotSupportedError: when the model asks for a mask, dropout or an option that this
-            cannot honour, or does not hand the layout through.
+        PackingNotSupportedError: for a mask, dropout or option that is not supported, and when the
+            model does not pass the layout through to its attention.
     """
     layout: PackedLayout | None = options.pop("packed_layout", None)
     kernel: Kernel = options.pop("packed_kernel", "sdpa")
@@ -51,7 +51,7 @@ def packed_attention(
     window = options.pop("sliding_window", None)
     softcap = options.pop("softcap", None)
     dropout = options.pop("dropout", 0.0)
-    # A value may be a tensor, as attention sinks are: it is not to be compared.
+    # A value may be a tensor, as attention sinks are: compare by identity.
     unknown = [
         k for k, v in options.items() if k not in _HARMLESS and v is not None and v is not False
     ]
@@ -67,9 +67,9 @@ def packed_attention(
 
 
 def prepare(layout: PackedLayout, kernel: Kernel, windows: Iterable[int | None]) -> None:
-    """Make what a kernel is told of a row before the first layer asks for it.
+    """Build a kernel's indices or block masks before the first layer needs them.
 
-    A compiled layer would trace the making of it, anew for every number of segments.
+    A compiled layer would trace that, and be compiled again for every number of segments.
     """
     if kernel == "varlen":
         _ = layout.gathered
@@ -81,9 +81,9 @@ def prepare(layout: PackedLayout, kernel: Kernel, windows: Iterable[int | None])
 def by_segment(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scores: Scores
 ) -> Tensor:
-    """One SDPA call a segment."""
+    """One SDPA call per segment."""
     lengths = [segment.length for segment in layout.segments]
-    # `split` and not slices: the gradient of a slice is a whole row of zeros, one a segment.
+    # `split` and not slices: the gradient of a slice is a whole row of zeros, for each segment.
     parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
     outputs, prompt_key, prompt_value = [], key, value
     for segment, (own_query, own_key, own_value) in zip(layout.segments, parts, strict=True):

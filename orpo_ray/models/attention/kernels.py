@@ -1,4 +1,4 @@
-"""Which attention kernel a packed row goes through: one for a whole run; in training workers."""
+"""The choice of the attention kernel for packed rows, one for a whole run; in training workers."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,20 +9,20 @@ import torch
 from orpo_ray.pretrained import UnsupportedModelError
 
 Kernel = Literal["varlen", "flex", "sdpa"]
-_FLASH_WIDTH = 256  # of heads, the widest that flash attention takes
-_FLEX_WIDTH = 16  # the narrowest that FlexAttention takes on GPUs
+_FLASH_WIDTH = 256  # largest head width of flash attention
+_FLEX_WIDTH = 16  # smallest head width of FlexAttention on GPUs
 _AMPERE = (8, 0)
 
 
 @dataclass(frozen=True)
 class KernelSupport:
-    """What decides which kernels can run.
+    """Capabilities of the device and needs of the model, which decide which kernels can run.
 
     Args:
-        capability: of the GPU; none elsewhere.
-        half: whether scores are products of bfloat16 or float16.
-        softcap: whether the model presses its scores together.
-        widths: of a head's queries and values.
+        capability: CUDA compute capability; None on other devices.
+        half: whether queries and keys are in bfloat16 or float16.
+        softcap: whether the model uses logit soft-capping in attention.
+        widths: head widths of queries and of values.
         has_triton: whether triton, which compiles FlexAttention, is installed.
     """
 
@@ -34,10 +34,10 @@ class KernelSupport:
 
 
 def choose_kernel(asked: Kernel | Literal["auto"], support: KernelSupport) -> Kernel:
-    """The kernel that was asked for, or the first one that can run here.
+    """The requested kernel, or with `auto` the first one that can run.
 
     Raises:
-        UnsupportedModelError: when the one that was asked for cannot.
+        UnsupportedModelError: when the requested one cannot run.
     """
     if asked == "auto":
         return next(kernel for kernel in get_args(Kernel) if obstacle(kernel, support) is None)
@@ -48,13 +48,13 @@ def choose_kernel(asked: Kernel | Literal["auto"], support: KernelSupport) -> Ke
 
 
 def obstacle(kernel: Kernel, support: KernelSupport) -> str | None:
-    """Why a kernel cannot run, or None."""
+    """Why a kernel cannot run, or None if it can."""
     if kernel == "sdpa":
         return None
     if support.capability is None:
         return "it runs on GPUs only"
     if support.capability < _AMPERE:
-        return f"it wants a GPU of compute capability 8.0, this one has {support.capability}"
+        return f"it needs a GPU of compute capability 8.0, this one has {support.capability}"
     if kernel == "flex":
         if min(support.widths) < _FLEX_WIDTH:
             return f"it does not take heads narrower than {_FLEX_WIDTH}: these are {support.widths}"
@@ -62,7 +62,7 @@ def obstacle(kernel: Kernel, support: KernelSupport) -> str | None:
     if not support.half:
         return "it computes in bfloat16 and float16 only: set bf16=true"
     if support.softcap:
-        return "it knows no softcap, which this model has"
+        return "it does not support the logit soft-capping of this model"
     width, value_width = support.widths
     if width != value_width or width > _FLASH_WIDTH or width % 8:
         return f"it does not take heads of width {width} with values of width {value_width}"
@@ -70,10 +70,10 @@ def obstacle(kernel: Kernel, support: KernelSupport) -> str | None:
 
 
 def kernel_support(model_config: Any, device: torch.device, half: bool) -> KernelSupport:
-    """What is the case for a model of a config on a device."""
+    """Query the capabilities of a device and the needs of a model, from its config."""
     config = model_config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Models with compressed keys and values have other names for them; some layers wider heads.
+    # Multi-head latent attention has other names for the widths; some layers have wider heads.
     width = max(width, getattr(config, "global_head_dim", None) or 0)
     query_width = getattr(config, "qk_head_dim", None) or width
     value_width = getattr(config, "v_head_dim", None) or width
@@ -87,7 +87,7 @@ def kernel_support(model_config: Any, device: torch.device, half: bool) -> Kerne
 
 
 def sliding_windows(model_config: Any) -> frozenset[int | None]:
-    """Positions that a query sees in the layers of a model; None: all before it."""
+    """Sliding-window sizes of the layers of a model; None for full attention."""
     config = model_config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)

@@ -1,8 +1,8 @@
-"""Who sees whom in a packed row, as every attention kernel needs it; in training workers.
+"""The attention mask of a packed row: block-diagonal and causal; in training workers.
 
-A prompt is causal over itself; a completion sees its prompt and itself, nothing else. A *segment*
-is a stretch of queries with one set of keys: a prompt together with its first completion (plainly
-causal), and every further completion, whose keys are its prompt's and its own.
+A prompt attends to itself; a completion attends to its prompt and to itself, nothing else. A
+*segment* is a range of queries with the same keys: a prompt together with its first completion
+(plainly causal), or a further completion, whose keys are its prompt's and its own.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from orpo_ray.dataset.packing import GroupSpan
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor of the host to a device without waiting for it."""
+    """Copy a host tensor to a device asynchronously, from pinned memory."""
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
@@ -27,12 +27,12 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """How attention scores are formed.
+    """How attention scores are computed.
 
     Args:
-        scaling: of the products; unset: one by the root of the heads' width.
-        window: positions that a query sees, its own included; unset: all before it.
-        softcap: scores are pressed into plus and minus this; unset: they are not.
+        scaling: factor of the dot products; None: 1 / sqrt(head width).
+        window: size of the sliding window, the query's own position included; None: unlimited.
+        softcap: cap of logit soft-capping, `softcap * tanh(score / softcap)`; None: no capping.
     """
 
     scaling: float | None
@@ -42,13 +42,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries and the prompt they see, as token ranges of a packed row.
+    """Queries and the prompt they attend to, as token ranges of a packed row.
 
     Args:
         start: first query token.
-        length: query tokens; they see one another causally.
+        length: number of query tokens, causal among themselves.
         prompt_start: first token of a prompt that is not part of the segment.
-        prompt_length: tokens of that prompt, all seen by every query; 0 for a first segment.
+        prompt_length: number of its tokens, which every query attends to; 0 for the first segment
+            of a group.
     """
 
     start: int
@@ -58,9 +59,9 @@ class Segment:
 
 
 class PackedLayout:
-    """Who sees whom in one packed row; masks and indices are made once and shared by layers.
+    """The segments of a packed row; masks and indices are built once and shared by all layers.
 
-    Not a dataclass on purpose: FSDP walks through those at every layer.
+    Not a dataclass on purpose: FSDP traverses dataclass arguments at every layer.
 
     Args:
         spans: the groups of the row, in order.
@@ -84,7 +85,7 @@ class PackedLayout:
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def mask(self, segment: Segment, window: int | None) -> Tensor:
-        """Which of prompt and own keys each query of a segment sees; (queries, keys), bool."""
+        """Boolean mask (queries, keys) of a segment over its prompt's and its own keys."""
         key = (segment.length, segment.prompt_length, window)
         if key not in self._masks:
             n_keys = segment.prompt_length + segment.length
@@ -96,9 +97,9 @@ class PackedLayout:
 
     @cached_property
     def gathered(self) -> "GatheredKeys":
-        """The same for variable-length kernels: every segment's keys laid end to end."""
+        """Arguments of variable-length kernels: the keys of all segments, concatenated."""
         queries = np.array([segment.length for segment in self.segments])
-        # The keys of a segment are two stretches of the row: its prompt, and its own.
+        # The keys of a segment are two ranges of the row: its prompt's, and its own.
         stretches = [(s.prompt_start, s.prompt_length, s.start, s.length) for s in self.segments]
         starts, lengths = np.array(stretches).reshape(-1, 2).T
         ends = lengths.cumsum()
@@ -114,13 +115,13 @@ class PackedLayout:
 
 
 def _ends(lengths: npt.NDArray[np.int64]) -> Tensor:
-    """Cumulative lengths from 0, as kernels want them."""
+    """Cumulative lengths, beginning with 0 (`cu_seqlens`)."""
     return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
 
 
 @dataclass(frozen=True)
 class GatheredKeys:
-    """Arguments of a variable-length kernel; `ends` are cumulative lengths from 0."""
+    """Arguments of a variable-length kernel; `*_ends` are its `cu_seqlens`."""
 
     index: Tensor
     query_ends: Tensor

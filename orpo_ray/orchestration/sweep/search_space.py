@@ -8,10 +8,19 @@ from typing import Any
 from pydantic import ValidationError
 from ray import tune
 
-from orpo_ray.config.schema import SECTION_OF, ConfigError, ORPOConfig
+from orpo_ray.config.schema import (
+    SECTION_OF,
+    SECTIONS,
+    ConfigError,
+    ORPOConfig,
+    settings_that_decide,
+)
 
-# What a trial may not be given: who it is, where it runs, and what the whole sweep is.
-_FIXED = ("output", "ray", "tune")
+# A trial may not set who it is, where it runs, or what the sweep is: the sections in which no
+# setting decides tokens or weights.
+_FIXED = SECTIONS.keys() - {
+    SECTION_OF[leaf] for leaf in settings_that_decide("tokens") | settings_that_decide("weights")
+}
 _FORMS: dict[str, tuple[int, Callable[..., Any]]] = {
     "uniform": (2, tune.uniform),
     "loguniform": (2, tune.loguniform),

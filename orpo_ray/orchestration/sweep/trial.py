@@ -11,7 +11,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
-from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.config.schema import ConfigError, ORPOConfig, settings_that_decide
 from orpo_ray.orchestration.start import Start, make_console, start_run
 from orpo_ray.orchestration.train import train_run
 from orpo_ray.orchestration.workers import TrainingError
@@ -22,35 +22,6 @@ from orpo_ray.storage.bucket import address, make_folder
 from orpo_ray.storage.files import first_line, read_json, write_json
 from orpo_ray.storage.mirror import publish
 from orpo_ray.training.errors import StoppedError
-
-# Settings that change tokens or the base model: a trial with its own of these ingests for itself.
-_INPUTS = frozenset(
-    {
-        "chat_template",
-        "column_mapping",
-        "dataset_config",
-        "dataset_name",
-        "dataset_revision",
-        "dataset_test_split",
-        "dataset_train_split",
-        "drop_duplicates",
-        "drop_overlap",
-        "eval_files",
-        "group_by_prompt",
-        "max_completion_length",
-        "max_length",
-        "max_prompt_length",
-        "min_score_gap",
-        "model_name_or_path",
-        "model_revision",
-        "shard_rows",
-        "special_tokens_in_text",
-        "train_files",
-        "truncation",
-        "trust_remote_code",
-        "val_set_size",
-    }
-)
 
 
 def trial_function(start: Start) -> Callable[[dict[str, Any]], None]:
@@ -90,7 +61,7 @@ def _start(sweep: Start, directory: Path, values: Mapping[str, Any]) -> Start:
         token_cache_dir=sweep.config.data.token_cache_dir
         or address(sweep.run_directory.parent / "token_cache"),
     )
-    if _INPUTS & values.keys():
+    if settings_that_decide("tokens") & values.keys():
         return start_run(_with_found_inputs(config, sweep, values), make_console())
     (directory / CONFIG).write_text(to_yaml(config))
     return dataclasses.replace(sweep, config=config, run_directory=directory)

@@ -1,4 +1,4 @@
-"""Which evaluation is the best, when to stop for want of a better one, and what `final/` holds."""
+"""Tracking of the best evaluation, early stopping, and the export to `final/`; in workers."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from orpo_ray.config.sections import TrainSection
+from orpo_ray.config.train import TrainSection
 from orpo_ray.models.export import export_model
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
@@ -24,20 +24,20 @@ _PREFIX = "eval_"
 
 @dataclass
 class Evaluations:
-    """The deciding metric of every evaluation so far; the same on every rank.
+    """The values of `metric_for_best_model` so far; the same on every rank.
 
-    Nothing of it is in a checkpoint: `metrics.jsonl`, which is on disk before a checkpoint is and
-    is cut back to its step, has it all, so a run may also go on with another metric or patience.
+    They are not stored in checkpoints but read from `metrics.jsonl`, which is on disk before a
+    checkpoint is and is truncated to its step. So a run may resume with another metric or patience.
 
-    As in transformers, the evaluation before the first step is no candidate, for an untrained
-    model is no result; equal is not better, and neither is a figure that is not finite.
+    As in transformers, the evaluation before the first step is not a candidate, an equal value is
+    not an improvement, and neither is one that is not finite.
 
     Args:
-        metric: its name in `metrics.jsonl`; None where nothing depends on it.
-        greater_is_better: whether the best is the highest.
-        patience: evaluations in a row without a better one after which to stop; None: never.
-        keep_best: whether the checkpoint of the best one is saved, kept and exported.
-        values: (step, figure) in the order of steps.
+        metric: its name in `metrics.jsonl`; None if neither option needs one.
+        greater_is_better: whether a higher value is better.
+        patience: consecutive evaluations without improvement before stopping; None: no limit.
+        keep_best: whether the checkpoint of the best evaluation is saved, kept and exported.
+        values: (step, value) in ascending order of steps.
     """
 
     metric: str | None
@@ -48,14 +48,14 @@ class Evaluations:
 
     @staticmethod
     def from_config(config: TrainSection, prefixes: Sequence[str]) -> "Evaluations":
-        """No evaluation yet, of a run with these settings.
+        """An empty history for a run with this config.
 
         Args:
-            config: says what is the best and what comes of it.
-            prefixes: of the evaluation sets in metrics.
+            config: with the metric, its direction and its uses.
+            prefixes: of the evaluation sets in `metrics.jsonl`.
 
         Raises:
-            EvaluationError: when there are no evaluations, or none has the metric.
+            EvaluationError: when there is no evaluation set, or none has the metric.
         """
         patience, keep_best = config.early_stopping_patience, config.load_best_model_at_end
         if patience is None and not keep_best:
@@ -66,7 +66,7 @@ class Evaluations:
                 f"{name}: this run has no evaluation data; set eval_files or val_set_size"
             )
         metric = _PREFIX + config.metric_for_best_model.removeprefix(_PREFIX)
-        # What is not zero has a router loss too; whether the model has one, its evaluations say.
+        # Non-zero weights give all names, the router loss too; evaluations show whether it exists.
         names = metrics_from_sums([1.0] * N_SUMS, OrpoWeights(1.0, 1.0))
         _refuse_unknown(metric, [prefix + name for prefix in prefixes for name in names])
         greater = config.greater_is_better
@@ -74,53 +74,53 @@ class Evaluations:
             greater = not metric.endswith("loss")
         return Evaluations(metric, greater, patience, keep_best)
 
-    def add(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Take up an evaluation; a collective, so that no rank ever stops alone.
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add an evaluation; a collective, so that all ranks stop at the same step.
 
         Raises:
             EvaluationError: when it does not have the metric.
         """
         if self.metric is None:
             return
-        _refuse_unknown(self.metric, list(figures))
-        value = [figures[self.metric]]
+        _refuse_unknown(self.metric, list(metrics))
+        value = [metrics[self.metric]]
         dist.broadcast_object_list(value)
         self.values.append((step, value[0]))
 
     def restore(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Take up the evaluations that a run has behind it, as rank 0 has read them."""
+        """Restore the history from the lines of `metrics.jsonl` that rank 0 has read."""
         if self.metric is None:
             return
         found = [[(line["step"], line[self.metric]) for line in lines if self.metric in line]]
         dist.broadcast_object_list(found)
-        # JSON has no figures that are not finite: they were written as null.
+        # Values that are not finite are null in JSON.
         self.values = [(step, math.nan if value is None else value) for step, value in found[0]]
 
     @property
     def ranking(self) -> tuple[int, ...]:
-        """Steps from the best evaluation to the worst; the earlier one first of equals."""
+        """Steps from the best to the worst evaluation; ties by ascending step."""
         sign = -1.0 if self.greater_is_better else 1.0
         ranked = [(sign * value, step) for step, value in self.values if math.isfinite(value)]
         return tuple(step for _, step in sorted(ranked) if step)
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best evaluation, if there is one."""
+        """Step of the best evaluation, or None."""
         return next(iter(self.ranking), None)
 
     @property
     def n_without_better(self) -> int:
-        """Evaluations since the best one."""
+        """Number of evaluations since the best one."""
         best = self.best_step or 0
         return sum(step > best for step, _ in self.values)
 
     @property
     def patience_is_out(self) -> bool:
-        """Whether to stop now."""
+        """Whether to stop early."""
         return self.patience is not None and self.n_without_better >= self.patience
 
     def stop_text(self, step: int) -> str:
-        """Why training ends at a step, for the log."""
+        """Log line with the reason for early stopping."""
         rule = f"early_stopping_patience={self.patience}"
         if self.best_step is None:
             return f"stopped early at step {step}: {self.metric} was never finite ({rule})"
@@ -130,7 +130,7 @@ class Evaluations:
         )
 
     def export_text(self, step: int) -> str:
-        """What `final/` holds when the best is wanted, for the log."""
+        """Log line with the exported step, for `load_best_model_at_end`."""
         text = f"final/ is the model of step {step}"
         if step != self.best_step:
             return text
@@ -146,10 +146,10 @@ class Evaluations:
 
 
 def _refuse_unknown(metric: str, known: Sequence[str]) -> None:
-    """Stop where no evaluation has the metric.
+    """Refuse a metric that no evaluation has.
 
     Raises:
-        EvaluationError: naming those there are.
+        EvaluationError: listing the known metrics.
     """
     if metric not in known:
         raise EvaluationError(
@@ -160,14 +160,14 @@ def _refuse_unknown(metric: str, known: Sequence[str]) -> None:
 def write_final(
     job: TrainingJob, model: OrpoModel, evaluations: Evaluations, files: RunFiles, step: int
 ) -> None:
-    """Export the last model, or that of the best evaluation, unless an earlier attempt did.
+    """Export the last or the best model to `final/` unless it is there already; a collective.
 
     Args:
-        job: of this rank; every rank has to call this.
-        model: as it is after the last step; afterwards it is the exported one.
+        job: of this rank.
+        model: after the last step; its weights are replaced by the exported ones.
         evaluations: of the run.
         files: of the run directory.
-        step: the last one.
+        step: the last step.
     """
     choice = [_choose(evaluations, files, step) if files.is_writer else None]
     dist.broadcast_object_list(choice)
@@ -183,9 +183,9 @@ def write_final(
 
 
 def _choose(evaluations: Evaluations, files: RunFiles, step: int) -> int | None:
-    """The step whose model is to be exported, or None where it lies there already; on rank 0.
+    """The step to export, or None if it is in `final/` already; on rank 0.
 
-    Where the best one's checkpoint is lost, it is the best of those that are there.
+    If the best evaluation's checkpoint is lost, the best of the remaining ones is exported.
     """
     ranking = evaluations.ranking if evaluations.keep_best else ()
     done = exported_step(files.directory / FINAL)

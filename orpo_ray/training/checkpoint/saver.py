@@ -1,4 +1,4 @@
-"""Sharded checkpoints, written beside the steps that follow; in training workers."""
+"""Sharded checkpoints, written asynchronously; in training workers."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ from orpo_ray.storage.bucket import is_copy
 from orpo_ray.storage.files import first_line, one_line, read_json, write_atomic
 from orpo_ray.storage.mirror import fetch_folder, forget_heavy, publish, remove
 
-# What is frozen is the base model's, and read from there again.
+# Frozen weights are loaded from the base model again.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _PROGRESS = "state.json"
 
@@ -47,12 +47,12 @@ class Progress:
     """What a checkpoint holds besides tensors.
 
     Args:
-        step: optimizer steps done.
-        global_batch_pairs: pairs of a step; the order is counted in them.
+        step: number of optimizer steps done.
+        global_batch_pairs: pairs per step; the data order depends on it.
         scheduler: state of the learning-rate schedule.
         sums: metric sums of every rank since the last logged step.
         logged_steps: steps that `sums` covers.
-        skipped_rows: rows left out so far because their figures were not finite.
+        skipped_rows: number of rows left out so far by on_nonfinite=skip.
     """
 
     step: int
@@ -64,32 +64,32 @@ class Progress:
 
 
 class CheckpointSaver:
-    """Writes one checkpoint at a time in a thread of its own; all ranks call it alike.
+    """Writes one checkpoint at a time in a background thread; every rank makes the same calls.
 
-    Its collectives run in a process group of their own, beside those of the training steps.
+    Its collectives have a process group of their own, so they do not mix with those of training.
 
     Args:
-        run_directory: of the run.
-        keep: committed checkpoints that are left on disk; None: all.
+        run_directory: path of the run directory.
+        keep: number of committed checkpoints to keep; None: all.
     """
 
     def __init__(self, run_directory: str, keep: int | None) -> None:
         self._run_directory = run_directory
         self._keep = keep
         self._group = dist.new_group(backend="gloo")
-        # On GPUs into pinned memory that every save uses again: a step waits for the copy only.
+        # On GPUs into pinned memory that is reused by every save: a step waits for the copy only.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self._thread = ThreadPoolExecutor(1, "orpo-save", initializer=_on_this_gpu())
         self._pending: Future[str | None] | None = None
 
     @property
     def is_busy(self) -> bool:
-        """Whether a save was started and not yet finished; the same on every rank."""
+        """Whether a save is in progress; the same on every rank."""
         return self._pending is not None
 
     @property
     def is_ready(self) -> bool:
-        """Whether this rank would not wait in `finish`."""
+        """Whether `finish` would return at once on this rank."""
         return self._pending is None or self._pending.done()
 
     def start(
@@ -101,18 +101,18 @@ class CheckpointSaver:
         problem: str | None = None,
         ranking: Sequence[int] = (),
     ) -> None:
-        """Copy the tensors to the host, and write them while training goes on.
+        """Copy the tensors to host memory and write them in the background.
 
         Args:
             model: sharded over all ranks.
-            optimizer: of it.
-            progress: the rest.
-            about: what the manifest says besides its files.
-            problem: of this rank, for which there is to be no checkpoint.
-            ranking: steps of which the first one with a checkpoint keeps it.
+            optimizer: its optimizer.
+            progress: stored beside the tensors.
+            about: further fields of the manifest.
+            problem: why this rank cannot save; no checkpoint is committed then.
+            ranking: steps, of which the first that has a checkpoint keeps it.
         """
         if self._pending is not None:
-            raise AssertionError("a save is under way")
+            raise AssertionError("a save is in progress")
         staged = self._stager.stage(_tensors(model, optimizer))
         keep = partial(keep_newest, self._run_directory, self._keep, tuple(ranking))
         self._pending = self._thread.submit(
@@ -120,13 +120,13 @@ class CheckpointSaver:
         )
 
     def finish(self) -> str | None:
-        """Wait for the save under way.
+        """Wait for the save in progress.
 
         Returns:
-            Why there is no such checkpoint, or None once it is committed; the same on every rank.
+            None if it was committed, else why not; the same on every rank.
         """
         if self._pending is None:
-            raise AssertionError("no save is under way")
+            raise AssertionError("no save is in progress")
         pending, self._pending = self._pending, None
         return pending.result()
 
@@ -138,7 +138,7 @@ class CheckpointSaver:
         problem: str | None,
         keep: Callable[[], None],
     ) -> str | None:
-        """Write, check and commit, then delete what is not to `keep`; in the thread."""
+        """Write, verify and commit, then delete old checkpoints; in the thread."""
         rank = dist.get_rank()
         directory = checkpoint_directory(self._run_directory, progress.step)
         files: dict[str, Any] = {}
@@ -178,7 +178,7 @@ class CheckpointSaver:
         parts: list[dict[str, Any]],
         keep: Callable[[], None],
     ) -> str | None:
-        """Write the manifest, or take away what was written without one; on rank 0."""
+        """Write the manifest, or delete the uncommitted checkpoint; on rank 0."""
         if problem is None:
             try:
                 files = {name: entry for part in parts for name, entry in part.items()}
@@ -188,7 +188,7 @@ class CheckpointSaver:
             except OSError as error:
                 problem = one_line(error)
             else:
-                with contextlib.suppress(OSError):  # it is committed: what stays goes next time
+                with contextlib.suppress(OSError):  # the next save deletes what remains
                     keep()
         if problem is not None:
             with contextlib.suppress(OSError):
@@ -196,7 +196,7 @@ class CheckpointSaver:
         return problem
 
     def _first_problem(self, problem: str | None) -> str | None:
-        """The first rank's problem, if any has one."""
+        """The problem of the lowest rank that has one."""
         problems: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem, group=self._group)
         return next((p for p in problems if p is not None), None)
@@ -205,10 +205,7 @@ class CheckpointSaver:
 def load_checkpoint(
     run_directory: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress:
-    """Read the tensors of a verified checkpoint into a sharded model and its optimizer.
-
-    The number of ranks may differ from the one that wrote it.
-    """
+    """Load a verified checkpoint into a sharded model and its optimizer, at any world size."""
     directory = _on_this_node(checkpoint_directory(run_directory, step))
     tensors = _tensors(model, optimizer)
     state_dict_loader.load(tensors, checkpoint_id=str(directory))
@@ -224,7 +221,7 @@ def load_checkpoint(
 
 
 def load_weights(run_directory: str, step: int, model: nn.Module) -> None:
-    """Read the weights alone of a verified checkpoint into a sharded model."""
+    """Load only the weights of a verified checkpoint into a sharded model."""
     weights = _trained(model, get_model_state_dict(model, options=_OPTIONS))
     directory = _on_this_node(checkpoint_directory(run_directory, step))
     state_dict_loader.load({"model": weights}, checkpoint_id=str(directory))
@@ -232,7 +229,7 @@ def load_weights(run_directory: str, step: int, model: nn.Module) -> None:
 
 
 def _on_this_node(directory: Path) -> Path:
-    """Fetch a checkpoint to every node; a collective. With another number of ranks all is read."""
+    """Fetch a whole checkpoint to every node; a collective."""
     if is_copy(directory):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             fetch_folder(directory)
@@ -241,9 +238,10 @@ def _on_this_node(directory: Path) -> Path:
 
 
 def _on_this_gpu() -> Callable[[], None] | None:
-    """What a thread begins with: this one's GPU, which is not the first, and a stream of its own.
+    """An initializer that sets a thread's GPU and gives it a side stream.
 
-    DCP waits for a thread's stream at every few megabytes: it is not to wait for training steps.
+    DCP synchronizes with the thread's current stream every few megabytes; on the default stream the
+    save would serialize with the training steps.
     """
     if not torch.cuda.is_initialized():
         return None
@@ -257,22 +255,22 @@ def _on_this_gpu() -> Callable[[], None] | None:
 
 
 def _forget_others(directory: Path) -> None:
-    """Leave the tensors of one checkpoint alone on this node's disk."""
+    """Delete the tensors of other checkpoints from this node's disk."""
     for other in checkpoint_directories(directory.parent.parent):
         if other != directory:
             forget_heavy(other)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Sharded state dicts; parameters carry names, so any number of ranks can read them."""
+    """Sharded state dicts by parameter names, which any world size can load."""
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     return {"model": _trained(model, model_state), "optimizer": optimizer_state}
 
 
 def _trained(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
-    """A state dict without what is frozen.
+    """A state dict without frozen weights.
 
-    The options leave out a frozen weight under one of its names only, where two are tied.
+    `ignore_frozen_params` omits a frozen tied weight under one of its names only.
     """
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
@@ -281,7 +279,7 @@ def _trained(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own_files(directory: Path) -> dict[str, Any]:
-    """Fingerprints of what this rank wrote, read back; rank 0 has what belongs to nobody."""
+    """Fingerprints of the files of this rank, read back; rank 0 has those of no rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     return {
         path.name: fingerprint(path)
@@ -297,7 +295,7 @@ def _writer(file_name: str, world_size: int) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong on the first rank that failed, on one line."""
+    """The error of the first rank that failed, on one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return first_line(f"{type(error).__name__}: {error}")

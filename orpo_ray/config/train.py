@@ -1,0 +1,243 @@
+"""Settings of the objective and of the training loop."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from orpo_ray.config.fields import PositiveInt, Section, Share, setting
+
+
+class OrpoSection(Section):
+    """The objective: loss = NLL - beta * mean(logsigmoid(log odds)) + router loss."""
+
+    beta: float = setting(
+        0.1,
+        "Weight of the odds-ratio term (lambda in the paper).",
+        decides="weights",
+        ge=0.0,
+        le=100.0,
+    )
+    nll_scope: Literal["all", "completion"] = setting(
+        "all",
+        "Tokens that the NLL is averaged over. all: prompt and chosen answer, as in TRL; "
+        "completion: the chosen answer only.",
+        decides="weights",
+    )
+    router_aux_loss_coef: float | None = setting(
+        None,
+        "Weight of the router's load-balancing loss of mixture-of-experts models. Default: the "
+        "model config's.",
+        decides="weights",
+        ge=0.0,
+        le=100.0,
+    )
+
+
+def _some_steps(value: int) -> int:
+    if value == 0:
+        raise ValueError("0 steps: set a number from 1, or -1 for num_train_epochs")
+    return value
+
+
+class TrainSection(Section):
+    """The optimizer, batch sizes, and intervals of logging, evaluation and checkpoints."""
+
+    learning_rate: float = setting(
+        8e-6, "Peak learning rate (8e-6 in the paper).", decides="weights", ge=0.0, le=1.0
+    )
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = setting(
+        "linear",
+        "Learning-rate schedule, by its name in transformers.get_scheduler.",
+        decides="weights",
+    )
+    warmup_ratio: Share = setting(
+        0.0, "Fraction of all steps in which the learning rate warms up.", decides="weights"
+    )
+    warmup_steps: int = setting(
+        0,
+        "Number of steps in which the learning rate warms up. Overrides warmup_ratio unless 0.",
+        decides="weights",
+        ge=0,
+    )
+    weight_decay: float = setting(
+        0.0,
+        "AdamW's weight decay, which norms and biases are exempt from.",
+        decides="weights",
+        ge=0.0,
+        le=10.0,
+    )
+    adam_beta1: float = setting(
+        0.9,
+        "AdamW's decay rate of the first moment (beta1).",
+        decides="weights",
+        ge=0.0,
+        lt=1.0,
+    )
+    adam_beta2: float = setting(
+        0.999,
+        "AdamW's decay rate of the second moment (beta2).",
+        decides="weights",
+        ge=0.0,
+        lt=1.0,
+    )
+    adam_epsilon: float = setting(
+        1e-8,
+        "AdamW's epsilon, added to the denominator of an update.",
+        decides="weights",
+        gt=0.0,
+        le=1.0,
+    )
+    max_grad_norm: float = setting(
+        1.0,
+        "Norm that gradients are clipped to. 0 turns clipping off.",
+        decides="weights",
+        ge=0.0,
+        le=1e9,
+    )
+    num_train_epochs: float = setting(
+        3.0, "Number of passes over the training pairs.", decides="run", gt=0.0, le=1e6
+    )
+    max_steps: Annotated[int, AfterValidator(_some_steps)] = setting(
+        -1,
+        "Number of optimizer steps. Overrides num_train_epochs unless -1.",
+        decides="run",
+        ge=-1,
+    )
+    per_device_train_batch_size: PositiveInt = setting(
+        8, "Pairs per worker and forward pass.", decides="run"
+    )
+    gradient_accumulation_steps: PositiveInt = setting(
+        1, "Number of forward passes per optimizer step.", decides="run"
+    )
+    global_batch_size: PositiveInt | None = setting(
+        None,
+        "Pairs per optimizer step, over all workers. Default: per_device_train_batch_size x "
+        "gradient_accumulation_steps x num_workers.",
+        decides="run",
+    )
+    per_device_eval_batch_size: PositiveInt = setting(
+        16, "Pairs per worker and forward pass in evaluation.", decides="run"
+    )
+    max_tokens_per_microbatch: PositiveInt | Literal["auto"] | None = setting(
+        None,
+        "Maximum number of tokens per forward pass. auto: what fits on the GPU, by measurement. "
+        "Default: per_device_train_batch_size x max_length.",
+        decides="run",
+    )
+    head_chunk_tokens: PositiveInt | None = setting(
+        None,
+        "Number of positions whose logits exist at the same time. Default: 1024, on GPUs 4096, "
+        "less for vocabularies above 64 k.",
+        decides="run",
+    )
+    bf16: bool | None = setting(
+        None,
+        "Compute in bfloat16, with fp32 master weights. Default: on GPUs that support it.",
+        decides="weights",
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "Recompute activations in the backward pass, which saves memory and costs time.",
+        decides="run",
+    )
+    gradient_checkpointing_every: PositiveInt = setting(
+        1, "With gradient_checkpointing, recompute every n-th decoder layer only.", decides="run"
+    )
+    cpu_offload: bool = setting(
+        False,
+        "Keep weights, gradients and optimizer state in host memory, on GPUs.",
+        decides="run",
+    )
+    logging_steps: PositiveInt = setting(
+        10, "Number of optimizer steps between lines of metrics.jsonl.", decides="run"
+    )
+    eval_steps: PositiveInt | None = setting(
+        None,
+        "Number of optimizer steps between evaluations. Default: evaluate before the first and "
+        "after the last step only.",
+        decides="run",
+    )
+    metric_for_best_model: str = setting(
+        "eval_loss",
+        "Metric that selects the best evaluation, by its name in metrics.jsonl.",
+        decides="run",
+        min_length=1,
+    )
+    greater_is_better: bool | None = setting(
+        None,
+        "Whether a higher metric_for_best_model is better. Default: unless its name ends in loss.",
+        decides="run",
+    )
+    load_best_model_at_end: bool = setting(
+        False,
+        "Export the model of the best evaluation to final/ and keep its checkpoint. Default: "
+        "export the last model.",
+        decides="run",
+    )
+    early_stopping_patience: PositiveInt | None = setting(
+        None,
+        "Number of consecutive evaluations without improvement after which training stops. "
+        "Default: never.",
+        decides="run",
+    )
+    sample_prompts: Annotated[int, Field(ge=0)] | tuple[str, ...] = setting(
+        4,
+        "Prompts that the model answers at every evaluation: a number of held-out prompts (0 for "
+        "none), or a list of texts.",
+        decides="run",
+    )
+    max_new_tokens: PositiveInt = setting(
+        64, "Maximum number of new tokens per sample.", decides="run"
+    )
+    save_steps: PositiveInt = setting(
+        500, "Number of optimizer steps between checkpoints.", decides="run"
+    )
+    save_total_limit: PositiveInt | None = setting(
+        2, "Number of checkpoints to keep; older ones are deleted. null keeps all.", decides="run"
+    )
+    resume_changed: bool = setting(
+        False,
+        "Resume from a checkpoint that was made with other settings or other pairs.",
+        decides="run",
+    )
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop",
+        "What to do when a loss or gradient is NaN or infinite. stop: end the run before the "
+        "update; skip: leave out the rows that cause it.",
+        decides="run",
+    )
+    max_skipped_rows: PositiveInt = setting(
+        100,
+        "Maximum number of rows that on_nonfinite=skip leaves out before the run stops.",
+        decides="run",
+    )
+    full_determinism: bool = setting(
+        False,
+        "Use deterministic kernels on GPUs, which are slower and give the same bytes every time.",
+        decides="weights",
+    )
+    seed: int = setting(
+        42,
+        "Seed of the order of pairs, of dropout, and of new adapters and demo weights.",
+        decides="weights",
+        ge=0,
+        lt=2**32,
+    )
+
+    def head_chunk(self, vocab_size: int = 0, on_gpu: bool = False) -> int:
+        """`head_chunk_tokens`, or its default: on GPUs few launches, at most 1 GiB of logits."""
+        if self.head_chunk_tokens is not None:
+            return self.head_chunk_tokens
+        return max(1024, min(4096, 2**28 // max(1, vocab_size))) if on_gpu else 1024
+
+    @model_validator(mode="after")
+    def _best_of_some(self) -> Self:
+        chosen = (self.load_best_model_at_end, self.early_stopping_patience is not None)
+        if any(chosen) and self.eval_steps is None:
+            name = "load_best_model_at_end" if chosen[0] else "early_stopping_patience"
+            raise ValueError(
+                f"{name}: nothing is evaluated between the start and the end; set eval_steps"
+            )
+        return self
