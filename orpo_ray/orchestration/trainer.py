@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.config.sections import DataSource
 from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
-from orpo_ray.orchestration.start import run_directory_of
+from orpo_ray.orchestration.start import run_directory_of, with_run_name
 from orpo_ray.orchestration.train import TrainResult, evaluate, train
 from orpo_ray.preference.reading.sources import find_files
 from orpo_ray.pretrained import ModelSource
@@ -46,9 +45,7 @@ class ORPOTrainer:
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        config = args or ORPOConfig()
-        if config.output.run_name is None:
-            config = config.replace(run_name=time.strftime("orpo-%Y%m%d-%H%M%S"))
+        config = with_run_name(args or ORPOConfig())
         self._run_directory = run_directory_of(config)
         self._kept = self._run_directory / "inputs"
         if model is not None:
