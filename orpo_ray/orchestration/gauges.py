@@ -1,4 +1,4 @@
-"""A run's figures for Prometheus, through Ray's own metrics; on rank 0.
+"""A run's metrics for Prometheus, through Ray's own metrics; on rank 0.
 
 Ray serves them on every node (`MetricsExportPort`), with `ray_` before the names. They are tagged
 with the run's name, those of an evaluation also with its set.
@@ -14,29 +14,15 @@ from ray.util.metrics import Gauge
 
 from orpo_ray.runs.files import DATA_REPORT
 from orpo_ray.runs.manifest import MANIFEST, checkpoint_directories
-from orpo_ray.runs.metrics import eval_prefixes, set_name
+from orpo_ray.runs.metrics import METRICS, eval_prefixes, set_name
 from orpo_ray.storage.files import read_json
 
-# Gauges of logged steps by the metric that they show, and their meaning.
-TRAINED = {
-    "step": ("orpo_step", "Optimizer steps done, as last logged."),
-    "pairs_per_s": ("orpo_pairs_per_s", "Preference pairs trained a second, over all workers."),
-    "tokens_per_s": ("orpo_tokens_per_s", "Tokens computed a second, over all workers."),
-    "mfu": ("orpo_mfu", "Share of a timed matrix product's rate that useful tokens reach."),
-    "loss": ("orpo_loss", "Training loss, in nats."),
-    "nll_loss": ("orpo_nll_loss", "NLL of the training loss, in nats a token."),
-    "rewards/margins": ("orpo_reward_margin", "Mean reward margin of the trained pairs."),
-    "rewards/accuracies": ("orpo_reward_accuracy", "Share of trained pairs in the right order."),
-}
-# The same of evaluations, by the metric behind the prefix of the set.
+# Name and description of the gauges of logged steps and of evaluations, by the metric they show.
+TRAINED = {m.name: (f"orpo_{m.gauge}", m.help(evaluated=False)) for m in METRICS if m.gauge}
 EVALUATED = {
-    "loss": ("orpo_eval_loss", "Loss on held-out pairs, in nats."),
-    "nll_loss": ("orpo_eval_nll_loss", "NLL on held-out pairs, in nats a token."),
-    "rewards/margins": ("orpo_eval_reward_margin", "Mean reward margin on held-out pairs."),
-    "rewards/accuracies": (
-        "orpo_eval_reward_accuracy",
-        "Share of held-out pairs in the right order.",
-    ),
+    m.name: (f"orpo_eval_{m.gauge}", m.help(evaluated=True))
+    for m in METRICS
+    if m.gauge and m.is_evaluated
 }
 CHECKPOINT_AGE = (
     "orpo_checkpoint_age_s",
@@ -67,10 +53,10 @@ class RunGauges:
         self._show_refused()
 
     def show(self, line: Mapping[str, Any]) -> None:
-        """Take up a line of `metrics.jsonl`.
+        """Set the gauges from a line of `metrics.jsonl`.
 
-        A figure that is not finite becomes NaN, with which Ray serves the gauge no more: a gap,
-        where the last finite figure would be untrue.
+        A value that is not finite becomes NaN, with which Ray no longer serves the gauge: a gap,
+        where the last finite value would be untrue.
         """
         for metric, gauge in self._trained.items():
             if metric in line:
@@ -85,9 +71,9 @@ class RunGauges:
             self._age.set(max(0.0, time.time() - committed), self._run)
 
     def _show_refused(self) -> None:
-        """Set once: the data of a run does not change while it goes on."""
-        for data, figures in read_json(self._directory / DATA_REPORT).items():
-            for reason, rows in figures.get("refused", {}).items():
+        """Set once: the data of a run does not change while it runs."""
+        for data, counts in read_json(self._directory / DATA_REPORT).items():
+            for reason, rows in counts.get("refused", {}).items():
                 self._refused.set(rows, self._run | {_DATA: data, _REASON: reason})
 
 

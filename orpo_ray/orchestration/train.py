@@ -28,7 +28,7 @@ from orpo_ray.reports.card import write_model_card
 from orpo_ray.reports.curves import picture
 from orpo_ray.reports.data import count_trained, save_report
 from orpo_ray.reports.data_page import budget_lines, write_data_page
-from orpo_ray.reports.live import RunWatcher, write_or_say
+from orpo_ray.reports.live import RunWatcher, try_report
 from orpo_ray.reports.run import REPORT, write_run_report
 from orpo_ray.runs.files import (
     CONFIG,
@@ -39,8 +39,9 @@ from orpo_ray.runs.files import (
     read_metrics,
     summary,
 )
+from orpo_ray.runs.formatting import format_metric, format_rows
 from orpo_ray.runs.lock import claimed
-from orpo_ray.runs.metrics import eval_prefixes, figure, set_name
+from orpo_ray.runs.metrics import BY_NAME, eval_prefixes, set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.suspects import SUSPECTS, write_suspects
 from orpo_ray.storage.bucket import address, local
@@ -158,7 +159,7 @@ def train_run(
         data_report = count_trained(run_directory, data_report, tokens)
         save_report(run_directory, data_report)
         write_suspects(run_directory, tokens.sources)
-        write_or_say(partial(write_run_report, run_directory, config, data_report), console)
+        try_report(partial(write_run_report, run_directory, config, data_report), console)
         card = write_model_card(run_directory, config, data_report)
         texts = (run_directory / CONFIG, run_directory / DATA_REPORT, card)
         trackers.log_texts({path.name: path.read_text() for path in texts})
@@ -205,23 +206,15 @@ def _workers_text(config: ORPOConfig) -> str:
 def end_text(result: TrainResult, config: ORPOConfig) -> str:
     """The end of a run on a few lines: what came of it, where it is, what to try next."""
     before, after = result.metrics_before, result.metrics
-    lines = [f"loss {figure(after['loss'])} at step {after['step']}"] if "loss" in after else []
+    lines = []
+    if "loss" in after:
+        lines.append(f"{BY_NAME['loss'].text(after['loss'])} at step {after['step']}")
     for prefix in eval_prefixes(before):
-        accuracy, log_odds = prefix + "rewards/accuracies", prefix + "log_odds_chosen"
         name = f" ({set_name(prefix)})" if set_name(prefix) else ""
-        lines.append(
-            f"held-out reward accuracy{name}: {figure(before[accuracy], '.3f')} before, "
-            f"{figure(after[accuracy], '.3f')} after"
-        )
-        lines.append(
-            f"held-out log odds{name}: {figure(before[log_odds], '+.3f')} before, "
-            f"{figure(after[log_odds], '+.3f')} after"
-        )
-    train = result.data_report[TRAIN]
-    ends = ["trained", "not_reached", "held_out", "refused"]
-    ends += ["skipped"] if train["rows_skipped"] else []
-    counts = [f"{train[f'rows_{end}']} {end.replace('_', ' ')}" for end in ends]
-    lines.append(f"rows: {train['rows_read']} read = {' + '.join(counts)}")
+        for metric, form in (("rewards/accuracies", ".3f"), ("log_odds_chosen", "+.3f")):
+            start, end = (format_metric(line[prefix + metric], form) for line in (before, after))
+            lines.append(f"held-out {BY_NAME[metric].label}{name}: {start} before, {end} after")
+    lines.append(f"{TRAIN} data: {format_rows(result.data_report[TRAIN])}")
     if result.events:
         met = ", ".join(f"{kind} {count}" for kind, count in sorted(result.events.items()))
         lines.append(f"on the way: {met} (events.jsonl)")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from orpo_ray.config.data import DataSource
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.evaluate import evaluate
 from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
-from orpo_ray.orchestration.start import run_directory_of
+from orpo_ray.orchestration.start import run_directory_of, with_run_name
 from orpo_ray.orchestration.train import TrainResult, train
 from orpo_ray.preference.reading.sources import find_files
 from orpo_ray.pretrained import ModelSource
@@ -47,9 +46,7 @@ class ORPOTrainer:
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        config = args or ORPOConfig()
-        if config.output.run_name is None:
-            config = config.replace(run_name=time.strftime("orpo-%Y%m%d-%H%M%S"))
+        config = with_run_name(args or ORPOConfig())
         self._run_directory = run_directory_of(config)
         self._kept = self._run_directory / "inputs"
         if model is not None:

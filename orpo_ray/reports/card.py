@@ -1,4 +1,4 @@
-"""`README.md` of an exported model: from what, with what, how well; on the driver."""
+"""The model card: `README.md` of an exported model; on the driver."""
 
 import shutil
 from collections.abc import Mapping
@@ -11,8 +11,11 @@ from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.reports.curves import CURVES
 from orpo_ray.reports.page import render
-from orpo_ray.reports.run import HEADLINE, evaluations_until, facts, headline
+from orpo_ray.reports.run import facts, headline
+from orpo_ray.runs.evaluations import read_evaluations
 from orpo_ray.runs.files import FINAL, exported_step, read_metrics
+from orpo_ray.runs.formatting import format_rows
+from orpo_ray.runs.metrics import HEADLINE
 from orpo_ray.storage.mirror import publish
 from orpo_ray.version import __version__
 
@@ -25,13 +28,14 @@ def write_model_card(
     Args:
         run_directory: of a finished run.
         config: of the run, resolved.
-        data_report: what `data_report.json` holds.
+        data_report: the content of `data_report.json`.
 
     Returns:
         Its path.
     """
     final = run_directory / FINAL
     lines = read_metrics(run_directory)
+    evaluations = read_evaluations(run_directory, lines, exported_step(final))
     name = config.model.model_name_or_path
     is_hub_id = name is not None and "://" not in name and not Path(name).expanduser().exists()
     curves = run_directory / CURVES
@@ -51,8 +55,8 @@ def write_model_card(
         facts=facts(config, data_report, lines),
         adapter=config.model.lora_r is not None and not config.model.merge_adapter,
         data=[_data_text(name, counts) for name, counts in data_report.items()],
-        names=list(HEADLINE.values()),
-        rows=headline(run_directory, evaluations_until(lines, exported_step(final)), data_report),
+        names=[metric.label for metric in HEADLINE],
+        rows=headline(evaluations, data_report),
         curves=CURVES if curves.exists() else None,
         max_length=config.data.max_length,
         settings=to_yaml(config),
@@ -64,12 +68,6 @@ def write_model_card(
 
 
 def _data_text(name: str, counts: Mapping[str, Any]) -> str:
-    """The rows of one data set; of one that was held out there is only the number."""
-    if "rows_read" not in counts:
-        return f"{name}: {counts['rows_kept']} rows held out of the training files"
-    refused = ", ".join(f"{n} {reason}" for reason, n in sorted(counts["refused"].items()))
-    return (
-        f"{name}: {counts['rows_read']} rows read, {counts['rows_kept']} kept, "
-        f"{counts['rows_held_out']} held out, {counts['rows_refused']} refused"
-        f"{f' ({refused})' if refused else ''}; {counts['truncated_pairs']} pairs truncated"
-    )
+    truncated = counts.get("truncated_pairs")
+    more = f"; {truncated} pairs truncated" if truncated is not None else ""
+    return f"{name}: {format_rows(counts)}{more}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.reports.page import make_axes, svg_of
-from orpo_ray.runs.metrics import eval_prefixes, set_name
+from orpo_ray.runs.metrics import METRICS, eval_prefixes, set_name
 from orpo_ray.storage.files import write_atomic
 
 CURVES = "curves.png"
@@ -28,31 +28,27 @@ class Chart:
 
     Args:
         title: with the unit.
-        metrics: their names in training; in evaluation they come after the set's prefix.
-        level: what the metric is when nothing was learned, drawn as a line.
+        metrics: their names in training; in evaluation they follow the prefix of the set.
+        baseline: the value of the metric when nothing was learned, drawn as a line.
     """
 
     title: str
     metrics: tuple[str, ...]
-    level: float | None = None
+    baseline: float | None = None
 
 
-LEARNING = (
-    Chart("loss, nats", ("loss",)),
-    Chart("NLL, nats a token", ("nll_loss",)),
-    Chart("log odds of chosen over rejected", ("log_odds_chosen",), 0.0),
-    Chart("reward accuracy", ("rewards/accuracies",), 0.5),
-    Chart("reward margin", ("rewards/margins",), 0.0),
-    Chart("log-probability of a token, nats", tuple(_SIDES)),
-    Chart("router loss", ("aux_loss",)),
-    Chart("learning rate", ("learning_rate",)),
-    Chart("gradient norm before clipping", ("grad_norm",)),
-)
-THROUGHPUT = (
-    Chart("pairs/s", ("pairs_per_s",)),
-    Chart("tokens/s", ("tokens_per_s",)),
-    Chart("MFU, of a timed matrix product", ("mfu",)),
-)
+def charts_of(group: str) -> tuple[Chart, ...]:
+    """The charts of a group, in the order of the catalogue."""
+    shown = [metric for metric in METRICS if metric.chart == group]
+    titles = dict.fromkeys(metric.heading for metric in shown)
+    parts = {title: [m for m in shown if m.heading == title] for title in titles}
+    return tuple(
+        Chart(title, tuple(m.name for m in metrics), metrics[0].baseline)
+        for title, metrics in parts.items()
+    )
+
+
+LEARNING, THROUGHPUT = charts_of("learning"), charts_of("throughput")
 
 
 def all_prefixes(lines: Lines) -> list[str]:
@@ -61,7 +57,7 @@ def all_prefixes(lines: Lines) -> list[str]:
 
 
 def set_label(prefix: str) -> str:
-    """What a person calls an evaluation set: its name, if it has one."""
+    """The label of an evaluation set: its name, if it has one."""
     return set_name(prefix) or "evaluation"
 
 
@@ -76,7 +72,7 @@ def chart_svgs(charts: Iterable[Chart], lines: Lines) -> list[str]:
 
 
 def write_picture(path: Path, lines: Lines) -> None:
-    """All charts as one PNG; nothing before the first figures."""
+    """All charts as one PNG; nothing before the first metrics."""
     figure = picture(lines)
     if figure is None:
         return
@@ -90,7 +86,7 @@ def _png(figure: Any) -> bytes:
 
 
 def picture(lines: Lines) -> Any:
-    """All charts as one matplotlib figure, which notebooks show; None before the first figures."""
+    """All charts as one matplotlib figure, which notebooks show; None before the first metrics."""
     from matplotlib.figure import Figure
 
     prefixes = all_prefixes(lines)
@@ -123,8 +119,8 @@ def _points(lines: Lines, name: str) -> tuple[list[int], list[float]]:
 
 
 def _draw(axis: Any, chart: Chart, lines: Lines, prefixes: Sequence[str]) -> None:
-    if chart.level is not None:
-        axis.axhline(chart.level, color="0.5", linewidth=0.8, linestyle=":")
+    if chart.baseline is not None:
+        axis.axhline(chart.baseline, color="0.5", linewidth=0.8, linestyle=":")
     for metric in chart.metrics:
         for rank, prefix in enumerate(("", *prefixes)):
             steps, values = _points(lines, prefix + metric)

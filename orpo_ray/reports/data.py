@@ -18,6 +18,7 @@ from orpo_ray.dataset.shards import TokenSet, read_shard
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import ON_REQUEST, Reason
 from orpo_ray.runs.files import DATA_REPORT, LEDGER
+from orpo_ray.runs.formatting import format_rows
 from orpo_ray.storage.bucket import address
 from orpo_ray.storage.files import write_json
 from orpo_ray.storage.mirror import fetch_once
@@ -145,33 +146,27 @@ def _overlaps(token_sets: Mapping[str, TokenSet]) -> int:
     return int(np.isin(load_keys(train.directory, "prompt_keys"), elsewhere).sum())
 
 
-def data_lines(name: str, figures: Mapping[str, Any]) -> list[str]:
-    """What is said of a data set once it is read: one line, and one for each thing to know."""
-    if "rows_read" not in figures:
-        return [f"{name} data: {figures['rows_kept']} rows held out of the training files"]
-    text = f"{name} data: {figures['rows_read']} rows read, {figures['rows_kept']} kept"
-    if figures["rows_held_out"]:
-        text += f", {figures['rows_held_out']} held out"
-    if figures["refused"]:
-        refused = ", ".join(f"{n} {reason}" for reason, n in figures["refused"].items())
-        text += f", refused: {refused}"
-    if figures["shapes"]:
-        text += f"; {', '.join(figures['shapes'])}"
-    lines = [text]
-    facts = [
-        (figures["truncated_prompts"], "prompts cut"),
-        (figures["truncated_completions"], "pairs with a cut answer"),
-        (figures["pairs_left_out"], "pairs left out of rows that are kept"),
-        (figures["duplicate_pairs"], "pairs that occur again (drop_duplicates)"),
+def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
+    """The rows of a data set on one line, and what else there is to know on another."""
+    text = f"{name} data: {format_rows(counts)}"
+    if "rows_read" not in counts:
+        return [text]
+    if counts["shapes"]:
+        text += f"; {', '.join(counts['shapes'])}"
+    found = [
+        (counts["truncated_prompts"], "prompts truncated"),
+        (counts["truncated_completions"], "pairs with a truncated answer"),
+        (counts["pairs_left_out"], "pairs left out of rows that are kept"),
+        (counts["duplicate_pairs"], "duplicate pairs (drop_duplicates)"),
         (
-            figures.get("overlapping_pairs", 0),
+            counts.get("overlapping_pairs", 0),
             "pairs with a prompt of an evaluation set (drop_overlap)",
         ),
     ]
-    told = [f"{count} {what}" for count, what in facts if count]
-    if figures["ignored_columns"]:
-        told.append(f"columns ignored: {', '.join(figures['ignored_columns'])}")
-    return lines + ([f"{name} data: {'; '.join(told)}"] if told else [])
+    notes = [f"{count} {what}" for count, what in found if count]
+    if counts["ignored_columns"]:
+        notes.append(f"columns ignored: {', '.join(counts['ignored_columns'])}")
+    return [text, f"{name} data: {'; '.join(notes)}"] if notes else [text]
 
 
 def first_pair_lines(tokens: TokenSet, tokenizer: Any, nll_scope: str) -> list[str]:

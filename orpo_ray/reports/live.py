@@ -1,4 +1,4 @@
-"""Showing a run on a terminal while it runs, from its files alone; a thread on the driver."""
+"""A run on the terminal while it trains, from its files alone; in a thread on the driver."""
 
 import itertools
 import math
@@ -15,117 +15,36 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from orpo_ray.runs.files import LOG, METRICS, read_metrics
-from orpo_ray.runs.metrics import eval_prefixes, figure, set_name
-
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_WIDTH = 40
-_CURVES = {"margin": "rewards/margins", "accuracy": "rewards/accuracies"}
-
-
-class LiveView:
-    """What is shown in place while a run goes on.
-
-    Args:
-        n_steps: optimizer steps of the whole run.
-    """
-
-    def __init__(self, n_steps: int) -> None:
-        self._progress = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(compact=True),
-        )
-        self._task = self._progress.add_task("starting workers", total=n_steps)
-        self._curves: dict[str, list[float | None]] = {name: [] for name in _CURVES}
-        self._evaluations: dict[str, str] = {}
-
-    def add(self, line: dict[str, Any], text: str) -> None:
-        """Take up a logged step, and what is said of it beside the bar."""
-        self._progress.update(self._task, completed=line["step"], description=text)
-        for name, metric in _CURVES.items():
-            self._curves[name].append(line[metric])
-
-    def add_evaluation(self, prefix: str, text: str) -> None:
-        """Take up the last evaluation of a set."""
-        self._evaluations[prefix] = text
-
-    def __rich__(self) -> RenderableType:
-        table = Table.grid(padding=(0, 1))
-        for name, values in self._curves.items():
-            if values:
-                last = values[-1]
-                shown = "not finite" if last is None else f"{last:.4f}"
-                table.add_row(name, sparkline(values, _WIDTH), shown)
-        return Group(self._progress, table, *self._evaluations.values())
-
-
-def sparkline(values: Sequence[float | None], width: int) -> str:
-    """Values as blocks between their least and their greatest; blanks where none is finite.
-
-    Args:
-        values: in their order; None for those that are not finite.
-        width: most characters; more values than that are averaged, stretch by stretch.
-    """
-    n = min(width, len(values))
-    edges = [len(values) * i // n for i in range(n + 1)] if n else []
-    means = [_mean(values[low:high]) for low, high in itertools.pairwise(edges)]
-    known = [mean for mean in means if not math.isnan(mean)]
-    if not known:
-        return " " * n
-    least, span = min(known), max(known) - min(known)
-    scale = (len(_BLOCKS) - 1) / span if span else 0.0
-    return "".join(
-        " " if math.isnan(mean) else _BLOCKS[round((mean - least) * scale)] for mean in means
-    )
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else math.nan
-
+from orpo_ray.runs.formatting import format_duration, format_metric
+from orpo_ray.runs.metrics import (
+    BY_NAME,
+    EVALUATION_SUMMARY,
+    TRAINING_SUMMARY,
+    eval_prefixes,
+    set_name,
+)
 
 _POLL_S = 0.3
-# A run's page is written anew after so long at the earliest, and in so much of the time.
+# The page of a run is refreshed at most this often, and for at most this share of the time.
 _REFRESH_S, _REFRESH_SHARE = 30.0, 0.02
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_WIDTH = 40
+_CURVES = (BY_NAME["rewards/margins"], BY_NAME["rewards/accuracies"])
 
 
-class RunWatcher:
-    """Prints a run's log lines and its progress: a live view on a terminal, else plain lines.
+class Watcher:
+    """Polls files in a thread and shows what is new: in place on a terminal, else as lines.
 
     Args:
-        directory: of the run.
-        n_steps: optimizer steps of the whole run.
-        console: where to print.
-        write_report: called now and then while there are new figures, and when the run fails.
-        log: called with every new line of the metrics.
-        first_report_s: how long `write_report` waits. Its first picture takes seconds of the
-            processor, which a short run would miss.
+        console: to print to.
+        poll_s: seconds between two polls.
+        live: the display in place.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        n_steps: int,
-        console: Console | None = None,
-        write_report: Callable[[], object] | None = None,
-        log: Callable[[Mapping[str, Any]], None] = lambda line: None,
-        first_report_s: float = 60.0,
-    ) -> None:
-        self._directory = directory
-        self._write_report, self._log = write_report, log
-        self._report_is_old, self._refresh_at = False, time.monotonic() + first_report_s
-        self._n_steps = n_steps
-        self._console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, console: Console, poll_s: float, live: Live) -> None:
+        self._console, self._poll_s, self._live = console, poll_s, live
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="orpo-progress", daemon=True)
-        # Only what is new is shown when a run directory goes on.
-        self._shown_step = max((line["step"] for line in read_metrics(directory)), default=-1)
-        self._log_offset = self._size(LOG)
-        self._metrics_seen = 0
-        self._started_at: tuple[int, float] | None = None
-        self._view = LiveView(n_steps)
-        self._live = Live(self._view, console=self._console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -141,24 +60,76 @@ class RunWatcher:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        if error is not None and self._shown_step >= 0:
-            self._refresh()
+        self._close(error)
         if self._console.is_terminal:
             self._live.stop()
 
     def _watch(self) -> None:
-        while not self._ended.wait(_POLL_S):
-            self._show_new()
-            if self._report_is_old and time.monotonic() >= self._refresh_at:
-                self._refresh()
+        while not self._ended.wait(self._poll_s):
+            self._poll()
         self._show_new()
 
+    def _poll(self) -> None:
+        self._show_new()
+
+    def _show_new(self) -> None:
+        """Show what was added since the last call."""
+        raise NotImplementedError
+
+    def _close(self, error: BaseException | None) -> None:
+        """Called once after the last poll, with the error that ended the `with` block."""
+
+
+class RunWatcher(Watcher):
+    """Shows the log and the metrics of a run.
+
+    Args:
+        directory: of the run.
+        n_steps: optimizer steps of the whole run.
+        console: to print to.
+        write_report: called from time to time while there are new metrics, and when the run fails.
+        log: called with every new line of the metrics.
+        first_report_s: seconds before the first call of `write_report`. Importing matplotlib takes
+            seconds of CPU time, which would slow down a short run.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        n_steps: int,
+        console: Console | None = None,
+        write_report: Callable[[], object] | None = None,
+        log: Callable[[Mapping[str, Any]], None] = lambda line: None,
+        first_report_s: float = 60.0,
+    ) -> None:
+        console = console or Console(highlight=False, soft_wrap=True)
+        self._view = LiveView(n_steps)
+        live = Live(self._view, console=console, refresh_per_second=4, transient=True)
+        super().__init__(console, _POLL_S, live)
+        self._directory, self._n_steps = directory, n_steps
+        self._write_report, self._log = write_report, log
+        self._report_is_old, self._refresh_at = False, time.monotonic() + first_report_s
+        # Where a run resumes, only what is new is shown.
+        self._shown_step = max((line["step"] for line in read_metrics(directory)), default=-1)
+        self._log_offset = self._size(LOG)
+        self._metrics_seen = 0
+        self._started_at: tuple[int, float] | None = None
+
+    def _poll(self) -> None:
+        self._show_new()
+        if self._report_is_old and time.monotonic() >= self._refresh_at:
+            self._refresh()
+
+    def _close(self, error: BaseException | None) -> None:
+        if error is not None and self._shown_step >= 0:
+            self._refresh()
+
     def _refresh(self) -> None:
-        """Write the run's page; the next time is so far off that it takes little of a run."""
+        """Write the page of the run, and schedule the next time."""
         if self._write_report is None:
             return
         started = time.monotonic()
-        write_or_say(self._write_report, self._console)
+        try_report(self._write_report, self._console)
         now = time.monotonic()
         self._report_is_old = False
         self._refresh_at = now + max(_REFRESH_S, (now - started) / _REFRESH_SHARE)
@@ -168,7 +139,6 @@ class RunWatcher:
         return path.stat().st_size if path.exists() else 0
 
     def _show_new(self) -> None:
-        """Print what was added to the log and the metrics since the last look."""
         if self._size(LOG) > self._log_offset:
             with (self._directory / LOG).open() as file:
                 file.seek(self._log_offset)
@@ -192,7 +162,7 @@ class RunWatcher:
             self._view.add_evaluation(prefix, text)
         if "loss" not in line:
             return
-        text = figures_text(line)
+        text = training_text(line)
         if self._console.is_terminal:
             self._view.add(line, text)
         else:
@@ -200,18 +170,81 @@ class RunWatcher:
             self._console.print(f"step {line['step']}/{self._n_steps}  {text}{eta}", markup=False)
 
     def _eta_text(self, step: int) -> str:
-        """Time left by the pace since the first line that was shown."""
+        """Time left at the pace since the first line that was shown."""
         now = time.monotonic()
         if self._started_at is None:
             self._started_at = (step, now)
             return ""
         first_step, first_time = self._started_at
         left_s = (now - first_time) / (step - first_step) * (self._n_steps - step)
-        return f"  eta {int(left_s) // 60}:{int(left_s) % 60:02d}"
+        return f"  eta {format_duration(left_s)}"
 
 
-def write_or_say(write_report: Callable[[], object], console: Console) -> None:
-    """Write a run's page, or say on one line why not: no picture may cost a run its end."""
+class LiveView:
+    """Progress bar, curves and last evaluations of a run, drawn in place.
+
+    Args:
+        n_steps: optimizer steps of the whole run.
+    """
+
+    def __init__(self, n_steps: int) -> None:
+        self._progress = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(compact=True),
+        )
+        self._task = self._progress.add_task("starting workers", total=n_steps)
+        self._curves: dict[str, list[float | None]] = {metric.name: [] for metric in _CURVES}
+        self._evaluations: dict[str, str] = {}
+
+    def add(self, line: dict[str, Any], text: str) -> None:
+        """Add a logged step, with the text beside the bar."""
+        self._progress.update(self._task, completed=line["step"], description=text)
+        for name, values in self._curves.items():
+            values.append(line[name])
+
+    def add_evaluation(self, prefix: str, text: str) -> None:
+        """Set the text of a set's last evaluation."""
+        self._evaluations[prefix] = text
+
+    def __rich__(self) -> RenderableType:
+        table = Table.grid(padding=(0, 1))
+        for metric in _CURVES:
+            values = self._curves[metric.name]
+            if values:
+                last = format_metric(values[-1], metric.form)
+                table.add_row(metric.label, sparkline(values, _WIDTH), last)
+        return Group(self._progress, table, *self._evaluations.values())
+
+
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """Values as blocks between their minimum and maximum; blanks where none is finite.
+
+    Args:
+        values: in their order; None for those that are not finite.
+        width: maximum number of characters; more values than that are averaged in stretches.
+    """
+    n = min(width, len(values))
+    edges = [len(values) * i // n for i in range(n + 1)] if n else []
+    means = [_mean(values[low:high]) for low, high in itertools.pairwise(edges)]
+    known = [mean for mean in means if not math.isnan(mean)]
+    if not known:
+        return " " * n
+    least, span = min(known), max(known) - min(known)
+    scale = (len(_BLOCKS) - 1) / span if span else 0.0
+    return "".join(
+        " " if math.isnan(mean) else _BLOCKS[round((mean - least) * scale)] for mean in means
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+def try_report(write_report: Callable[[], object], console: Console) -> None:
+    """Write the page of a run; an error in plotting is printed, and must not fail the run."""
     try:
         write_report()
     except Exception as error:
@@ -219,21 +252,13 @@ def write_or_say(write_report: Callable[[], object], console: Console) -> None:
         console.print(f"report.html was not written: {reason}", markup=False)
 
 
-def figures_text(line: Mapping[str, Any]) -> str:
-    """The figures of a logged step on one line."""
-    return (
-        f"loss {figure(line['loss'])}  margin {figure(line['rewards/margins'])}  "
-        f"accuracy {figure(line['rewards/accuracies'])}  lr {line['learning_rate']:.2e}  "
-        f"{line['pairs_per_s']:.1f} pairs/s  {line['tokens_per_s']:.0f} tokens/s"
-    )
+def training_text(line: Mapping[str, Any]) -> str:
+    """The metrics of a logged step on one line."""
+    return "  ".join(metric.text(line[metric.name]) for metric in TRAINING_SUMMARY)
 
 
 def evaluation_text(line: Mapping[str, Any], prefix: str) -> str:
-    """The figures of one evaluation set on one line."""
+    """The metrics of one evaluation set on one line."""
     name = f" of {set_name(prefix)}" if set_name(prefix) else ""
-    return (
-        f"evaluation{name} at step {line['step']}: "
-        f"accuracy {figure(line[prefix + 'rewards/accuracies'])}  "
-        f"log odds {figure(line[prefix + 'log_odds_chosen'])}  "
-        f"loss {figure(line[prefix + 'loss'])}"
-    )
+    metrics = "  ".join(metric.text(line[prefix + metric.name]) for metric in EVALUATION_SUMMARY)
+    return f"evaluation{name} at step {line['step']}: {metrics}"

@@ -1,55 +1,28 @@
-"""Showing a sweep while it goes on, from its trials' files alone; a thread on the driver."""
+"""A sweep on the terminal while it runs, from its files alone; in a thread on the driver."""
 
-import math
-import threading
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from orpo_ray.reports.live import Watcher
+from orpo_ray.runs.formatting import format_metric, format_setting, format_settings
 from orpo_ray.runs.sweep import Goal, Trial, read_trials
 
 _POLL_S = 2.0
 
 
-class SweepWatcher:
-    """A live table on a terminal, else a line for every evaluation."""
+class SweepWatcher(Watcher):
+    """Shows the trials of a sweep: a table in place, or a line for every evaluation."""
 
     def __init__(self, directory: Path, goal: Goal, console: Console) -> None:
-        self._directory = directory
-        self._goal = goal
-        self._console = console
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="orpo-sweep", daemon=True)
-        self._live = Live(console=console, refresh_per_second=1, transient=True)
+        live = Live(console=console, refresh_per_second=1, transient=True)
+        super().__init__(console, _POLL_S, live)
+        self._directory, self._goal = directory, goal
         self._shown: dict[str, str] = {}
 
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live.start()
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-        if self._console.is_terminal:
-            self._live.stop()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(_POLL_S):
-            self._show()
-        self._show()
-
-    def _show(self) -> None:
+    def _show_new(self) -> None:
         trials = read_trials(self._directory)
         if self._console.is_terminal:
             self._live.update(leaderboard(self._goal.ranked(trials), self._goal))
@@ -73,9 +46,9 @@ def leaderboard(trials: list[Trial], goal: Goal) -> Table:
         running = not trial.finished and trial.failure is None
         table.add_row(
             trial.name,
-            *[_figure(trial.values.get(name)) for name in settings],
+            *[format_setting(trial.values.get(name)) for name in settings],
             str(_step(trial)),
-            *[_figure(trial.last(name)) for name in columns],
+            *[format_metric(trial.last(name), ".4g") for name in columns],
             "" if running else trial.status,
         )
     return table
@@ -83,22 +56,14 @@ def leaderboard(trials: list[Trial], goal: Goal) -> Table:
 
 def trial_text(trial: Trial, goal: Goal, with_status: bool = True) -> str:
     """A trial on one line: its values and its last evaluation."""
-    values = ", ".join(f"{name}={_figure(value)}" for name, value in trial.values.items())
     step = max((step for step, _ in trial.evaluations(goal.metric)), default=_step(trial))
-    metrics = dict.fromkeys(
-        (goal.metric, f"{goal.prefix}rewards/margins", f"{goal.prefix}nll_loss")
-    )
-    figures = "  ".join(f"{name} {_figure(trial.last(name))}" for name in metrics)
+    names = dict.fromkeys((goal.metric, f"{goal.prefix}rewards/margins", f"{goal.prefix}nll_loss"))
+    metrics = "  ".join(f"{name} {format_metric(trial.last(name), '.4g')}" for name in names)
     status = f"  {trial.status}" if with_status else ""
     failure = f": {trial.failure}" if with_status and trial.failure else ""
-    return f"trial {trial.name} ({values}) step {step}  {figures}{status}{failure}"
+    values = format_settings(trial.values)
+    return f"trial {trial.name} ({values}) step {step}  {metrics}{status}{failure}"
 
 
 def _step(trial: Trial) -> int:
     return max((int(line["step"]) for line in trial.lines), default=0)
-
-
-def _figure(value: object) -> str:
-    if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.4g}"
-    return str(value)

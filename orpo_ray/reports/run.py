@@ -1,9 +1,7 @@
-"""`report.html` and `curves.png`: a run to look at, from its files alone; on the driver."""
+"""`report.html` and `curves.png`: the page of a run, from its files alone; on the driver."""
 
-import json
 import shlex
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from orpo_ray.reports.curves import (
     LEARNING,
     THROUGHPUT,
     Lines,
-    all_prefixes,
     chart_svgs,
     set_label,
     write_picture,
@@ -24,34 +21,29 @@ from orpo_ray.reports.curves import (
 from orpo_ray.reports.data import QUARANTINE, data_lines, source_label
 from orpo_ray.reports.data_page import budget_lines
 from orpo_ray.reports.page import render
+from orpo_ray.runs.evaluations import Evaluation, latest, read_evaluations
 from orpo_ray.runs.files import (
     CONFIG,
-    EVALUATIONS,
-    EVENTS,
     FINAL,
     SAMPLES,
     TIME_PARTS,
     TIME_PREFIX,
     count_events,
     exported_step,
+    read_events,
     read_metrics,
 )
-from orpo_ray.runs.metrics import figure
+from orpo_ray.runs.formatting import format_duration, format_metric, format_time
+from orpo_ray.runs.metrics import HEADLINE, Metric
+from orpo_ray.runs.status import total_steps
 from orpo_ray.runs.suspects import first_suspects
 from orpo_ray.storage.bucket import address
 from orpo_ray.storage.files import read_lines, write_atomic
 from orpo_ray.version import __version__
 
-# Metrics before and after, and their names in the table.
-HEADLINE = {
-    "rewards/accuracies": "accuracy",
-    "log_odds_chosen": "log odds",
-    "rewards/margins": "margin",
-    "nll_loss": "NLL",
-}
-# Figures of `evaluations.jsonl` that have the same meaning as a metric, and so its interval.
-_WITH_INTERVAL = {"rewards/accuracies": "accuracy", "log_odds_chosen": "log_odds"}
-_SHOWN_FILES, _SHOWN_GAPS = 20, 20
+REPORT = "report.html"
+_SHOWN_FILES, _SHOWN_GAPS, _SHOWN_EVENTS, _SHOWN_SUSPECTS = 20, 20, 200, 10
+_PACKAGES = ("torch", "ray", "transformers")
 _FILE_COLUMNS = (
     "rows_read",
     "rows_kept",
@@ -63,87 +55,122 @@ _FILE_COLUMNS = (
 )
 
 
+def write_run_report(
+    run_directory: Path, config: ORPOConfig, data_report: Mapping[str, Any]
+) -> Path:
+    """Write `report.html` and `curves.png` of a run, under way or at its end.
+
+    Args:
+        run_directory: with what the run has written so far.
+        config: of the run, resolved.
+        data_report: the content of `data_report.json`.
+
+    Returns:
+        The path of `report.html`.
+    """
+    lines = read_metrics(run_directory)
+    exported = exported_step(run_directory / FINAL)  # not the last where the best model is loaded
+    evaluations = read_evaluations(run_directory, lines, exported)
+    events = [
+        ("torn" if time is None else format_time(time), text)
+        for time, text in read_events(run_directory)
+    ]
+    counts = sorted(count_events(run_directory).items())
+    again = (address(run_directory / CONFIG), f"run_name={run_directory.name}-again")
+    page = render(
+        "run.html.j2",
+        title=run_directory.name,
+        facts=facts(config, data_report, lines),
+        names=[metric.label for metric in HEADLINE],
+        headline=headline(evaluations, data_report),
+        steps=evaluations[-1].step if evaluations else 0,
+        learning=chart_svgs(LEARNING, lines),
+        throughput=chart_svgs(THROUGHPUT, lines),
+        spent=_time_spent(lines),
+        samples=_samples(run_directory, exported),
+        suspects=first_suspects(run_directory, _SHOWN_SUSPECTS),
+        gaps=_gaps(lines),
+        parts=[_data_part(name, counts) for name, counts in data_report.items()],
+        counts=", ".join(f"{kind.replace('_', ' ')}: {count}" for kind, count in counts),
+        events=events[-_SHOWN_EVENTS:],
+        n_events=len(events),
+        command=shlex.join(("python", "jobs/train.py", *again)),
+        versions=[("orpo_ray", __version__), *((name, version(name)) for name in _PACKAGES)],
+        settings=to_yaml(config),
+    )
+    write_picture(run_directory / CURVES, lines)
+    path = run_directory / REPORT
+    write_atomic(path, page)
+    return path
+
+
 def facts(config: ORPOConfig, report: Mapping[str, Any], lines: Lines) -> list[tuple[str, str]]:
-    """What was trained, on what, and how far it is."""
+    """Model, data, method and progress of a run, each with its name."""
     model, train = config.model, config.train
     base = model.model_name_or_path or "the demo's decoder, from scratch"
     if model.model_revision:
         base += f" at {model.model_revision}"
     if model.lora_r is not None:
         base += f", LoRA adapters of rank {model.lora_r}"
-    told = [("model", base)]
-    for name, figures in report.items():
+    rows = [("model", base)]
+    for name, counts in report.items():
         what = "training data" if name == TRAIN else f"{name.replace('eval', 'evaluation', 1)} data"
-        files = list(figures.get("sources", ()))
+        files = list(counts.get("sources", ()))
         shown = ", ".join(files[:_SHOWN_FILES]) or "held out of the training files"
         more = f" and {len(files) - _SHOWN_FILES} more" if len(files) > _SHOWN_FILES else ""
-        told.append((what, f"{figures['pairs']} pairs: {shown}{more}"))
+        rows.append((what, f"{counts['pairs']} pairs: {shown}{more}"))
     method = f"beta {config.orpo.beta:g}, learning rate {train.learning_rate:g}"
-    pairs = f"{config.pairs_per_step} pairs a step"
-    told.append(("method", f"{method} ({train.lr_scheduler_type}), {pairs}"))
-    told.append(("steps", _progress_text(config, lines)))
+    pairs = f"{config.pairs_per_step} pairs per step"
+    rows.append(("method", f"{method} ({train.lr_scheduler_type}), {pairs}"))
+    rows.append(("steps", _progress_text(config, lines)))
     if lines:
         first, last = lines[0]["time"], lines[-1]["time"]
-        seconds = round(last - first)
-        clock = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-        told.append(("logged", f"{_clock(first)} to {_clock(last)}, {clock} hours"))
-    return told
+        span = f"{format_time(first)} to {format_time(last)}"
+        rows.append(("logged", f"{span}, {format_duration(last - first)}"))
+    return rows
 
 
 def _progress_text(config: ORPOConfig, lines: Lines) -> str:
-    """Steps done, and of how many as far as the metrics tell."""
-    if not lines or not lines[-1]["step"]:
+    n_steps = total_steps(config, lines)
+    if not lines or not lines[-1]["step"] or n_steps is None:
         return "none yet"
     step, epoch = lines[-1]["step"], lines[-1]["epoch"]
-    n_steps = config.total_steps(round(step / epoch))
     return f"{step} of {n_steps}, {epoch:.3g} epochs" + (" so far" if step < n_steps else "")
 
 
-def evaluations_until(lines: Lines, step: int | None) -> list[Mapping[str, Any]]:
-    """The lines of the metrics that have evaluations, to that of a step, or all for None."""
-    evaluations = [line for line in lines if all_prefixes([line])]
-    return [line for line in evaluations if step is None or line["step"] <= step]
-
-
-def headline(
-    run_directory: Path, evaluations: Lines, report: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """A row for every evaluation set: its figures before the first step and at the last look.
+def headline(evaluations: list[Evaluation], report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row per evaluation set: its metrics before the first step and at the last evaluation.
 
     Args:
-        run_directory: of the run.
-        evaluations: the lines of its metrics that have some, up to the model that counts.
-        report: what `data_report.json` holds.
+        evaluations: of the run, up to the exported model.
+        report: the content of `data_report.json`.
     """
-    intervals = {
-        (line["step"], line["set"]): line["figures"]
-        for line in read_lines(run_directory / EVALUATIONS)
-    }
-    before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
-    after = evaluations[-1] if evaluations and evaluations[-1]["step"] else {}
-
-    def shown(line: Mapping[str, Any], prefix: str, name: str) -> str:
-        if prefix + name not in line:
-            return "-"
-        known = intervals.get((line["step"], prefix), {})
-        value, low, high = known.get(_WITH_INTERVAL.get(name), (None, None, None))
-        text = figure(line[prefix + name], ".3f")
-        return text if low is None or value is None else f"{text} ({low:.3f} to {high:.3f})"
-
+    before = latest([evaluation for evaluation in evaluations if evaluation.step == 0])
+    after = latest([evaluation for evaluation in evaluations if evaluation.step])
     return [
         {
             "name": set_label(prefix),
             "pairs": report.get(prefix.rstrip("_"), {}).get("pairs", ""),
-            "figures": [(shown(before, prefix, n), shown(after, prefix, n)) for n in HEADLINE],
+            "figures": [
+                (_estimate_text(before.get(prefix), m), _estimate_text(after.get(prefix), m))
+                for m in HEADLINE
+            ],
         }
-        for prefix in all_prefixes(evaluations)
+        for prefix in latest(evaluations)
     ]
 
 
-def time_spent(lines: Lines) -> list[tuple[str, str, str]]:
-    """Where a run's time went: part, seconds, share of the time from its first line to its last.
+def _estimate_text(evaluation: Evaluation | None, metric: Metric) -> str:
+    if evaluation is None or evaluation.prefix + metric.name not in evaluation.line:
+        return "-"
+    value, *interval = (format_metric(part, ".3f") for part in evaluation.value(metric))
+    return f"{value} ({' to '.join(interval)})" if interval else value
 
-    What is left over is the start of workers again after a fault, logging, and the like.
+
+def _time_spent(lines: Lines) -> list[tuple[str, str, str]]:
+    """Part, seconds, and share of the time from the first line of the metrics to the last.
+
+    The rest is what lies between: restarts of workers, logging, and the like.
     """
     if not lines:
         return []
@@ -158,13 +185,8 @@ def time_spent(lines: Lines) -> list[tuple[str, str, str]]:
     ]
 
 
-def samples_of(run_directory: Path, last_step: int | None) -> list[dict[str, Any]]:
-    """What the model said to each prompt at first and at last.
-
-    Args:
-        run_directory: of the run.
-        last_step: that of the model that counts; None for the last one that there is.
-    """
+def _samples(run_directory: Path, last_step: int | None) -> list[dict[str, Any]]:
+    """The first and the last answer to each prompt; no later one than of `last_step`."""
     answers: dict[str, list[dict[str, Any]]] = {}
     for line in read_lines(run_directory / SAMPLES):
         if last_step is None or line["step"] <= last_step:
@@ -172,16 +194,16 @@ def samples_of(run_directory: Path, last_step: int | None) -> list[dict[str, Any
     return [
         {
             "prompt": prompt,
-            "chosen": told[0]["chosen"],
-            "before": told[0]["answer"] if told[0]["step"] == 0 else None,
-            "after": told[-1]["answer"] if told[-1]["step"] else None,
+            "chosen": samples[0]["chosen"],
+            "before": samples[0]["answer"] if samples[0]["step"] == 0 else None,
+            "after": samples[-1]["answer"] if samples[-1]["step"] else None,
         }
-        for prompt, told in answers.items()
+        for prompt, samples in answers.items()
     ]
 
 
-def gaps(lines: Lines) -> str:
-    """Which metrics were not finite, and at which steps."""
+def _gaps(lines: Lines) -> str:
+    """The metrics that were not finite, and at which steps."""
     found: dict[str, list[str]] = {}
     for line in lines:
         for name in (name for name, value in line.items() if value is None):
@@ -193,92 +215,21 @@ def gaps(lines: Lines) -> str:
     return "; ".join(texts)
 
 
-def data_part(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said of one data set."""
-    told = [line.removeprefix(f"{name} data: ") for line in data_lines(name, figures)]
-    columns = [column for column in _FILE_COLUMNS if column in figures]
-    sources = figures.get("sources", {})
+def _data_part(name: str, counts: Mapping[str, Any]) -> dict[str, Any]:
+    """The section of one data set."""
+    lines = [line.removeprefix(f"{name} data: ") for line in data_lines(name, counts)]
+    columns = [column for column in _FILE_COLUMNS if column in counts]
+    sources = counts.get("sources", {})
     rows = [
         [source_label(path, part), *(part[c] for c in columns)]
         for path, part in list(sources.items())[:_SHOWN_FILES]
     ]
     return {
         "name": name,
-        "lines": [*told, *budget_lines(figures)],
+        "lines": [*lines, *budget_lines(counts)],
         "columns": [c.removeprefix("rows_").replace("_", " ") for c in columns],
         "rows": rows,
         "n_more": len(sources) - len(rows),
-        "refused": sorted(figures.get("refused", {}).items(), key=lambda item: -item[1]),
+        "refused": sorted(counts.get("refused", {}).items(), key=lambda item: -item[1]),
         "listed": f"{QUARANTINE}/{name}.jsonl",
     }
-
-
-def events_of(run_directory: Path) -> list[tuple[str, str]]:
-    """When and what; a line that was torn is shown as it is, the one being written left out."""
-    path = run_directory / EVENTS
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    events = []
-    for line in whole.splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            events.append(("torn", line))
-        else:
-            events.append((_clock(event["time"]), event["text"]))
-    return events
-
-
-def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-REPORT = "report.html"
-_SHOWN_EVENTS, _SHOWN_SUSPECTS = 200, 10
-_PACKAGES = ("torch", "ray", "transformers")
-
-
-def write_run_report(
-    run_directory: Path, config: ORPOConfig, data_report: Mapping[str, Any]
-) -> Path:
-    """Write `report.html` and `curves.png` of a run, under way or at its end.
-
-    Args:
-        run_directory: with what the run has written so far.
-        config: of the run, resolved.
-        data_report: what `data_report.json` holds.
-
-    Returns:
-        The path of `report.html`.
-    """
-    lines = read_metrics(run_directory)
-    ended = exported_step(run_directory / FINAL)  # an earlier one where the best model is loaded
-    shown = evaluations_until(lines, ended)
-    events = events_of(run_directory)
-    met = sorted(count_events(run_directory).items())
-    again = (address(run_directory / CONFIG), f"run_name={run_directory.name}-again")
-    page = render(
-        "run.html.j2",
-        title=run_directory.name,
-        facts=facts(config, data_report, lines),
-        names=HEADLINE.values(),
-        headline=headline(run_directory, shown, data_report),
-        steps=shown[-1]["step"] if shown else 0,
-        learning=chart_svgs(LEARNING, lines),
-        throughput=chart_svgs(THROUGHPUT, lines),
-        spent=time_spent(lines),
-        samples=samples_of(run_directory, ended),
-        suspects=first_suspects(run_directory, _SHOWN_SUSPECTS),
-        gaps=gaps(lines),
-        parts=[data_part(name, figures) for name, figures in data_report.items()],
-        counts=", ".join(f"{kind.replace('_', ' ')}: {count}" for kind, count in met),
-        events=events[-_SHOWN_EVENTS:],
-        n_events=len(events),
-        command=shlex.join(("python", "jobs/train.py", *again)),
-        versions=[("orpo_ray", __version__), *((name, version(name)) for name in _PACKAGES)],
-        settings=to_yaml(config),
-    )
-    write_picture(run_directory / CURVES, lines)
-    path = run_directory / REPORT
-    write_atomic(path, page)
-    return path

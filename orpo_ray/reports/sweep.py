@@ -7,11 +7,12 @@ from typing import Any
 
 from orpo_ray.config.schema import SECTION_OF
 from orpo_ray.reports.page import make_axes, render, svg_of
+from orpo_ray.runs.formatting import format_metric, format_setting, format_settings
+from orpo_ray.runs.metrics import BY_NAME, HEADLINE
 from orpo_ray.runs.sweep import Goal, Trial, table_rows
 from orpo_ray.storage.files import write_atomic
 
 REPORT = "sweep_report.html"
-_CURVES = ("rewards/accuracies", "rewards/margins", "log_odds_chosen", "nll_loss")
 _LEAST_FOR_IMPORTANCE = 4
 
 
@@ -23,7 +24,7 @@ def write_sweep_report(
     Args:
         directory: of the sweep.
         trials: the best first.
-        goal: how they were compared.
+        goal: by which they were ranked.
         beta_zero: the best trial's settings without the odds-ratio term, if they were run.
 
     Returns:
@@ -33,7 +34,7 @@ def write_sweep_report(
     rows = table_rows(trials, goal)
     hidden = {"failure"} if not any(row["failure"] for row in rows) else set()
     settings = [name for row in rows for name in row if name in SECTION_OF]
-    shown = [goal.prefix + name for name in _CURVES]
+    shown = [goal.prefix + metric.name for metric in HEADLINE]
     over_seeds = ["mean", "spread"] if goal.repeats > 1 else []
     columns = [
         "trial",
@@ -54,7 +55,7 @@ def write_sweep_report(
     page = render(
         "sweep.html.j2",
         title=f"{directory.name}: sweep",
-        figure=_figure,
+        cell=_cell,
         name=directory.name,
         headline=_headline(trials, best, goal),
         rows=rows,
@@ -70,35 +71,35 @@ def write_sweep_report(
 def _headline(trials: Sequence[Trial], best: Trial | None, goal: Goal) -> str:
     if best is None:
         return f"{len(trials)} trials; none is left to choose."
-    values = ", ".join(f"{name} = {_figure(value)}" for name, value in best.values.items())
+    values = format_settings(best.values)
     start = best.evaluations(goal.metric)[0][1]
     return (
         f"{len(trials)} trials. Best: {best.name} ({values}), {goal.metric} "
-        f"{start:.4g} before and {best.last(goal.metric):.4g} after training, NLL "
+        f"{format_metric(start, '.4g')} before and {format_metric(best.last(goal.metric), '.4g')} "
+        "after training, NLL "
         f"{goal.nll_increase(best):+.3g} nats."
     )
 
 
-def _figure(value: Any) -> str:
+def _cell(value: Any) -> str:
+    """A setting or a metric in the table; empty where a trial has none."""
     if value is None:
         return ""
-    if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.4g}"
-    return str(value)
+    return format_metric(value, ".4g") if isinstance(value, float) else format_setting(value)
 
 
 def _curves(trials: Sequence[Trial], goal: Goal) -> tuple[str, str, str]:
-    figure, axes = make_axes(len(_CURVES), width=13.0)
-    for axis, name in zip(axes, _CURVES, strict=True):
+    figure, axes = make_axes(len(HEADLINE), width=13.0)
+    for axis, metric in zip(axes, HEADLINE, strict=True):
         for rank, trial in enumerate(trials):
-            points = trial.evaluations(goal.prefix + name)
+            points = trial.evaluations(goal.prefix + metric.name)
             style = {"linewidth": 2.2, "zorder": 3} if rank == 0 else {"alpha": 0.55}
             label = f"{trial.name}{' (best)' if rank == 0 else ''}"
             axis.plot(*zip(*points, strict=True), label=label, **style) if points else None
-        axis.set_title(goal.prefix + name, fontsize=9)
+        axis.set_title(goal.prefix + metric.name, fontsize=9)
         axis.set_xlabel("step")
     axes[0].legend(fontsize=6)
-    return ("Curves", "Held-out figures at every evaluation, a line a trial.", svg_of(figure))
+    return ("Curves", "Held-out metrics at every evaluation, one line per trial.", svg_of(figure))
 
 
 def _heat_map(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]:
@@ -147,7 +148,7 @@ def _log_probs(best: Trial, beta_zero: Trial, goal: Goal) -> tuple[str, str, str
         for side, colour in (("chosen", "tab:green"), ("rejected", "tab:red")):
             points = trial.evaluations(f"{goal.prefix}logps/{side}")
             axis.plot(*zip(*points, strict=True), label=side, color=colour, marker="o", ms=3)
-        axis.set(title=title, xlabel="step", ylabel="mean log-probability of a token")
+        axis.set(title=title, xlabel="step", ylabel=BY_NAME[f"logps/{side}"].heading)
         axis.legend(fontsize=8)
     low = min(axis.get_ylim()[0] for axis in axes)
     high = max(axis.get_ylim()[1] for axis in axes)
@@ -162,17 +163,20 @@ def _log_probs(best: Trial, beta_zero: Trial, goal: Goal) -> tuple[str, str, str
 
 def _importance(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]:
     """How much each searched setting decides, by Optuna's PED-ANOVA (Watanabe et al. 2023)."""
-    told = [trial for trial in trials if trial.evaluations(goal.metric)]
-    settings = {n: {repr(t.values[n]) for t in told} for n in (told[0].values if told else ())}
+    evaluated = [trial for trial in trials if trial.evaluations(goal.metric)]
+    settings = {
+        name: {repr(trial.values[name]) for trial in evaluated}
+        for name in (evaluated[0].values if evaluated else ())
+    }
     varied = [name for name, values in settings.items() if len(values) > 1]
-    outcomes = {trial.last(goal.metric) for trial in told}
-    if len(told) < _LEAST_FOR_IMPORTANCE or not varied or len(outcomes) < 2:
+    outcomes = {trial.last(goal.metric) for trial in evaluated}
+    if len(evaluated) < _LEAST_FOR_IMPORTANCE or not varied or len(outcomes) < 2:
         return []
-    shares = _shares(told, varied, goal)
+    shares = _shares(evaluated, varied, goal)
     figure, (axis,) = make_axes(1, width=6.0, height=0.6 + 0.4 * len(varied))
     axis.barh(list(shares), list(shares.values()))
     axis.set_xlabel(f"share in {goal.metric}")
-    text = f"PED-ANOVA over {len(told)} trials; with few trials a hint, no more."
+    text = f"PED-ANOVA over {len(evaluated)} trials; with few trials no more than a hint."
     return [("Importance", text, svg_of(figure))]
 
 

@@ -154,14 +154,34 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def count_events(directory: Path) -> dict[str, int]:
-    """What a run met on its way, by kind."""
+    """The number of events of a run, by kind."""
     counts: dict[str, int] = {}
-    path = directory / EVENTS
-    for text in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # a torn last line
-            for kind, count in json.loads(text)["counts"].items():
+    for event in _events(directory):
+        if isinstance(event, dict):
+            for kind, count in event["counts"].items():
                 counts[kind] = counts.get(kind, 0) + count
     return counts
+
+
+def read_events(directory: Path) -> list[tuple[float | None, str]]:
+    """Time and text of the events of a run; a torn line has no time, and its text as it is."""
+    return [
+        (event["time"], event["text"]) if isinstance(event, dict) else (None, event)
+        for event in _events(directory)
+    ]
+
+
+def _events(directory: Path) -> list[dict[str, Any] | str]:
+    """The whole lines of the events: parsed, or as text where a killed writer left half of one."""
+    path = directory / EVENTS
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    events: list[dict[str, Any] | str] = []
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            events.append(line)
+    return events
 
 
 def exported_step(folder: Path) -> int | None:

@@ -1,7 +1,6 @@
-"""Where a run or a sweep stands, read from its directory alone: no Ray, no torch, no waiting."""
+"""The status of a run or a sweep, read from its directory alone: no Ray, no torch, no waiting."""
 
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.runs.evaluations import latest, read_evaluations
 from orpo_ray.runs.files import (
     CONFIG,
     DATA_REPORT,
-    EVALUATIONS,
-    EVENTS,
     FINAL,
     LEDGER,
     LOG,
@@ -25,19 +23,24 @@ from orpo_ray.runs.files import (
     TRIALS,
     count_events,
     exported_step,
+    read_events,
     read_metrics,
 )
 from orpo_ray.runs.lock import Driver, last_driver
 from orpo_ray.runs.manifest import MANIFEST, checkpoint_directories, find_damage
-from orpo_ray.runs.metrics import eval_prefixes, set_name
+from orpo_ray.runs.metrics import (
+    EVALUATION_SUMMARY,
+    TRAINING_SUMMARY,
+    set_name,
+)
 from orpo_ray.runs.mirror import refresh
 from orpo_ray.storage.bucket import address, is_copy
-from orpo_ray.storage.files import read_json, read_lines
+from orpo_ray.storage.files import read_json
 
 Line = Mapping[str, Any]
 # A run that wrote nothing for so long, and for so many times its usual pause, is a quiet one.
 _QUIET_S, _QUIET_PAUSES = 300.0, 10
-# Logged lines by which the pace is told.
+# Logged lines from which the pace is estimated.
 _RECENT = 50
 
 
@@ -56,7 +59,7 @@ class RunView:
         self.exported = exported_step(directory / FINAL)
         self.step: int | None = self.lines[-1]["step"] if self.lines else None
         self._config = _read_config(directory)
-        self.n_steps = self._total_steps()
+        self.n_steps = total_steps(self._config, self.lines) if self._config else None
 
     def state(self) -> str:
         """One of the states of `RunStatus`."""
@@ -77,10 +80,10 @@ class RunView:
             return "not started"
         if self.quiet_s() is None:
             return "starting" if is_new else "training"
-        return "stopped" if is_trial else "not heard of"
+        return "stopped" if is_trial else "unknown"
 
     def quiet_s(self) -> float | None:
-        """Seconds since anything was written, if that is long for a run that goes on."""
+        """Seconds since anything was written, if that is long for a live run."""
         names = (METRICS, LEDGER, LOG, CONFIG, TRIAL_RECORD)
         times = [p.stat().st_mtime for p in (self.directory / n for n in names) if p.exists()]
         if self.driver is not None and not self.record:
@@ -115,14 +118,13 @@ class RunView:
         written = max(path.stat().st_mtime for path in (self.directory / FINAL).iterdir())
         return patience is not None and written >= self.lines[-1]["time"]
 
-    def _total_steps(self) -> int | None:
-        """Optimizer steps of the whole run, as far as the config and the metrics tell."""
-        if self._config is None:
-            return None
-        per_epoch = [round(line["step"] / line["epoch"]) for line in self.lines if line["step"]]
-        if per_epoch:
-            return self._config.total_steps(per_epoch[-1])
-        return self._config.train.max_steps if self._config.train.max_steps > 0 else None
+
+def total_steps(config: ORPOConfig, lines: Sequence[Line]) -> int | None:
+    """Optimizer steps of the whole run; None before the first step where `max_steps` is unset."""
+    per_epoch = [round(line["step"] / line["epoch"]) for line in lines if line["step"]]
+    if per_epoch:
+        return config.total_steps(per_epoch[-1])
+    return config.train.max_steps if config.train.max_steps > 0 else None
 
 
 def _read_config(directory: Path) -> ORPOConfig | None:
@@ -135,30 +137,19 @@ def _read_config(directory: Path) -> ORPOConfig | None:
         return None
 
 
-_SHOWN = {
-    "loss": "loss",
-    "accuracy": "rewards/accuracies",
-    "margin": "rewards/margins",
-    "pairs_per_s": "pairs_per_s",
-    "tokens_per_s": "tokens_per_s",
-}
-_EVALUATED = {
-    "accuracy": "rewards/accuracies",
-    "log_odds": "log_odds_chosen",
-    "margin": "rewards/margins",
-    "loss": "loss",
-}
+# Counts of `data_report.json` that the status repeats.
+_DATA_COUNTS = ("rows_read", "rows_kept", "rows_held_out", "rows_refused", "refused")
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands; ages are in seconds, None where there is nothing yet.
+    """The status of a run; ages are in seconds, None where there is nothing yet.
 
     Args:
         name: of the run.
         directory: absolute path.
         state: `not started`, `starting`, `training`, `finished`, `stopped`, `failed` (a trial), or
-            `not heard of`: its driver was on another machine, and it wrote nothing for long.
+            `unknown`: its driver was on another machine, and nothing was written for long.
         driver: process and machine of the last driver.
         quiet_s: since anything was written, where that is longer than is usual for a live run.
         logged_s: age of the last logged line.
@@ -166,13 +157,13 @@ class RunStatus:
         n_steps: of the whole run.
         epoch: of the last logged line.
         left_s: until the end by the logged pace, while it trains.
-        training: figures of the last logged step.
-        evaluations: figures of the last evaluation of every set; `[value, low, high]` where the
+        training: metrics of the last logged step.
+        evaluations: metrics of the last evaluation of every set; `[value, low, high]` where the
             95 % interval is known, else `[value]`.
         checkpoint: step, age and folder of the newest one whose manifest and sizes are right.
         passed_over: newer folders of checkpoints than that, and what is wrong with them.
-        data: rows read and refused by reason, for each data set.
-        events: what the run met on its way, by kind.
+        data: rows read, kept, held out, and refused by reason, for each data set.
+        events: number of events by kind.
         last_event: its text and age.
         model: folder and step of the exported model.
         values: the settings of a trial.
@@ -203,7 +194,7 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class SweepStatus:
-    """Where a sweep stands.
+    """The status of a sweep.
 
     Args:
         name: of the sweep.
@@ -221,7 +212,7 @@ class SweepStatus:
 
 
 def read_status(directory: Path) -> RunStatus | SweepStatus:
-    """Where the run or the sweep of a directory stands.
+    """The status of the run or the sweep in a directory.
 
     Raises:
         ConfigError: when it is neither.
@@ -266,12 +257,12 @@ def _status(run: RunView) -> RunStatus:
         n_steps=run.n_steps,
         epoch=last.get("epoch"),
         left_s=run.left_s() if state == "training" else None,
-        training={name: trained.get(key) for name, key in _SHOWN.items()} if trained else {},
+        training={m.key: trained[m.name] for m in TRAINING_SUMMARY if m.name in trained},
         evaluations=_evaluations(run),
         checkpoint=checkpoint,
         passed_over=passed_over,
         data={
-            name: {key: part[key] for key in ("rows_read", "refused") if key in part}
+            name: {key: part[key] for key in _DATA_COUNTS if key in part}
             for name, part in report.items()
         },
         events=count_events(run.directory),
@@ -283,19 +274,15 @@ def _status(run: RunView) -> RunStatus:
 
 
 def _evaluations(run: RunView) -> list[dict[str, Any]]:
-    latest = {prefix: line for line in run.lines for prefix in eval_prefixes(line)}
-    known = {(e["step"], e["set"]): e for e in read_lines(run.directory / EVALUATIONS)}
-    found = []
-    for prefix, line in latest.items():
-        estimated = known.get((line["step"], prefix), {})
-        figures = {name: [line.get(prefix + key)] for name, key in _EVALUATED.items()}
-        # The margin and the loss of a metric are not those of an estimate: beta is in them.
-        for name in ("accuracy", "log_odds"):
-            interval = estimated.get("figures", {}).get(name, ())[1:]
-            figures[name] += interval if None not in interval else ()
-        about = {"set": set_name(prefix) or None, "step": line["step"]}
-        found.append(about | {"pairs": estimated.get("pairs"), "figures": figures})
-    return found
+    return [
+        {
+            "set": set_name(prefix) or None,
+            "step": evaluation.step,
+            "pairs": evaluation.pairs,
+            "figures": {m.key: evaluation.value(m) for m in EVALUATION_SUMMARY},
+        }
+        for prefix, evaluation in latest(read_evaluations(run.directory, run.lines)).items()
+    ]
 
 
 def _checkpoints(run: RunView) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
@@ -318,11 +305,5 @@ def _checkpoints(run: RunView) -> tuple[dict[str, Any] | None, list[dict[str, An
 
 
 def _last_event(run: RunView) -> dict[str, Any] | None:
-    path = run.directory / EVENTS
-    for text in reversed(path.read_text().splitlines() if path.exists() else []):
-        try:
-            event = json.loads(text)
-            return {"text": event["text"], "age_s": run.age(event["time"])}
-        except (ValueError, KeyError, TypeError):
-            continue  # torn
-    return None
+    whole = [(time, text) for time, text in read_events(run.directory) if time is not None]
+    return {"text": whole[-1][1], "age_s": run.age(whole[-1][0])} if whole else None

@@ -7,22 +7,10 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.runs.files import FINAL, TRIAL_RECORD, TRIALS, read_metrics
+from orpo_ray.runs.metrics import EVALUATED, split_eval_key
 from orpo_ray.storage.files import read_json
-
-LOSSES = ("loss", "nll_loss", "aux_loss")
-METRICS = (
-    *LOSSES,
-    "log_odds_chosen",
-    "log_odds_ratio",
-    "logps/chosen",
-    "logps/rejected",
-    "rewards/accuracies",
-    "rewards/chosen",
-    "rewards/margins",
-    "rewards/rejected",
-)
 
 
 @dataclass(frozen=True)
@@ -68,36 +56,36 @@ class Trial:
 
 @dataclass(frozen=True)
 class Goal:
-    """How trials are compared: by which metric, in which direction, under which guard."""
+    """How trials are compared.
+
+    Args:
+        metric: its key in `metrics.jsonl`.
+        prefix: of the evaluation set in it.
+        mode: `max` or `min`.
+        max_nll_increase: over the evaluation before training, in nats; None for no limit.
+        repeats: seeds per setting.
+    """
 
     metric: str
+    prefix: str
     mode: str
     max_nll_increase: float | None
     repeats: int = 1
 
     @staticmethod
-    def of(config: ORPOConfig) -> "Goal":
-        """The goal that a config sets."""
+    def from_config(config: ORPOConfig) -> "Goal":
+        """The goal that a config sets.
+
+        Raises:
+            ConfigError: when `tune.metric` is not a metric of an evaluation.
+        """
         tune = config.tune
-        lowest = tune.metric.rsplit("_", 1)[-1] == "loss"
-        mode = tune.metric_mode or ("min" if lowest else "max")
-        return Goal(tune.metric, mode, tune.max_nll_increase, tune.repeats)
-
-    @property
-    def prefix(self) -> str:
-        """Of the evaluation set that the metric is of."""
-        return next(self.metric.removesuffix(name) for name in _longest_first() if self._is(name))
-
-    def _is(self, name: str) -> bool:
-        return self.metric.endswith(name)
-
-    def problems(self) -> list[str]:
-        """What is wrong with the metric's name, if anything is."""
-        named = any(self._is(name) for name in _longest_first())
-        if named and self.prefix.startswith("eval_"):
-            return []
-        known = ", ".join(f"eval_{name}" for name in METRICS)
-        return [f"tune.metric: {self.metric} is not an evaluation's metric; known are {known}"]
+        found = split_eval_key(tune.metric)
+        if found is None:
+            raise ConfigError(goal_problems(config))
+        prefix, metric = found
+        mode = tune.metric_mode or ("min" if metric.lower_is_better else "max")
+        return Goal(tune.metric, prefix, mode, tune.max_nll_increase, tune.repeats)
 
     def nll_increase(self, trial: Trial) -> float:
         """NLL at the last evaluation less that at the first, in nats."""
@@ -146,12 +134,17 @@ class Goal:
         return ranked[0] if ranked and self.eligible(ranked[0], trials) else None
 
 
+def goal_problems(config: ORPOConfig) -> list[str]:
+    """What is wrong with `tune.metric`, if anything is."""
+    metric = config.tune.metric
+    if split_eval_key(metric):
+        return []
+    known = ", ".join(f"eval_{metric.name}" for metric in EVALUATED)
+    return [f"tune.metric: {metric} is not an evaluation's metric; known are {known}"]
+
+
 def _without_seed(trial: Trial) -> dict[str, Any]:
     return {name: value for name, value in trial.values.items() if name != "seed"}
-
-
-def _longest_first() -> list[str]:
-    return sorted(METRICS, key=len, reverse=True)
 
 
 def read_trials(sweep_directory: Path) -> list[Trial]:
@@ -168,7 +161,9 @@ def read_trials(sweep_directory: Path) -> list[Trial]:
 
 def table_rows(trials: Sequence[Trial], goal: Goal) -> list[dict[str, Any]]:
     """A row a trial, in the order of `trials`: values, last evaluation, status."""
-    names = [goal.prefix + name for name in METRICS]
+    losses = [metric.name for metric in EVALUATED if metric.lower_is_better]
+    others = sorted(metric.name for metric in EVALUATED if not metric.lower_is_better)
+    names = [goal.prefix + name for name in (*losses, *others)]
     rows = []
     for trial in trials:
         row: dict[str, Any] = {"trial": trial.name} | dict(trial.values)

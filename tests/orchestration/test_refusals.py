@@ -334,8 +334,8 @@ def test_ten_thousand_rows_with_a_hundred_bad_ones(
         ray_address=ray_cluster,
     )
     assert done.returncode == 0, done.stderr
-    counts = "10000 read = 9900 trained + 0 not reached + 0 held out + 100 refused"
-    assert f"rows: {counts}" in done.stdout
+    kept = "10000 rows read, 9900 kept (9900 trained, 0 not reached)"
+    assert f"train data: {kept}, 0 held out, 100 refused (" in done.stdout
     ledger = (folder / "runs" / "run" / "ledger.jsonl").read_text().splitlines()
     trained = Counter(tuple(row) for line in ledger for row in json.loads(line)["rows"])
     assert trained == Counter((0, row) for row in range(1, 10_001) if row not in set(bad))

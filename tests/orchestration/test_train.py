@@ -84,7 +84,8 @@ def test_the_model_is_saved_as_transformers_loads_it(trained, tmp_path):
     generated = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert generated.shape[1] > ids.shape[1]
     card = (Path(folder) / "README.md").read_text()
-    assert "- train: 4 rows read, 4 kept, 0 held out, 0 refused; 0 pairs truncated" in card
+    rows = "4 rows read, 4 kept (4 trained, 0 not reached), 0 held out, 0 refused"
+    assert f"- train: {rows}; 0 pairs truncated" in card
     assert "| evaluation | 4 | " in card
 
 

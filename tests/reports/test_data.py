@@ -180,7 +180,7 @@ def test_the_ledger_says_what_of_every_file_was_trained(tmp_path: Path) -> None:
         assert part["rows_read"] == sum(part[f"rows_{end}"] for end in ends)
 
 
-def test_what_is_said_of_a_data_set() -> None:
+def test_the_lines_of_a_data_set() -> None:
     figures = counts(10, 7, 2) | {
         "rows_held_out": 1,
         "shapes": {"texts": 8},
@@ -191,7 +191,6 @@ def test_what_is_said_of_a_data_set() -> None:
         "ignored_columns": ["id"],
     }
     assert data_lines("train", figures) == [
-        "train data: 10 rows read, 7 kept, 1 held out, refused: 2 empty_chosen; texts",
-        "train data: 3 prompts cut; 2 pairs that occur again (drop_duplicates); "
-        "columns ignored: id",
+        "train data: 10 rows read, 7 kept, 1 held out, 2 refused (2 empty_chosen); texts",
+        "train data: 3 prompts truncated; 2 duplicate pairs (drop_duplicates); columns ignored: id",
     ]

@@ -200,7 +200,7 @@ def test_the_card_has_data_figures_and_curves(tmp_path: Path) -> None:
     assert "base_model" not in card.data.to_dict()
     row = "| evaluation | 97 | 0.500 | 0.800 (0.710 to 0.880) | 0.000 | 1.000 | 0.000 | 0.250 | "
     assert row + "6.500 | 3.500 |" in card.text
-    assert "100 rows read, 97 kept, 0 held out, 3 refused (1 empty_chosen, 2 same_answers); " in (
+    assert "100 rows read, 97 kept, 0 held out, 3 refused (2 same_answers, 1 empty_chosen); " in (
         card.text
     )
     assert "- eval: 97 rows held out of the training files" in card.text
@@ -227,10 +227,10 @@ def test_a_terminal_shows_progress_curves_and_the_last_evaluation(tmp_path: Path
         write_lines(tmp_path, ("eval_",))
         wait_for(text, "60/60")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue())
-    assert re.search(r"60/60 loss 4\.0000 +margin 0\.2500", shown)
+    assert re.search(r"60/60 loss 4\.0000 +accuracy 0\.800 +margin 0\.2500", shown)
     assert "margin   ▁▂▄▅▇█ 0.2500" in shown
-    assert "accuracy ▁▂▄▅▇█ 0.8000" in shown
-    assert "evaluation at step 60: accuracy 0.8000" in shown
+    assert "accuracy ▁▂▄▅▇█ 0.800" in shown
+    assert "evaluation at step 60: accuracy 0.800 " in shown
 
 
 def test_every_named_evaluation_set_has_its_row_and_its_points(tmp_path: Path) -> None:

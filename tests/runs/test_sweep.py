@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.runs.sweep import Goal, read_trials, table_rows
 
 ACCURACY, NLL = "eval_rewards/accuracies", "eval_nll_loss"
@@ -39,7 +39,7 @@ def sweep(tmp_path):
 
 
 def test_the_guard_rules_out_accuracy_bought_with_nll(sweep):
-    goal = Goal.of(ORPOConfig())
+    goal = Goal.from_config(ORPOConfig())
     assert goal.best(sweep).name == "good"
     assert [trial.name for trial in goal.ranked(sweep)] == [
         "good",
@@ -48,17 +48,17 @@ def test_the_guard_rules_out_accuracy_bought_with_nll(sweep):
         "stopped",
         "failed",
     ]
-    assert Goal.of(ORPOConfig(max_nll_increase=None)).best(sweep).name == "collapsed"
-    assert Goal.of(ORPOConfig(max_nll_increase=0.6)).best(sweep).name == "collapsed"
+    assert Goal.from_config(ORPOConfig(max_nll_increase=None)).best(sweep).name == "collapsed"
+    assert Goal.from_config(ORPOConfig(max_nll_increase=0.6)).best(sweep).name == "collapsed"
 
 
 def test_losses_are_minimised_unless_told_otherwise(sweep):
-    assert Goal.of(ORPOConfig(metric=NLL)).best(sweep).name == "weaker"
-    assert Goal.of(ORPOConfig(metric=NLL, metric_mode="max")).best(sweep).name == "good"
+    assert Goal.from_config(ORPOConfig(metric=NLL)).best(sweep).name == "weaker"
+    assert Goal.from_config(ORPOConfig(metric=NLL, metric_mode="max")).best(sweep).name == "good"
 
 
 def test_a_table_row_says_what_became_of_a_trial(sweep):
-    goal = Goal.of(ORPOConfig())
+    goal = Goal.from_config(ORPOConfig())
     rows = {row["trial"]: row for row in table_rows(sweep, goal)}
     assert {name: row["status"] for name, row in rows.items()} == {
         "collapsed": "ruled out: NLL",
@@ -78,15 +78,14 @@ def test_a_table_row_says_what_became_of_a_trial(sweep):
     [(ACCURACY, "eval_"), ("eval_held_out_nll_loss", "eval_held_out_"), ("eval_loss", "eval_")],
 )
 def test_the_prefix_is_that_of_the_metrics_evaluation_set(metric, prefix):
-    goal = Goal.of(ORPOConfig(metric=metric))
-    assert goal.problems() == []
+    goal = Goal.from_config(ORPOConfig(metric=metric))
     assert goal.prefix == prefix
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "rewards/accuracies", "eval_accuracy"])
 def test_a_metric_that_no_evaluation_has_is_refused(metric):
-    (problem,) = Goal.of(ORPOConfig(metric=metric)).problems()
-    assert problem.startswith(f"tune.metric: {metric} is not an evaluation's metric")
+    with pytest.raises(ConfigError, match=f"tune.metric: {metric} is not an evaluation's metric"):
+        Goal.from_config(ORPOConfig(metric=metric))
 
 
 def test_settings_with_several_seeds_are_ranked_by_their_mean(tmp_path):
@@ -97,7 +96,7 @@ def test_settings_with_several_seeds_are_ranked_by_their_mean(tmp_path):
         name, seed = f"t{index}", index % 2
         add_trial(tmp_path, name, [0.5, accuracy], [2.0, 1.9], finished, beta=beta, seed=seed)
     trials = read_trials(tmp_path)
-    goal = Goal.of(ORPOConfig(repeats=2))
+    goal = Goal.from_config(ORPOConfig(repeats=2))
     best = goal.best(trials)
     assert best.name == "t2"
     assert goal.mean(best, trials) == pytest.approx(0.79)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from orpo_ray.runs.files import TIME_PARTS, TIME_PREFIX, read_metrics
+from orpo_ray.runs.metrics import BY_NAME, EVALUATED, split_eval_key
 from orpo_ray.storage.files import read_lines
 from tests.reference.small_run import train_small
 from tests.training.test_evaluation import evaluated
@@ -82,6 +83,16 @@ def test_prompts_of_the_user_are_answered_without_evaluation_data(run_ranks, inp
     ]
     assert all(0 < len(line["answer"].split()) <= 9 for line in lines)
     assert "sample_prompts: 1 of 2 leave no room" in (run / "run.log").read_text()
+
+
+def test_every_logged_key_is_in_the_catalogue_of_metrics(whole_run):
+    """Every metric is logged at some step, but the router loss of MoE and MFU, of GPUs only."""
+    logged = {name for line in read_metrics(whole_run) for name in line}
+    parsed = {name: split_eval_key(name) for name in logged if name.startswith("eval_")}
+    assert all(parsed.values())
+    assert logged - parsed.keys() == BY_NAME.keys() - {"aux_loss", "mfu"}
+    evaluated = {found[1].name for found in parsed.values() if found}
+    assert evaluated == {metric.name for metric in EVALUATED} - {"aux_loss"}
 
 
 def test_the_parts_of_the_time_make_up_the_steps(whole_run):

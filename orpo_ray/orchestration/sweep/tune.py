@@ -43,7 +43,7 @@ from orpo_ray.reports.sweep import write_sweep_report
 from orpo_ray.runs.files import FINAL, TRIALS
 from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.mirror import TUNE_STATE, refresh, working_on
-from orpo_ray.runs.sweep import Goal, Trial, read_trials, table_rows
+from orpo_ray.runs.sweep import Goal, Trial, goal_problems, read_trials, table_rows
 from orpo_ray.storage.bucket import address
 from orpo_ray.storage.mirror import fetch_folder, publish, remove
 
@@ -93,14 +93,15 @@ def tune(config: ORPOConfig, space: Mapping[str, Any] | None = None) -> SweepRes
         DataError: for missing files, no usable row, and no evaluation data.
     """
     refuse_missing(config.output.report_to)
-    goal, problems = Goal.of(config), []
+    problems: list[str] = []
     try:
         space = dict(space or search_space(config))
     except ConfigError as error:
         space, problems = {}, list(error.lines)
-    problems += [*goal.problems(), *_repeat_problems(config, space)]
+    problems += [*goal_problems(config), *_repeat_problems(config, space)]
     if problems:
         raise ConfigError(problems)
+    goal = Goal.from_config(config)
     if config.tune.repeats > 1:
         seed = config.train.seed
         space["seed"] = ray_tune.grid_search(list(range(seed, seed + config.tune.repeats)))

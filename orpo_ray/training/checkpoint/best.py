@@ -11,9 +11,10 @@ import torch.distributed as dist
 from orpo_ray.config.train import TrainSection
 from orpo_ray.models.export import export_model
 from orpo_ray.models.orpo_model import OrpoModel
-from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.runs.files import FINAL, RunFiles, exported_step
+from orpo_ray.runs.formatting import format_metric
 from orpo_ray.runs.manifest import checkpoint_directory, find_damage
+from orpo_ray.runs.metrics import EVALUATED
 from orpo_ray.storage.mirror import fetch_folder
 from orpo_ray.training.checkpoint.saver import load_weights
 from orpo_ray.training.errors import EvaluationError
@@ -65,14 +66,14 @@ class Evaluations:
             raise EvaluationError(
                 f"{name}: this run has no evaluation data; set eval_files or val_set_size"
             )
-        metric = _PREFIX + config.metric_for_best_model.removeprefix(_PREFIX)
-        # Non-zero weights give all names, the router loss too; evaluations show whether it exists.
-        names = metrics_from_sums([1.0] * N_SUMS, OrpoWeights(1.0, 1.0))
-        _refuse_unknown(metric, [prefix + name for prefix in prefixes for name in names])
+        key = _PREFIX + config.metric_for_best_model.removeprefix(_PREFIX)
+        # The router loss is among them; evaluations show whether the model has one.
+        known = {prefix + metric.name: metric for prefix in prefixes for metric in EVALUATED}
+        _refuse_unknown(key, list(known))
         greater = config.greater_is_better
         if greater is None:
-            greater = not metric.endswith("loss")
-        return Evaluations(metric, greater, patience, keep_best)
+            greater = not known[key].lower_is_better
+        return Evaluations(key, greater, patience, keep_best)
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add an evaluation; a collective, so that all ranks stop at the same step.
@@ -126,7 +127,7 @@ class Evaluations:
             return f"stopped early at step {step}: {self.metric} was never finite ({rule})"
         return (
             f"stopped early at step {step}: {self.n_without_better} evaluations in a row were no "
-            f"better than {self._figure(self.best_step)} ({rule})"
+            f"better than {self._value_text(self.best_step)} ({rule})"
         )
 
     def export_text(self, step: int) -> str:
@@ -135,14 +136,14 @@ class Evaluations:
         if step != self.best_step:
             return text
         n_candidates = sum(other > 0 for other, _ in self.values)
-        text += f", the best of {n_candidates} evaluations: {self._figure(step)}"
+        text += f", the best of {n_candidates} evaluations: {self._value_text(step)}"
         start, best = dict(self.values).get(0, math.nan), dict(self.values)[step]
         if start > best if self.greater_is_better else start < best:
-            text += f"; before training it was better: {start:.6g}"
+            text += f"; before training it was better: {format_metric(start, '.6g')}"
         return text
 
-    def _figure(self, step: int) -> str:
-        return f"{self.metric} {dict(self.values)[step]:.6g} at step {step}"
+    def _value_text(self, step: int) -> str:
+        return f"{self.metric} {format_metric(dict(self.values)[step], '.6g')} at step {step}"
 
 
 def _refuse_unknown(metric: str, known: Sequence[str]) -> None:
