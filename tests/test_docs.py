@@ -12,6 +12,7 @@ import yaml
 from docs.settings_table import PAGE, type_text, with_settings
 from orpo_ray.config.file import load_config
 from orpo_ray.config.schema import SECTION_OF
+from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from tests.conftest import ROOT
 
 README = ROOT / "README.md"
@@ -188,6 +189,12 @@ def test_every_package_is_described():
     )
     there = {path.parent.name for path in (ROOT / "orpo_ray").glob("*/__init__.py")}
     assert set(described) == there | {"cli", "pretrained"}
+
+
+def test_every_metric_of_the_objective_is_described():
+    text = (ROOT / "docs" / "runs.md").read_text()
+    metrics = metrics_from_sums([1.0] * N_SUMS, OrpoWeights(beta=0.1, router=0.1))
+    assert [name for name in metrics if f"`{name}`" not in text] == []
 
 
 def test_the_table_has_every_setting_of_the_schema():
