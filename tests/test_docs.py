@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from docs.settings_table import PAGE, type_text, with_settings
+from orpo_ray.cli import read_arguments
 from orpo_ray.config.file import load_config
 from orpo_ray.config.schema import SECTION_OF
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
@@ -77,6 +78,13 @@ def test_the_commands_run_in_the_order_they_are_shown(folder, run_command, ray_c
         always = {"config.yaml", "data_report.json", "metrics.jsonl", "ledger.jsonl"}
         assert always | {"final", "run.log"} <= there
         assert list(run.glob("checkpoints/step-*/MANIFEST.json"))
+
+
+def test_the_commands_have_settings_that_exist(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for _, name, *arguments in commands("orpo-ray"):
+        if name != "status":
+            read_arguments([argument for argument in arguments if not argument.startswith("--")])
 
 
 def test_every_command_of_the_project_is_shown():
