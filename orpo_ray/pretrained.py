@@ -1,6 +1,6 @@
-"""Where a run's base model comes from, and the one way it is loaded: safetensors, no code unasked.
+"""Loading a run's base model, config and tokenizer: safetensors only, custom code only on request.
 
-As light to import as the driver needs it.
+Used on the driver, training workers and data tasks; imports transformers only when it loads.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ _PICKLED = (("model", "pytorch_model"), ("adapter_model", "adapter_model"))
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where base model and tokenizer come from: folders or hub ids.
+    """A base model and its tokenizer, and how to load them.
 
     Args:
-        model: of the base model.
-        tokenizer: of its tokenizer, usually the same.
-        revision: branch, tag or commit of a hub model.
-        chat_template: the text of one, instead of the tokenizer's.
-        trust_remote_code: whether code that comes with it may run.
+        model: folder or hub id of the base model.
+        tokenizer: folder or hub id of its tokenizer, usually the same.
+        revision: branch, tag or commit on the hub, of both.
+        chat_template: Jinja template that replaces the tokenizer's.
+        trust_remote_code: whether custom code of the model may run.
     """
 
     model: str
@@ -41,27 +41,27 @@ class ModelSource:
 
     @staticmethod
     def from_config(config: ModelSection, path: str) -> "ModelSource":
-        """A model with its tokenizer, read as the config says."""
+        """Build the source of a model and tokenizer in one place, with the config's options."""
         return ModelSource(
             path, path, config.model_revision, trust_remote_code=config.trust_remote_code
         )
 
     @property
     def options(self) -> dict[str, Any]:
-        """What every `from_pretrained` is told.
+        """Keyword arguments of every `from_pretrained` call.
 
-        Unless it is told no, transformers asks on a terminal whether code may run. Code may lie in
-        another repository than the model: it is of the same commit, or it is not found.
+        `trust_remote_code` is always passed: without it, transformers asks on the terminal. Custom
+        code may be in another repository; `code_revision` pins that one to the same commit, too.
         """
         options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         return options | ({"code_revision": self.revision} if self.trust_remote_code else {})
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer with the run's chat template.
+    """Load the tokenizer, with the source's chat template if it has one.
 
     Raises:
-        UnsupportedModelError: for one that is code of its own.
+        UnsupportedModelError: for custom code that is not trusted.
     """
     from transformers import AutoTokenizer
 
@@ -74,10 +74,10 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_model_config(source: ModelSource) -> Any:
-    """The base model's config.
+    """Load the base model's config.
 
     Raises:
-        UnsupportedModelError: for one that is code of its own.
+        UnsupportedModelError: for custom code that is not trusted.
     """
     from transformers import AutoConfig
 
@@ -87,14 +87,14 @@ def load_model_config(source: ModelSource) -> Any:
 
 
 def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
-    """The base model with its weights, on the host unless the options say otherwise.
+    """Load the base model with its weights, on the CPU unless `options` say otherwise.
 
     Raises:
-        UnsupportedModelError: for code of its own, and for weights that are no safetensors.
+        UnsupportedModelError: for custom code that is not trusted, or without safetensors weights.
     """
     from transformers import AutoModelForCausalLM
 
-    # Else transformers takes weights that a service on the hub converted, of no revision named.
+    # Otherwise transformers may load weights that a hub service converted, of another revision.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     with _as_refusals(source.model):
         fetch_folder(Path(source.model))
@@ -104,10 +104,10 @@ def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
 
 
 def empty_model(source: ModelSource, model_config: Any, **options: Any) -> Any:
-    """A model of a config, its weights not read.
+    """Build the model from its config, without reading weights.
 
     Raises:
-        UnsupportedModelError: for one that is code of its own.
+        UnsupportedModelError: for custom code that is not trusted.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -124,12 +124,12 @@ def empty_model(source: ModelSource, model_config: Any, **options: Any) -> Any:
 
 
 def refuse_unsafe(source: ModelSource) -> None:
-    """Look before a run starts whether a model would have to run code or to unpickle weights.
+    """Refuse a model that needs custom code or pickled weights, before the run starts.
 
-    Nothing that comes with the model is executed here.
+    No code of the model is executed here.
 
     Raises:
-        UnsupportedModelError: saying what it has, and the fix.
+        UnsupportedModelError: with what was found and the fix.
     """
     folder = Path(source.model)
     for wanted, pickled in _PICKLED:
@@ -143,7 +143,7 @@ def refuse_unsafe(source: ModelSource) -> None:
     values: dict[str, Any] = {}
     if not folder.is_dir() or (folder / "config.json").is_file():
         values, _ = PreTrainedConfig.get_config_dict(source.model, revision=source.revision)
-    code = values.get("auto_map") or {}  # which many have whom transformers knows by now
+    code = values.get("auto_map") or {}  # also set by models that transformers has included since
     known = not code or type(load_model_config(source)) in MODEL_FOR_CAUSAL_LM_MAPPING
     if "AutoModelForCausalLM" in code and not known:
         raise UnsupportedModelError(_own_code(source.model))
@@ -153,7 +153,7 @@ def refuse_unsafe(source: ModelSource) -> None:
 
 @contextlib.contextmanager
 def _as_refusals(name: str) -> Iterator[None]:
-    """Say in our words what transformers refuses to load."""
+    """Convert the errors of transformers that mean custom code or no safetensors weights."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -1,12 +1,14 @@
-"""A token set on disk, and the batches of a rank: numpy and pyarrow, no torch, no Ray.
+"""Token sets on disk, and the batches that each rank trains on; no torch, no Ray.
+
+A token set is a directory of token shards (Parquet files of prompt groups) and their manifest.
 
 The road of a pair, from a line of a file to an optimizer step, and its form at each station:
 
 1. `preference.reading`: a file is cut into `Split`s; a line of one is read as a `RawRow`, with its
-   number, so that every row has a place (`RowId`) from here on.
+   number, so that every row has a `RowId` from here on.
 2. `preference.shapes.RowReader`: the columns decide the shape (texts, messages, ShareGPT, rankings,
-   ...), `preference.records.normalise` checks the fields. A row becomes `Record`s, one per pair, or
-   a `Refusal` with its `Reason`, which goes to `quarantine/` and is counted.
+   ...), `preference.records.normalise` checks the fields. A row becomes a `ParsedRow` of `Record`s,
+   one per pair, or a `Refusal` with its `Reason`, which goes to `quarantine/` and is counted.
 3. `preference.templates.render`: the chat template; a `PairText` of prompt, chosen and rejected.
 4. `preference.tokenization.PairTokenizer`: token ids cut at the end of the prompt and to
    `max_length`; a `TokenizedPair`, whose `PromptGroup` is a prompt, its completions and pairs.

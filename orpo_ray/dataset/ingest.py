@@ -1,8 +1,8 @@
-"""Ingest: files of pairs to token shards; on the driver, reading in data tasks.
+"""Ingest: turning source files into a token set; on the driver, which starts data tasks.
 
-A data task reads one split of a file and writes its own token shards, named by file and row, so
-no token passes through the driver, a shard that is there is not written again, and the order of
-shards does not depend on scheduling. The manifest, written last, makes the set exist.
+A data task reads one split of a file and writes its token shards itself, named by file and row. So
+no token passes through the driver, a restarted ingest skips shards that exist, and the order of
+shards does not depend on scheduling. The manifest, written last, commits the token set.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from orpo_ray.preference.reading.sources import file_fingerprint
 from orpo_ray.storage.files import replacing
 from orpo_ray.storage.mirror import fetch_once, publish, remove, sizes
 
-# Raised whenever the same input would give other tokens or another report.
+# Part of the cache key; increased whenever the same input would give other tokens or reports.
 CODE_VERSION = 5
 LENGTHS = "lengths.npz"
 _COUNTS = (
@@ -36,14 +36,14 @@ _COUNTS = (
 
 
 def ingest(request: IngestRequest, map_tasks: MapTasks) -> TokenSet:
-    """Tokenize the files, or find them tokenized already.
+    """Return the token set of a request, from the cache if it has been tokenized before.
 
     Args:
-        request: what decides the tokens.
-        map_tasks: runs the tasks that read files and write shards.
+        request: files and all settings that determine the tokens.
+        map_tasks: runs the data tasks.
 
     Raises:
-        DataError: for files that cannot be read.
+        DataError: with one line for each file that cannot be read.
     """
     directory = Path(request.cache_directory) / _cache_key(request)
     found = TokenSet.load(str(directory))
@@ -54,13 +54,13 @@ def ingest(request: IngestRequest, map_tasks: MapTasks) -> TokenSet:
         remove(directory / DONE)
         kept = {shard.name for shard in (*found.shards, *found.held_out)}
         for name in sizes(directory):
-            if name.endswith(".parquet") and name not in kept:  # a shard that was written anew
+            if name.endswith(".parquet") and name not in kept:  # replaced by a regrouped shard
                 remove(directory / name)
     return found
 
 
 def _cache_key(request: IngestRequest) -> str:
-    """A hash of everything that could change the tokens."""
+    """Hash of everything that could change the tokens."""
     tokenizer = request.pair_tokenizer().tokenizer
     settings = dataclasses.asdict(request)
     for name in ("tokenizer", "revision", "cache_directory", "files"):
@@ -76,10 +76,10 @@ def _cache_key(request: IngestRequest) -> str:
 
 
 def _run_tasks(request: IngestRequest, directory: str, map_tasks: MapTasks) -> list[dict[str, Any]]:
-    """Read all files; returns a summary of every shard in source order.
+    """Tokenize all files in data tasks; return a summary of each shard, in source order.
 
     Raises:
-        DataError: with what is wrong with each file that cannot be read.
+        DataError: with one line for each file that cannot be read.
     """
     files = [{"source": source, "path": path} for source, path in enumerate(request.files)]
     splits = map_tasks(files, SplitFile(request.shard_rows))
@@ -91,7 +91,7 @@ def _run_tasks(request: IngestRequest, directory: str, map_tasks: MapTasks) -> l
 
 
 def _build_token_set(request: IngestRequest, directory: str, map_tasks: MapTasks) -> TokenSet:
-    """The token set of all shards, with the counts of every source."""
+    """Tokenize, drop and group pairs; return the token set with its report, not yet saved."""
     summaries = _run_tasks(request, directory, map_tasks)
     dropped = find_dropped_pairs(request, directory, summaries)
     shards = {
@@ -127,7 +127,7 @@ def _build_token_set(request: IngestRequest, directory: str, map_tasks: MapTasks
 
 
 def _sum_counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows read, kept, held out, and refused by reason; the first is the sum of the others."""
+    """Sum the counts of summaries; rows read = rows kept + held out + refused."""
     refused: Counter[str] = Counter()
     shapes: Counter[str] = Counter()
     ignored: set[str] = set()
@@ -150,9 +150,9 @@ def _length_statistics(
     dropped: Sequence[Any],
     max_length: int,
 ) -> dict[str, Any]:
-    """How many pairs have which length is written down; how often the longer answer is chosen.
+    """Write histograms of lengths and count how often the longer answer is the chosen one.
 
-    Each shard's summary is told its tokens, as if no prompt were shared.
+    Also sets `tokens` in each summary, counted as if no pairs shared a prompt.
     """
     names = ("prompt", "chosen", "rejected", "longest")
     tallies = {name: np.zeros(max_length + 1, dtype=np.int64) for name in names}
@@ -175,7 +175,7 @@ def _length_statistics(
 
 
 def nothing_usable(tokens: TokenSet) -> list[str]:
-    """Why no pair is left: counts by reason, and the first few rows; empty where some are."""
+    """Explain why a token set has no pairs: counts by reason and first rows; [] if it has some."""
     if tokens.n_pairs:
         return []
     report = tokens.report
@@ -191,7 +191,7 @@ def nothing_usable(tokens: TokenSet) -> list[str]:
 def first_refused(
     tokens: TokenSet, n_rows: int, reasons: Container[str] | None = None
 ) -> list[str]:
-    """The first refused rows, of some reasons or of any, a line each."""
+    """Describe the first refused rows, one line each; None for `reasons` means any reason."""
     lines: list[str] = []
     for part in tokens.report["quarantine"]:
         with fetch_once(Path(tokens.directory, part)).open(encoding="utf-8") as file:

@@ -1,30 +1,31 @@
-"""The order of training: a pure function of seed, epoch and shard lengths, enterable anywhere."""
+"""The order of groups in training, a pure function of the seed; on the driver and workers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-_EVERY_EPOCH = 2**63  # in place of an epoch: what is the same in all of them
+_EVERY_EPOCH = 2**63  # stands for an epoch in seeds of permutations that all epochs share
 
 
 @dataclass(frozen=True)
 class Order:
-    """How the groups of a token set follow one another.
+    """The order in which the groups of a token set are trained on; random access by position.
 
-    Shards are permuted, then rows are shuffled inside windows of consecutive shards, anew each
-    epoch. Nothing depends on the number of workers.
+    In each epoch the shards are permuted, then rows are shuffled within windows of consecutive
+    shards. The order does not depend on the number of workers.
 
-    With weights, every epoch takes from each shard as many groups as its length times its weight
-    (rounded, one at least). Which ones goes round: after any number of epochs no group of a shard
-    was taken more than once oftener than another.
+    With weights, every epoch takes length times weight groups (rounded, at least one) from each
+    shard. It takes them in turn: after any number of epochs, the counts of two groups of one shard
+    differ by at most one.
 
     Args:
-        shard_lengths: groups in every shard.
-        window_shards: shards whose rows are shuffled together.
-        seed: of the permutations.
-        shuffle: False keeps shards and rows as they are.
-        weights: of every shard, how often its groups are taken in an epoch; none: once.
+        shard_lengths: number of groups of every shard.
+        window_shards: number of shards whose rows are shuffled together.
+        seed: seed of all permutations.
+        shuffle: False keeps the order of shards and rows.
+        weights: for every shard, the average number of times that an epoch takes each of its
+            groups; empty for once.
     """
 
     shard_lengths: tuple[int, ...]
@@ -35,28 +36,28 @@ class Order:
 
     @property
     def n_groups(self) -> int:
-        """Groups in an epoch, each as often as it is taken."""
+        """Number of groups in an epoch, counting repeats."""
         return sum(map(self._groups_per_epoch, range(len(self.shard_lengths))))
 
     def _groups_per_epoch(self, shard: int) -> int:
-        """Groups that an epoch takes from one shard."""
+        """Number of groups that an epoch takes from one shard."""
         length = self.shard_lengths[shard]
         return max(1, round(length * self.weights[shard])) if self.weights else length
 
     def n_batches(self, batch_groups: int) -> int:
-        """Global batches in an epoch; the last one may be smaller."""
+        """Number of global batches in an epoch; the last one may be smaller."""
         return -(-self.n_groups // batch_groups)
 
     def windows(self, epoch: int) -> list[tuple[int, ...]]:
-        """The shards of every window of an epoch, in order."""
+        """Return the shards of every window of an epoch, in order."""
         n_shards, width = len(self.shard_lengths), self.window_shards
         shards = _permutation(self.seed, epoch, 0, n_shards) if self.shuffle else range(n_shards)
         return [tuple(shards[first : first + width]) for first in range(0, n_shards, width)]
 
     def epoch(self, epoch: int, first_group: int = 0) -> Iterator[tuple[int, int]]:
-        """(shard, row) of every group of an epoch, from the `first_group`-th on.
+        """Yield (shard, row) of every group of an epoch, starting at group `first_group`.
 
-        Windows before the first wanted group are skipped without being looked at.
+        Earlier windows are skipped without computing their permutation.
         """
         passed = 0
         for index, window in enumerate(self.windows(epoch)):
@@ -72,10 +73,11 @@ class Order:
         return [rows[i] for i in _permutation(self.seed, epoch, 1 + index, len(rows))]
 
     def _shard_rows(self, epoch: int, shard: int) -> list[int]:
-        """The groups of one shard that an epoch takes, in file order.
+        """Return the groups of one shard that an epoch takes, in file order.
 
-        A group at place p of a fixed permutation of n is taken floor(((e+1) k + p) / n) -
-        floor((e k + p) / n) times in epoch e, where k are taken: by Hermite's identity k in all.
+        Of n groups an epoch takes k. The group at position p of a fixed permutation is taken
+        floor(((e+1) k + p) / n) - floor((e k + p) / n) times in epoch e: k in all, by Hermite's
+        identity.
         """
         length, taken = self.shard_lengths[shard], self._groups_per_epoch(shard)
         if taken == length:
@@ -87,6 +89,6 @@ class Order:
 
 
 def _permutation(seed: int, epoch: int, stream: int, length: int) -> list[int]:
-    """Sort raw random bits: unlike `Generator.permutation` that is the same in every numpy."""
+    """Sort raw random bits, which are the same in every numpy, as `permutation` need not be."""
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch, stream]))
     return [int(i) for i in bits.random_raw(length).argsort(kind="stable")]

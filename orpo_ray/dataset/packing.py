@@ -1,4 +1,4 @@
-"""The packed row: prompt groups laid end to end, without padding, and what each token predicts."""
+"""Packing prompt groups into rows without padding, and balancing rows over ranks; on workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class GroupSpan:
-    """The lengths of one group inside a packed row, in tokens."""
+    """Number of tokens of the prompt and of each completion of one group in a packed row."""
 
     prompt: int
     completions: tuple[int, ...]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the whole group."""
+        """Number of tokens of the whole group."""
         return self.prompt + sum(self.completions)
 
 
 @dataclass(frozen=True)
 class ChunkRanges:
-    """One stretch of whole pairs: (start, stop) into the arrays of `PackedRow`."""
+    """One chunk of the LM head, of whole pairs: (start, stop) ranges in arrays of `PackedRow`."""
 
     positions: Range
     targets: Range
@@ -41,19 +41,19 @@ class PackedRow:
     """One microbatch: `[prompt | completion | completion ... | prompt | ...]`.
 
     Args:
-        token_ids: (tokens,) the row.
-        position_ids: (tokens,) every completion continues its own prompt.
-        multiplicity: (tokens,) how often each token stands in padded (prompt + answer) rows.
-        spans: the groups in order.
-        positions: (positions,) positions that predict something, chunk by chunk.
-        predicted_at: (targets,) index into `positions`.
+        token_ids: (tokens,) groups end to end.
+        position_ids: (tokens,) restart in every group; every completion continues its prompt.
+        multiplicity: (tokens,) number of padded (prompt + answer) rows that would hold the token.
+        spans: lengths of the groups, in order.
+        positions: (positions,) positions that have a target, ordered by chunk.
+        predicted_at: (targets,) where the target is predicted, an index into `positions`.
         target_ids: (targets,) the predicted token.
-        nll_weights: (targets,) number of pairs whose NLL counts the target.
-        completion: (targets,) completion of the target; number of completions for prompt tokens.
-        completion_lengths: (completions,) targets of each.
-        chosen: (pairs,) completion index.
-        rejected: (pairs,) completion index.
-        chunks: ranges of whole pairs for the LM head.
+        nll_weights: (targets,) number of pairs whose NLL includes the target.
+        completion: (targets,) index of the completion; the number of completions for prompt tokens.
+        completion_lengths: (completions,) number of targets.
+        chosen: (pairs,) index of the chosen completion.
+        rejected: (pairs,) index of the rejected completion.
+        chunks: ranges that the LM head projects at once.
         row_ids: source row of every pair.
     """
 
@@ -74,21 +74,21 @@ class PackedRow:
 
     @property
     def n_nll_tokens(self) -> int:
-        """Tokens that the NLL of this row sums over, each as often as pairs count it."""
+        """Number of NLL tokens, each counted once for every pair that includes it."""
         return int(self.nll_weights.sum(dtype=np.float64))
 
     @property
     def n_pairs(self) -> int:
-        """Pairs in this row."""
+        """Number of pairs in this row."""
         return len(self.chosen)
 
 
 def nll_tokens(group: PromptGroup, prompt_counts: bool) -> int:
-    """NLL tokens of one group, as `PackedRow.n_nll_tokens` counts them, without packing it.
+    """Compute `PackedRow.n_nll_tokens` of one group without packing it.
 
     Args:
-        group: the group.
-        prompt_counts: whether the NLL is over the prompt as well (`nll_scope: all`).
+        group: any group.
+        prompt_counts: whether the NLL includes prompt tokens (`nll_scope: all`).
     """
     unpredicted = 0 if len(group.prompt) else 1
     answers = sum(len(group.completions[chosen]) - unpredicted for chosen, _ in group.pairs)
@@ -97,15 +97,16 @@ def nll_tokens(group: PromptGroup, prompt_counts: bool) -> int:
 
 
 def pack(groups: Sequence[PromptGroup], chunk_tokens: int, prompt_counts: bool) -> PackedRow:
-    """Lay groups end to end and list every prediction once.
+    """Pack groups into one row.
 
-    With no groups the row is one token that predicts nothing: a worker with no share of a small
-    last batch still has to take part in the collectives of the step.
+    Without groups the row is one token without a target: a rank that gets no group of a small last
+    batch still takes part in the collectives of the step.
 
     Args:
         groups: whole prompt groups.
-        chunk_tokens: positions a chunk of the LM head may hold; a longer group stands alone.
-        prompt_counts: whether the NLL is over the prompt as well (`nll_scope: all`).
+        chunk_tokens: maximum number of positions in a chunk of the LM head; the completions of a
+            longer group are one chunk.
+        prompt_counts: whether the NLL includes prompt tokens (`nll_scope: all`).
     """
     builder = _RowBuilder(chunk_tokens, prompt_counts)
     for group in groups:
@@ -114,7 +115,7 @@ def pack(groups: Sequence[PromptGroup], chunk_tokens: int, prompt_counts: bool) 
 
 
 class _RowBuilder:
-    """The arrays of a packed row while groups are added."""
+    """Collects the arrays of a packed row, group by group."""
 
     def __init__(self, chunk_tokens: int, prompt_counts: bool) -> None:
         self._chunk_tokens = chunk_tokens
@@ -127,7 +128,7 @@ class _RowBuilder:
         self._chunk_start = dict(self._sizes)
 
     def _put(self, size: str | None = None, /, **arrays: npt.ArrayLike) -> None:
-        """Append to columns; `size` names the counter that their length adds to."""
+        """Append to columns, and add their length to the counter `size`."""
         for name, array in arrays.items():
             values = np.asarray(array)
             self._columns.setdefault(name, []).append(values)
@@ -135,7 +136,7 @@ class _RowBuilder:
             self._sizes[size] += len(values)
 
     def add(self, group: PromptGroup) -> None:
-        """Append one group: its tokens, its predictions, its pairs."""
+        """Append the tokens, targets and pairs of one group."""
         lengths = [len(completion) for completion in group.completions]
         n_prompt, n_pairs = len(group.prompt), len(group.pairs)
         start = self._sizes["tokens"]
@@ -156,7 +157,7 @@ class _RowBuilder:
         self._row_ids.extend(group.row_ids)
 
     def _add_prompt_targets(self, group: PromptGroup, start: int) -> None:
-        """The prompt predicts itself: no pair is needed, so it is cut where a chunk is full."""
+        """Add targets inside the prompt; they belong to no pair, so any chunk may hold them."""
         done, n_targets = 0, len(group.prompt) - 1
         while done < n_targets:
             self._close_chunk_unless_room(1)
@@ -173,7 +174,7 @@ class _RowBuilder:
             done += take
 
     def _add_completion_targets(self, group: PromptGroup, start: int) -> None:
-        """Answers predict themselves, the prompt's last position the first token of each."""
+        """Add targets of completions; the prompt's last position predicts the first of each."""
         has_prompt = len(group.prompt) > 0
         n_positions = has_prompt + sum(len(completion) - 1 for completion in group.completions)
         self._close_chunk_unless_room(n_positions)
@@ -205,7 +206,7 @@ class _RowBuilder:
         return self._sizes[size] - self._chunk_start[size]
 
     def _close_chunk_unless_room(self, n_positions: int) -> None:
-        """Start a new chunk when the open one would hold too many positions."""
+        """Start a new chunk if the open one has no room for `n_positions`."""
         filled = self._in_chunk("positions")
         if filled and filled + n_positions > self._chunk_tokens:
             self._close_chunk()
@@ -219,7 +220,7 @@ class _RowBuilder:
         self._chunk_start = dict(self._sizes)
 
     def row(self) -> PackedRow:
-        """The finished row."""
+        """Return the finished row."""
         if not self._spans:
             self._put("tokens", token_ids=[0], position_ids=[0], multiplicity=[0])
             self._spans.append(GroupSpan(1, ()))
@@ -256,19 +257,19 @@ class _RowBuilder:
 def balanced_bins(
     n_tokens: Sequence[int], n_workers: int, budget_tokens: int
 ) -> list[list[list[int]]]:
-    """Share one global batch out: for each worker, the same number of bins of group indices.
+    """Distribute the groups of a global batch over workers, the same number of bins each.
 
-    Groups go, longest first, into the emptiest bin (Graham 1969), with the fewest bins a worker
-    that keep every bin inside the budget. A group longer than the budget has a bin alone. The
-    result is a pure function of the arguments, so every worker derives the same plan.
+    Groups are put, longest first, into the emptiest bin (Graham 1969), with as few bins per worker
+    as keep every bin within the budget. A group longer than the budget gets a bin of its own. The
+    result depends on the arguments alone, so all workers agree on it without communication.
 
     Args:
-        n_tokens: tokens of every group of the global batch.
-        n_workers: workers to share between.
-        budget_tokens: tokens that one bin (microbatch) may hold.
+        n_tokens: number of tokens of every group.
+        n_workers: number of workers (the world size).
+        budget_tokens: maximum number of tokens of a bin, which becomes a microbatch.
 
     Returns:
-        `bins[worker][microbatch]` = indices in ascending order; bins may be empty when there are
+        `bins[worker][microbatch]`, each an ascending list of group indices; empty where there are
         fewer groups than bins.
     """
     for per_worker in _bin_counts(n_tokens, n_workers, budget_tokens):
@@ -279,14 +280,14 @@ def balanced_bins(
 
 
 def _bin_counts(n_tokens: Sequence[int], n_workers: int, budget_tokens: int) -> range:
-    """Bins a worker to try: from the least that could do to one group a bin."""
+    """Numbers of bins per worker to try, from the lower bound to one bin per group."""
     least = -(-sum(n_tokens) // (budget_tokens * n_workers))
     most = max(1, -(-len(n_tokens) // n_workers))
     return range(max(1, min(least, most)), most + 1)
 
 
 def _longest_first(n_tokens: Sequence[int], n_bins: int) -> list[list[int]]:
-    """Put indices, longest first, into the bin with the fewest tokens so far."""
+    """Put every index, longest group first, into the bin with the fewest tokens so far."""
     bins: list[list[int]] = [[] for _ in range(n_bins)]
     loads = np.zeros(n_bins, dtype=np.int64)
     for index in sorted(range(len(n_tokens)), key=lambda i: (-n_tokens[i], i)):

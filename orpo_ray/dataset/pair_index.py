@@ -1,4 +1,7 @@
-"""Hashes and lengths of every pair: for duplicates, overlaps, groups, and what reports say."""
+"""Hashes and lengths of every pair of a shard; written by data tasks, read by the driver.
+
+They let the driver find duplicates, overlaps and shared prompts without reading tokens.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +22,16 @@ Keys = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class PairStats:
-    """Arrays with an entry for every kept pair of some rows, in their order.
-
-    Hashes are XXH3-64.
+    """Arrays with one entry for every kept pair of a shard, in order; keys are XXH3-64 hashes.
 
     Args:
-        rows: source row, from 0.
-        prompt_keys: of the prompt as its source has it; of the row where it has none.
-        pair_keys: of all three texts.
-        group_keys: of the prompt's tokens, cut as they are.
-        lengths: tokens of prompt, chosen and rejected, [pairs, 3].
-        held: whether the pair is held out.
-        subsets: what the row says it belongs to; empty where it says nothing.
+        rows: source row number, from 0.
+        prompt_keys: hash of the prompt before templating (see `Record.prompt_key`).
+        pair_keys: hash of the three rendered texts.
+        group_keys: hash of the prompt's token ids after truncation.
+        lengths: (pairs, 3), number of tokens of prompt, chosen and rejected.
+        held: whether the pair is held out of training.
+        subsets: value of the row's subset column, "" without one.
     """
 
     rows: npt.NDArray[np.int64]
@@ -42,7 +43,7 @@ class PairStats:
     subsets: npt.NDArray[np.str_]
 
     def save(self, directory: str, name: str) -> None:
-        """Write atomically, as the stats of one shard of a token set."""
+        """Write the stats of the shard `name` atomically."""
         path = Path(directory, STATS, f"{name}.npz")
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **vars(self))
@@ -50,22 +51,23 @@ class PairStats:
 
     @staticmethod
     def load(directory: str, name: str) -> "PairStats":
-        """Read what `save` wrote."""
+        """Read the stats of the shard `name`."""
         with np.load(fetch_once(Path(directory, STATS, f"{name}.npz"))) as arrays:
             return PairStats(**arrays)
 
     @staticmethod
     def names(directory: str) -> list[str]:
-        """Those under which `save` wrote, in no order; not what a killed task left half written."""
+        """List the shards that have stats, in no particular order."""
         return [path.stem for path in fetch_folder(Path(directory, STATS)).glob("*.npz")]
 
 
 @dataclass
 class PairStatsBuilder:
-    """Collects what `PairStats` holds, pair by pair.
+    """Collects the pairs of a shard, and their `PairStats`, one pair at a time.
 
     Args:
-        held_share: prompts whose hash lies below it are held out, whatever else is in the data.
+        held_share: share of prompts to hold out, in [0, 1]. Prompts are selected by their hash, so
+            the selection does not depend on the rest of the data.
     """
 
     held_share: float
@@ -74,9 +76,11 @@ class PairStatsBuilder:
     subsets: list[str] = field(default_factory=list)
 
     def add(self, group: PromptGroup, text: PairText, prompt: str, subset: str = "") -> None:
-        """One plain pair; `prompt` is equal where prompts are, whatever templates make of them."""
+        """Add one plain pair; `prompt` is its `Record.prompt_key`."""
         parts = (text.prompt, text.chosen, text.rejected)
-        lengths = ",".join(str(len(part)) for part in parts)  # keeps the parts apart
+        lengths = ",".join(
+            str(len(part)) for part in parts
+        )  # so that moving text between parts changes the hash
         pair_key = _hash("".join((lengths, *parts)))
         self.groups.append(group)
         self.keys.append((_hash(prompt), pair_key))
@@ -86,11 +90,11 @@ class PairStatsBuilder:
         return [key / _SCALE < self.held_share for key, _ in self.keys]
 
     def part(self, held: bool) -> list[PromptGroup]:
-        """The pairs that are held out, or the others."""
+        """Return the pairs that are held out, or those that are not."""
         return [group for group, out in zip(self.groups, self._held(), strict=True) if out == held]
 
     def arrays(self) -> PairStats:
-        """Everything that was added."""
+        """Return the stats of all added pairs."""
         keys = np.array(self.keys, dtype=np.uint64).reshape(-1, 2)
         lengths = [[len(group.prompt), *map(len, group.completions)] for group in self.groups]
         return PairStats(

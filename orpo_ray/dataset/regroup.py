@@ -1,4 +1,7 @@
-"""Token shards written again: without dropped pairs, and with pairs of one prompt together."""
+"""Rewriting token shards without dropped pairs or grouped by prompt; on the driver and in tasks.
+
+The driver plans new shards from `PairStats` alone; data tasks read the old shards and write them.
+"""
 
 import itertools
 import json
@@ -20,16 +23,17 @@ from orpo_ray.storage.mirror import publish
 
 _OPEN_SHARDS = 8
 PairLocation = tuple[str, int]
+"""File name of a shard and the index of a group, still a plain pair, in it."""
 
 
 @dataclass(frozen=True)
 class NewShards:
-    """Groups that become shards of their own.
+    """A sequence of groups to be written as new shards.
 
     Args:
-        name: of the files.
-        source: index of the source file of all of them, or -1.
-        members: of every group the pairs in it, as shard and place there.
+        name: prefix of the shards' file names.
+        source: index of the source file of all pairs, or -1 if they come from several.
+        members: for every group, the locations of its pairs.
     """
 
     name: str
@@ -38,7 +42,7 @@ class NewShards:
 
 
 def group_by_key(pairs: Iterable[tuple[int, PairLocation]]) -> Iterable[list[PairLocation]]:
-    """The places of pairs with the same key, in the order of their first."""
+    """Group (key, location) entries by key, in the order in which keys first occur."""
     members: dict[int, list[PairLocation]] = {}
     for key, place in pairs:
         members.setdefault(key, []).append(place)
@@ -48,16 +52,16 @@ def group_by_key(pairs: Iterable[tuple[int, PairLocation]]) -> Iterable[list[Pai
 def write_new_shards(
     directory: str, parts: Sequence[NewShards], shard_groups: int, map_tasks: MapTasks
 ) -> tuple[tuple[Shard, ...], int]:
-    """Write new shards beside the old ones.
+    """Write new shards beside the old ones, in data tasks.
 
     Args:
-        directory: of the token set.
-        parts: in order.
-        shard_groups: groups of a new shard.
-        map_tasks: runs the tasks that write.
+        directory: directory of the token set.
+        parts: what to write, in order.
+        shard_groups: maximum number of groups in a new shard.
+        map_tasks: runs the data tasks.
 
     Returns:
-        The new shards in order, and the tokens of the longest group.
+        The new shards in order, and the number of tokens of the longest group.
     """
     items: list[dict[str, Any]] = []
     for part in parts:
@@ -75,7 +79,7 @@ def write_new_shards(
 
 @dataclass(frozen=True)
 class _WriteMergedShard:
-    """The data task that writes one new shard."""
+    """Data task that merges the pairs of each group and writes one new shard."""
 
     directory: str
 
@@ -102,12 +106,12 @@ class _WriteMergedShard:
 
 
 def iter_stats(directory: str, summaries: Sequence[Mapping[str, Any]]) -> Iterator[PairStats]:
-    """The stats of every shard in order, one at a time."""
+    """Load the stats of every shard in order, one at a time."""
     return (PairStats.load(directory, summary["name"]) for summary in summaries)
 
 
 def load_keys(directory: str, name: str) -> Any:
-    """One kind of keys of all pairs of a token set, in no order."""
+    """Concatenate one array of keys (a field of `PairStats`) over all shards, in no fixed order."""
     parts = [PairStats.load(directory, stem) for stem in PairStats.names(directory)]
     return np.concatenate([np.empty(0, np.uint64), *(getattr(part, name) for part in parts)])
 
@@ -115,7 +119,11 @@ def load_keys(directory: str, name: str) -> Any:
 def find_dropped_pairs(
     request: IngestRequest, directory: str, summaries: Sequence[dict[str, Any]]
 ) -> list[Any]:
-    """Of every shard which pairs are left out, after counting duplicates; counts are mended."""
+    """Find duplicates and overlaps with other token sets, and correct the counts in `summaries`.
+
+    Returns:
+        For every shard a boolean array that is True for each pair to drop.
+    """
     keys = [stats.pair_keys for stats in iter_stats(directory, summaries)]
     everything = np.concatenate([np.empty(0, np.uint64), *keys])
     repeated = np.ones(len(everything), dtype=bool)
@@ -147,7 +155,10 @@ def _count_dropped(
     stats: PairStats,
     reasons: Mapping[Reason, Any],
 ) -> list[str]:
-    """Count the rows of a shard that lose their last pair, and say so of each."""
+    """Count the dropped rows and pairs of a shard; return a quarantine line for each such row.
+
+    A row counts as dropped when it loses its last pair.
+    """
     kept = ~np.logical_or.reduce(list(reasons.values()))
     for name, side in (("rows_kept", ~stats.held), ("rows_held_out", stats.held)):
         summary[name] = len(np.unique(stats.rows[kept & side]))
@@ -174,7 +185,7 @@ def _locations(
     dropped: Sequence[Any],
     part: str,
 ) -> Iterator[tuple[int, int, PairLocation]]:
-    """Source, key of the prompt, and place of every pair that stays in one part of the set."""
+    """Yield (source, group key, location) of every kept pair of `shard` or `held_shard`."""
     for summary, stats, mask in zip(
         summaries, iter_stats(directory, summaries), dropped, strict=True
     ):
@@ -194,10 +205,13 @@ def rewrite_part(
     part: str,
     map_tasks: MapTasks,
 ) -> tuple[tuple[Shard, ...], int]:
-    """Shards of one part of the set without the pairs that are left out, of prompts if wanted.
+    """Rewrite one part (`shard` or `held_shard`) of a token set without dropped pairs.
 
-    Pairs of one prompt are put together wherever in the files they stand; else every source keeps
-    shards of its own.
+    With `group_by_prompt`, pairs of one prompt are grouped across all sources; otherwise every
+    source keeps its own shards.
+
+    Returns:
+        The new shards in order, and the number of tokens of the longest group.
     """
     places = _locations(directory, summaries, dropped, part)
     if request.group_by_prompt:

@@ -1,4 +1,4 @@
-"""What decides the tokens of a data set; on the driver and in data tasks."""
+"""The request for a token set: files and settings; on the driver and in data tasks."""
 
 import functools
 import os
@@ -12,35 +12,36 @@ from orpo_ray.preference.tokenization import Limits, PairTokenizer
 from orpo_ray.pretrained import ModelSource, load_tokenizer
 
 MapTasks = Callable[[list[dict[str, Any]], Any], list[dict[str, Any]]]
-"""Runs `work({"item": JSON})`, which gives a list of such rows, on each of some small descriptions.
+"""Runs a callable on every item and concatenates the items that it returns, in any order.
 
-With Ray Data it is `orchestration.tasks.map_tasks`.
+The callable receives and returns rows of the form `{"item": JSON}`. `orchestration.tasks.map_tasks`
+does this with Ray Data.
 """
 
 TRAIN = "train"
-"""The name of the training pairs' token set; evaluation sets have names of their own."""
+"""Name of the token set of the training pairs; evaluation sets have other names."""
 
 
 @dataclass(frozen=True)
 class IngestRequest:
-    """What decides the tokens, and where they are cached.
+    """Everything that determines a token set, and where it is cached.
 
     Args:
-        files: absolute paths or URLs, in order.
-        tokenizer: folder or hub id.
-        revision: of a hub tokenizer.
-        limits: of the lengths of a pair.
-        shard_rows: source rows in one token shard.
-        cache_directory: parent of the token sets, on storage that every node reaches.
-        reader: finds the pairs of a row.
-        chat_template: the text of one, instead of the tokenizer's.
-        special_tokens: whether texts may hold special tokens, `refuse` or `allow`.
-        group_by_prompt: whether pairs of one prompt become one group.
-        val_set_size: share of the prompts whose pairs are held out.
-        drop_duplicates: whether a pair that occurred before is left out.
-        other_sets: directories of token sets whose prompts are left out.
-        subset_column: column that says which part of an evaluation set a row belongs to.
-        trust_remote_code: whether code that comes with the tokenizer may run.
+        files: absolute paths or URLs; their order is the order of pairs.
+        tokenizer: folder or hub id of the tokenizer.
+        revision: branch, tag or commit of a hub tokenizer.
+        limits: maximum lengths and truncation of a pair.
+        shard_rows: number of source rows in one token shard.
+        cache_directory: parent directory of token sets, on storage shared by all nodes.
+        reader: reads a row as pairs.
+        chat_template: Jinja template that replaces the tokenizer's.
+        special_tokens: `refuse` or `allow` rows whose text contains special tokens.
+        group_by_prompt: whether all pairs of one prompt become one group.
+        val_set_size: share of prompts, in [0, 1), whose pairs are held out.
+        drop_duplicates: whether repeats of an earlier pair are dropped.
+        other_sets: directories of token sets; pairs with a prompt of theirs are dropped.
+        subset_column: column with the subset by which an evaluation set is broken down.
+        trust_remote_code: whether custom code of the tokenizer may run.
     """
 
     files: tuple[str, ...]
@@ -60,7 +61,7 @@ class IngestRequest:
     trust_remote_code: bool = False
 
     def pair_tokenizer(self) -> PairTokenizer:
-        """The tokenizer with its limits, loaded once a process as long as its files stay."""
+        """Return the tokenizer, loaded once per process unless the files of its folder change."""
         folder = Path(self.tokenizer)
         stats = [path.stat() for path in sorted(folder.iterdir())] if folder.is_dir() else []
         files = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
@@ -78,10 +79,10 @@ class IngestRequest:
 def _load_tokenizer(
     source: ModelSource, limits: Limits, files: tuple[tuple[int, int], ...]
 ) -> PairTokenizer:
-    """The tokenizer of a folder or hub id.
+    """Load the tokenizer; `files` is there for the cache key.
 
     Raises:
-        DataError: when it cannot be used for pairs.
+        DataError: if it cannot tokenize pairs.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a data task has one CPU
     return PairTokenizer(load_tokenizer(source), limits)

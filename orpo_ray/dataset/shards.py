@@ -1,4 +1,4 @@
-"""Token shards on disk: Parquet files of prompt groups, and the manifest that orders them."""
+"""Token shards (Parquet files of prompt groups) and their manifest; on the driver and workers."""
 
 import dataclasses
 import json
@@ -34,15 +34,15 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """One token shard: its file name inside the token set and what it holds.
+    """One token shard: its file and what that contains.
 
     Args:
-        name: of the file.
-        n_groups: prompt groups.
-        n_pairs: pairs.
-        n_tokens: packed tokens.
-        digest: XXH3-128 of its tokens and pairs, whatever the file format makes of them.
-        source: index of the source file that all its pairs are from, -1 where they are of several.
+        name: file name in the token set's directory.
+        n_groups: number of prompt groups.
+        n_pairs: number of pairs.
+        n_tokens: number of packed tokens: every prompt and distinct completion of a group once.
+        digest: XXH3-128 of tokens, pairs and row ids, independent of the file's encoding.
+        source: index of the source file of all pairs, or -1 if they come from several.
     """
 
     name: str
@@ -58,11 +58,11 @@ class TokenSet:
     """A directory of token shards in a fixed order, complete once its manifest exists.
 
     Args:
-        directory: absolute path of the directory.
-        shards: the shards in the order of the source rows.
-        sources: the source files; `RowId.source` indexes them.
-        report: what ingest counted, as it goes into `data_report.json`.
-        held_out: shards of pairs that are not trained on, in the same order.
+        directory: absolute path.
+        shards: token shards in the order of the source rows.
+        sources: source files; `RowId.source` is an index into them.
+        report: counts of the ingest, written to `data_report.json`.
+        held_out: shards of pairs held out for evaluation, in the same order.
     """
 
     directory: str
@@ -73,28 +73,28 @@ class TokenSet:
 
     @property
     def n_groups(self) -> int:
-        """Prompt groups in all shards."""
+        """Number of prompt groups in all shards, without those held out."""
         return sum(shard.n_groups for shard in self.shards)
 
     @property
     def n_pairs(self) -> int:
-        """Pairs in all shards."""
+        """Number of pairs in all shards, without those held out."""
         return sum(shard.n_pairs for shard in self.shards)
 
     @property
     def digest(self) -> str:
-        """XXH3-128 over the shards: equal where the same pairs come in the same order."""
+        """XXH3-128 over the shards: equal if the same pairs come in the same order and shards."""
         return xxhash.xxh3_128_hexdigest("".join(s.digest for s in self.shards).encode())
 
     def save(self) -> None:
-        """Write the manifest, last and atomically: from then on the token set exists."""
+        """Write the manifest atomically, which commits the token set: call it last."""
         path = Path(self.directory) / MANIFEST_NAME
         write_atomic(path, json.dumps(dataclasses.asdict(self), indent=1))
         publish(path)
 
     @staticmethod
     def load(directory: str) -> "TokenSet | None":
-        """Read the token set in `directory`, or None when no complete one is there."""
+        """Read the token set in `directory`; None if it has not been committed."""
         path = fetch(Path(directory) / MANIFEST_NAME)
         fields = read_json(path)
         if not fields:
@@ -109,7 +109,7 @@ class TokenSet:
 
 
 def write_shard(path: str, groups: Sequence[PromptGroup], source: int = -1) -> Shard:
-    """Write `groups` to one Parquet file atomically, and say what it holds."""
+    """Write groups to one Parquet file atomically; return its description."""
     columns = {
         "prompt": [group.prompt for group in groups],
         "completions": [list(group.completions) for group in groups],
@@ -132,7 +132,7 @@ def write_shard(path: str, groups: Sequence[PromptGroup], source: int = -1) -> S
 
 
 def _digest(groups: Sequence[PromptGroup]) -> str:
-    """XXH3-128 of token ids, pairs and rows, with the lengths that keep them apart."""
+    """XXH3-128 of lengths, row ids, pairs and token ids; lengths make the encoding unambiguous."""
     digest = xxhash.xxh3_128()
     for group in groups:
         rows = [number for row_id in group.row_ids for number in (row_id.source, row_id.row)]
@@ -168,20 +168,20 @@ def read_shard(path: str) -> list[PromptGroup]:
 
 
 def _values(table: pa.Table, name: str) -> Any:
-    """The child array of a list column that is one chunk."""
+    """Child array of a list column that has one chunk."""
     return table.column(name).chunk(0).values
 
 
 def _values_offsets(table: pa.Table, name: str) -> Any:
-    """The offsets of a list column that is one chunk."""
+    """Offsets of a list column that has one chunk."""
     return table.column(name).chunk(0).offsets.to_numpy()
 
 
 def _split(values: Any, offsets: Any) -> list[Any]:
-    """Cut a flat array at its list offsets, without copying."""
+    """Split a flat array at list offsets, without copying."""
     return [values[a:b] for a, b in pairwise(offsets)]
 
 
 def _list_column(table: pa.Table, name: str) -> list[np.ndarray[Any, Any]]:
-    """A list column that is one chunk as one array a row."""
+    """Convert a list column that has one chunk to one array per row."""
     return _split(_values(table, name).to_numpy(), _values_offsets(table, name))

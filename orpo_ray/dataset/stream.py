@@ -1,4 +1,8 @@
-"""The feed of one rank: global batches in order, shared out, packed, and read ahead of time."""
+"""The stream of batches of one rank; on training workers.
+
+Every rank reads each global batch, balances it over ranks and packs its share, in a thread that
+runs ahead of training.
+"""
 
 import itertools
 import queue
@@ -15,20 +19,23 @@ from orpo_ray.dataset.shards import TokenSet, read_shard
 from orpo_ray.preference.groups import PromptGroup, RowId, without_rows
 
 GroupLocation = tuple[int, int]
+"""Index of a shard and of a group (a row of its table) in it."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's share of a global batch, with what every rank knows of the whole.
+    """One rank's share of a global batch, with the counts of the whole batch.
+
+    The counts are the divisors of the loss, so ranks need not exchange them.
 
     Args:
-        step: optimizer steps before this one.
-        epoch: passes over the data before this one.
-        rows: this rank's microbatches, as many as every other rank's.
-        n_nll_tokens: NLL tokens of the global batch.
+        step: optimizer step, from 0.
+        epoch: epoch, from 0.
+        rows: microbatches of this rank; every rank has the same number.
+        n_nll_tokens: NLL tokens of the global batch, once for every pair that counts them.
         n_pairs: pairs of the global batch.
         n_tokens: packed tokens of the global batch.
-        row_ids: source rows of the global batch, in the order of the epoch.
+        row_ids: source rows of the pairs of the global batch, in order.
     """
 
     step: int
@@ -42,13 +49,13 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How batches are cut from the order; the same on every rank and at every world size.
+    """Sizes of batches, microbatches and chunks; the same on every rank.
 
     Args:
-        batch_groups: prompt groups of a global batch.
-        budget_tokens: tokens that one microbatch may hold.
-        chunk_tokens: positions that the LM head projects at once.
-        prompt_counts: whether the NLL is over the prompt as well.
+        batch_groups: prompt groups per global batch.
+        budget_tokens: maximum number of tokens per microbatch; a longer group is one by itself.
+        chunk_tokens: maximum number of positions that the LM head projects at once.
+        prompt_counts: whether the NLL includes prompt tokens (`nll_scope: all`).
     """
 
     batch_groups: int
@@ -59,7 +66,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Everything a rank needs to derive its batches; small, picklable and without state."""
+    """Derives the batches of one rank from token set and order; stateless and picklable."""
 
     token_set: TokenSet
     order: Order
@@ -69,13 +76,13 @@ class TokenStream:
 
     @property
     def data_digest(self) -> str:
-        """Equal where the same pairs are trained as often as one another."""
+        """Digest of the training data: of the token set and, if there are any, the weights."""
         pairs, weights = self.token_set.digest, self.order.weights
         return xxhash.xxh3_128_hexdigest(f"{pairs} {weights}".encode()) if weights else pairs
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in one pass over the data; the last one may be smaller."""
+        """Number of optimizer steps per epoch; the last batch may be smaller."""
         return self.order.n_batches(self.plan.batch_groups)
 
     def position(self, step: int) -> dict[str, int]:
@@ -88,11 +95,11 @@ class TokenStream:
         }
 
     def batches(self, first_step: int, n_steps: int) -> Iterator[StepBatch]:
-        """The batches of steps `first_step` to `n_steps` (exclusive), packed in a thread ahead."""
+        """Yield the batches of steps `first_step` to `n_steps` (exclusive), prefetching them."""
         return _prefetch(self._batches(first_step, n_steps))
 
     def batch_without(self, step: int, rows: Set[RowId]) -> StepBatch:
-        """The batch of one step without some source rows; it may be empty."""
+        """Return the batch of one step without the given source rows; it may be empty."""
         shards = _ShardCache(self.token_set, keep=2 * self.order.window_shards + 1)
         epoch, batch = divmod(step, self.steps_per_epoch)
         places = self.order.epoch(epoch, batch * self.plan.batch_groups)
@@ -101,13 +108,13 @@ class TokenStream:
         return self._batch(step, epoch, [group for group in kept if group is not None])
 
     def first_groups(self, n_groups: int) -> list[PromptGroup]:
-        """The first few groups of the first epoch; the same on every rank."""
+        """Return the first groups of epoch 0; the same on every rank."""
         shards = _ShardCache(self.token_set, keep=2 * self.order.window_shards + 1)
         places = itertools.islice(self.order.epoch(0, 0), n_groups)
         return [shards.group(place) for place in places]
 
     def sample(self, n_groups: int) -> PackedRow:
-        """The same as one row."""
+        """Pack the first groups of epoch 0 into one row; the same on every rank."""
         groups = self.first_groups(n_groups)
         return pack(groups, self.plan.chunk_tokens, self.plan.prompt_counts)
 
@@ -142,7 +149,7 @@ class TokenStream:
 
 
 class _ShardCache:
-    """The last few shards, read whole: what bounds the feed's memory."""
+    """Keeps the most recently opened shards in memory, at most `keep`, evicting in FIFO order."""
 
     def __init__(self, token_set: TokenSet, keep: int) -> None:
         self._token_set = token_set
@@ -150,7 +157,7 @@ class _ShardCache:
         self._open: dict[int, list[PromptGroup]] = {}
 
     def group(self, place: GroupLocation) -> PromptGroup:
-        """One group by (shard, row)."""
+        """Return one group, reading its shard if it is not in memory."""
         shard, row = place
         if shard not in self._open:
             if len(self._open) >= self._keep:
@@ -161,7 +168,7 @@ class _ShardCache:
 
 
 def _batched(places: Iterator[GroupLocation], size: int) -> Iterator[list[GroupLocation]]:
-    """Consecutive lists of `size` places; the last one may be shorter."""
+    """Batch locations into lists of `size`; the last one may be shorter."""
     batch: list[GroupLocation] = []
     for place in places:
         batch.append(place)
@@ -173,7 +180,7 @@ def _batched(places: Iterator[GroupLocation], size: int) -> Iterator[list[GroupL
 
 
 def _prefetch(batches: Iterator[StepBatch], depth: int = 4) -> Iterator[StepBatch]:
-    """Run an iterator in a thread, `depth` items ahead; its error is raised where it is read."""
+    """Run an iterator in a thread, up to `depth` items ahead; exceptions are raised here."""
     ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(depth)
     abandoned = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Tokenizing one split of a file: rows in, token shards and counts out; in data tasks."""
+"""Tokenizing one split of a file into token shards and counts; in data tasks."""
 
 import functools
 import itertools
@@ -28,7 +28,7 @@ _BATCH_ROWS = 256
 
 
 def make_folders(directory: str) -> None:
-    """Make the folders of a token set on this node."""
+    """Create the folders of a token set on this node."""
     for name in (QUARANTINE, DONE, STATS):
         make_folder(Path(directory, name))
 
@@ -36,7 +36,10 @@ def make_folders(directory: str) -> None:
 def _data_errors_as_items(
     work: Callable[[Any, dict[str, Any]], list[dict[str, Any]]],
 ) -> Callable[[Any, dict[str, str]], list[dict[str, str]]]:
-    """Take and give JSON; a file's problem is an answer too, so that all of them can be said."""
+    """Wrap a data task to read and return JSON, and a `DataError` as an item `problems`.
+
+    So one bad file does not stop the others, and all errors are reported at once.
+    """
 
     @functools.wraps(work)
     def answer(self: Any, row: dict[str, str]) -> list[dict[str, str]]:
@@ -51,27 +54,27 @@ def _data_errors_as_items(
 
 @dataclass(frozen=True)
 class SplitFile:
-    """The data task that cuts one file into splits."""
+    """Data task that cuts one file into splits."""
 
     rows_per_split: int
 
     @_data_errors_as_items
     def __call__(self, item: dict[str, Any]) -> list[dict[str, Any]]:
-        """One item a split."""
+        """Return one item per split."""
         splits = split_file(item["path"], self.rows_per_split)
         return [{"source": item["source"], "split": asdict(split)} for split in splits]
 
 
 @dataclass(frozen=True)
 class TokenizeSplit:
-    """The data task that turns one split into token shards."""
+    """Data task that tokenizes one split into token shards."""
 
     request: IngestRequest
     directory: str
 
     @_data_errors_as_items
     def __call__(self, item: dict[str, Any]) -> list[dict[str, Any]]:
-        """One summary a shard."""
+        """Return one summary per shard; an item with problems is passed through."""
         if "problems" in item:
             return [item]
         rows = read_split(Split(**item["split"]))
@@ -81,7 +84,7 @@ class TokenizeSplit:
         return answers
 
     def _write_chunk(self, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
-        """The summary of one shard, which an ingest that was killed may have written already."""
+        """Write one shard, unless an interrupted ingest already has; return its summary."""
         name = f"{source:05d}-{chunk[0].number:010d}"
         done = fetch_once(Path(self.directory, DONE, f"{name}.json"))
         if not done.exists():
@@ -91,7 +94,7 @@ class TokenizeSplit:
         return read_json(done)
 
     def _tokenize_chunk(self, name: str, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
-        """Tokenize up to `shard_rows` rows, write what is kept and what is not."""
+        """Tokenize the rows; write shards, stats and quarantine; return the summary."""
         rows = _ShardContents(self.request, source)
         for first in range(0, len(chunk), _BATCH_ROWS):
             rows.add(chunk[first : first + _BATCH_ROWS])
@@ -124,7 +127,7 @@ class TokenizeSplit:
     def _write_refused(
         self, name: str, path: str, refused: Sequence[tuple[RawRow, Refusal]]
     ) -> None:
-        """One line for every row that is not trained on; `row` counts from 1."""
+        """Write the quarantine file, a line for each refused row; `row` counts from 1."""
         if not refused:
             return
         lines = [
@@ -147,13 +150,13 @@ class TokenizeSplit:
 
 @dataclass(frozen=True)
 class _RenderedRow:
-    """One row that can be rendered.
+    """One row after rendering.
 
     Args:
-        raw: the row.
-        texts: its pairs.
-        prompt: equal where prompts are.
-        left_out: pairs of it that cannot be trained on.
+        raw: the source row.
+        texts: its pairs, at least one.
+        prompt: `Record.prompt_key` of its pairs.
+        left_out: number of its pairs that cannot be trained on.
     """
 
     raw: RawRow
@@ -163,7 +166,7 @@ class _RenderedRow:
 
 
 class _ShardContents:
-    """What the rows of one shard came to."""
+    """Collects the kept pairs, refused rows and counts of one shard."""
 
     def __init__(self, request: IngestRequest, source: int) -> None:
         self._request = request
@@ -178,14 +181,14 @@ class _ShardContents:
         )
 
     def add(self, batch: Sequence[RawRow]) -> None:
-        """Tokenize some rows, a pair or more each."""
+        """Render and tokenize a batch of rows."""
         rows: list[_RenderedRow] = []
         for raw in batch:
             try:
                 found = self._render_row(raw)
             except DataError:
                 raise
-            except Exception as error:  # whatever a row holds, it costs no more than itself
+            except Exception as error:  # one odd row must not stop the ingest
                 found = Refusal(Reason.UNEXPECTED, f"{type(error).__name__}: {error}")
             if isinstance(found, Refusal):
                 self.refused.append((raw, found))
@@ -197,7 +200,7 @@ class _ShardContents:
             self._add_row(row, list(itertools.islice(results, len(row.texts))))
 
     def _add_row(self, row: _RenderedRow, results: Sequence[TokenizedPair | Refusal]) -> None:
-        """One row's pairs: it is refused when none of them can be trained on."""
+        """Add the pairs of one row; refuse the row if none of them can be trained on."""
         refused = [result for result in results if isinstance(result, Refusal)]
         if len(refused) == len(results):
             self.refused.append((row.raw, refused[0]))
@@ -213,7 +216,7 @@ class _ShardContents:
                 self.counts["truncated_pairs"] += pair.prompt_cut or pair.completion_cut
 
     def _render_row(self, raw: RawRow) -> _RenderedRow | Refusal:
-        """One row as text, or why it is not trained on."""
+        """Render the pairs of one row, or refuse it."""
         if raw.record is None:
             if raw.problem is None:
                 raise AssertionError(f"row {raw.number} has neither a record nor a problem")
@@ -232,7 +235,7 @@ class _ShardContents:
                 texts.append(text)
         if not texts:
             return refused[0]
-        # All pairs of a ranking have one prompt, or stand in one row without any.
+        # All pairs of one row share its prompt.
         prompt = found.records[0].prompt_key
         return _RenderedRow(raw, tuple(texts), prompt, found.left_out + len(refused))
 

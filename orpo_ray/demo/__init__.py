@@ -1,1 +1,1 @@
-"""The demo's pairs and model."""
+"""The demo that runs without a config: generated preference pairs and a small model."""

@@ -1,4 +1,4 @@
-"""The demo's model: a byte-level BPE tokenizer and a small llama with random weights (driver)."""
+"""The demo's model: a byte-level BPE tokenizer and a small Llama with random weights."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ VOCABULARY_TOKENS = 1024
 CONTEXT_TOKENS = 2048
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
-# An answer ends in EOS and nothing else, so that rendering adds no token after it.
+# Answers end in EOS without a newline after it, so that nothing follows EOS in the tokens.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -22,13 +22,12 @@ CHAT_TEMPLATE = (
 
 
 def make_demo_model(directory: str, texts: Iterable[str], seed: int) -> None:
-    """Save a tokenizer trained on `texts` and an untrained decoder of 1.2 M parameters.
+    """Save a tokenizer trained on `texts` and an untrained decoder with 1.2 M parameters.
 
     Args:
-        directory: where `AutoTokenizer` and `AutoModelForCausalLM` load them from; made when
-            missing.
-        texts: what the tokenizer learns its merges from.
-        seed: of the weights; the caller's random state stays as it was.
+        directory: folder for `from_pretrained`; created if it does not exist.
+        texts: texts that the tokenizer is trained on.
+        seed: seed of the weights; the global random state is not changed.
     """
     tokenizer = train_tokenizer(texts)
     tokenizer.save_pretrained(directory)
@@ -56,7 +55,7 @@ def make_demo_model(directory: str, texts: Iterable[str], seed: int) -> None:
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer that encodes any text without an unknown token.
 
-    It begins a text with BOS, ends none with EOS, and has a plain chat template.
+    It prepends BOS, does not append EOS, and has a plain chat template.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -37,7 +37,7 @@ Option = TypeVar("Option")
 
 @dataclass(frozen=True)
 class Task:
-    """One prompt, and how a draft that meets some of its requirements is written."""
+    """One prompt, and the function that writes a draft meeting given requirements of it."""
 
     name: str
     prompt: str
@@ -61,7 +61,7 @@ COLOURS = ["red", "blue", "green", "black", "white", "brown", "pink", "grey", "g
 THINGS = ["river", "stone", "cloud", "tiger", "piano", "candle", "garden", "bridge", "coat", "boat"]
 VERBS = ["paint", "work", "cook", "play", "walk", "rest", "talk", "train"]
 
-# Two of a kind that are easily mixed up: where one is asked for, a draft may give the other.
+# Options that are easily mixed up: if one is asked for, a draft may contain the other instead.
 ITEMS = (("scarf", "shawl"), ("lamp", "clock"), ("kettle", "teapot"))
 TOPICS = (("book", "song"), ("visit", "concert"), ("cake", "recipe"))
 CITIES = (("Oslo", "Rome"), ("Cairo", "Lima"))
@@ -125,20 +125,20 @@ FAREWELLS = {
 def write_demo_pairs(directory: str, n_train: int, n_eval: int, seed: int) -> tuple[str, str]:
     """Write train.jsonl and eval.jsonl, the same bytes for the same arguments.
 
-    The rows of a prompt stand together, and no prompt is in both files. A quarter of the prompts
-    have three or four drafts, and one pair for every two that the rater tells apart.
+    The rows of a prompt are consecutive, and no prompt is in both files. A quarter of the prompts
+    have three or four drafts, and one pair for every two drafts with different scores.
 
     Args:
-        directory: where the files go; made when missing.
-        n_train: pairs in train.jsonl.
-        n_eval: pairs in eval.jsonl.
-        seed: of the prompts and the drafts.
+        directory: folder for the files; created if it does not exist.
+        n_train: number of pairs in train.jsonl.
+        n_eval: number of pairs in eval.jsonl.
+        seed: seed of prompts and drafts.
 
     Returns:
         The paths of train.jsonl and eval.jsonl.
 
     Raises:
-        ValueError: if there are not enough different prompts for so many pairs.
+        ValueError: if no new prompt is found for so many pairs.
     """
     rng = random.Random(seed)
     taken: set[str] = set()
@@ -157,7 +157,7 @@ def demo_pairs(n_pairs: int, rng: random.Random, taken: set[str]) -> list[DemoPa
     """Draw pairs for prompts that are not in `taken`, and add those prompts to it.
 
     Raises:
-        ValueError: if there are not enough different prompts for so many pairs.
+        ValueError: if no new prompt is found for so many pairs.
     """
     pairs: list[DemoPair] = []
     while len(pairs) < n_pairs:
@@ -172,7 +172,7 @@ def demo_pairs(n_pairs: int, rng: random.Random, taken: set[str]) -> list[DemoPa
 
 
 def _new_task(rng: random.Random, taken: set[str]) -> Task | None:
-    """A task whose prompt is not in `taken`, where it then is; None if none turns up."""
+    """Draw a task whose prompt is not in `taken`, and add it; None after `_ATTEMPTS` draws."""
     for _ in range(_ATTEMPTS):
         task = _pick(rng, FAMILIES)(rng)
         if task.prompt not in taken:
@@ -182,7 +182,7 @@ def _new_task(rng: random.Random, taken: set[str]) -> Task | None:
 
 
 def _rated(task: Task, rng: random.Random) -> Iterator[DemoPair]:
-    """Draw all drafts of one prompt until some differ in score, and pair those that do."""
+    """Draw the drafts of one prompt until two differ in score; yield every pair that does."""
     n_drafts = 2 if rng.random() >= RANKED_SHARE else 3 + int(2 * rng.random())
     scored: dict[str, int] = {}
     while len(scored) < n_drafts or len(set(scored.values())) == 1:
@@ -273,16 +273,16 @@ FAMILIES = (_reply, _letter, _format, _facts, _diary)
 
 
 def _choose_options(asked: Sequence[Contrast], meets: Sequence[bool]) -> tuple[str, ...]:
-    """What a draft gives for each requirement: the right option or the one it is mixed up with."""
+    """Choose, for each requirement, the option asked for or the one it is mixed up with."""
     return tuple(right if met else wrong for (right, wrong), met in zip(asked, meets, strict=True))
 
 
 def _pick_contrast(rng: random.Random, contrasts: Sequence[Contrast]) -> Contrast:
-    """The option a prompt asks for, and the one that a draft may give instead."""
+    """Pick the option that a prompt asks for, and the one a draft may contain instead."""
     one, other = _pick(rng, contrasts)
     return (one, other) if rng.random() < 0.5 else (other, one)
 
 
 def _pick(rng: random.Random, options: Sequence[Option]) -> Option:
-    """One of the options; from `random()` alone, the only draw Python promises to keep stable."""
+    """Pick an option with `random()`, the only method that Python keeps reproducible."""
     return options[int(rng.random() * len(options))]

@@ -1,1 +1,1 @@
-"""Floor 1: the ORPO objective as free functions on tensors, importable with torch alone."""
+"""The ORPO objective as free functions on tensors; torch only, no transformers."""

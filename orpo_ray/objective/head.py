@@ -1,4 +1,4 @@
-"""The LM head and the ORPO loss in chunks of positions, so that full logits never exist."""
+"""LM head and ORPO loss fused over chunks of positions; full logits are never materialised."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,9 @@ from orpo_ray.objective.odds_ratio import pair_terms
 
 @dataclass(frozen=True)
 class Chunk:
-    """One stretch of positions that is projected at once; holds whole pairs only.
+    """Positions whose logits are computed at once; contains whole pairs only.
 
-    Each member is a (start, stop) range into the arrays of `Targets`.
+    Every field is a (start, stop) range in the arrays of `Targets`.
     """
 
     positions: tuple[int, int]
@@ -27,20 +27,21 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a packed row predicts: which tokens, at which positions, for which completion.
+    """The tokens that a packed row predicts, and the positions that predict them.
 
-    A position may have several targets: a prompt's last one predicts every completion's first.
+    A position may have several targets: the last one of a prompt predicts the first token of every
+    completion.
 
     Args:
-        positions: positions of the row that are projected, chunk by chunk.
-        predicted_at: for each target, the index into `positions` where it is predicted.
-        token_ids: for each target, the token.
-        nll_weights: for each target, the number of pairs whose NLL counts it.
-        completion: for each target, its completion's index; `completions` for prompt tokens.
-        completion_lengths: targets of each completion, at least 1.
-        chosen: for each pair, the index of its chosen completion.
-        rejected: for each pair, the index of its rejected completion.
-        chunks: the ranges that are projected together.
+        positions: positions of the row that have a target, ordered by chunk.
+        predicted_at: where each target is predicted, an index into `positions`.
+        token_ids: token id of each target.
+        nll_weights: number of pairs whose NLL includes the target.
+        completion: index of the target's completion; the number of completions for prompt tokens.
+        completion_lengths: number of targets of each completion, at least 1.
+        chosen: index of the chosen completion of each pair.
+        rejected: index of the rejected completion of each pair.
+        chunks: ranges whose logits are computed at once; they cover all arrays in order.
     """
 
     positions: Int[Tensor, " positions"]
@@ -56,12 +57,12 @@ class Targets:
 
 @dataclass(frozen=True)
 class LossScale:
-    """The two divisors of a global batch and the weight between their terms.
+    """Factors that turn the sums over a packed row into its share of the global batch's loss.
 
     Args:
-        nll: what one NLL token counts: 1 / tokens of the global batch (times the workers that
-            the gradient is averaged over).
-        pair: what one pair counts: 1 / pairs of the global batch (times the same).
+        nll: 1 / number of NLL tokens of the global batch; times the number of workers where
+            gradients are averaged over them.
+        pair: 1 / number of pairs of the global batch; times the same.
         beta: weight of the odds-ratio term.
     """
 
@@ -72,7 +73,13 @@ class LossScale:
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """The scaled loss of a packed row, and the unscaled figures behind it (no gradient)."""
+    """Loss of a packed row, scaled by `LossScale`, and unscaled values without gradient.
+
+    Args:
+        loss: scaled loss; backward may run once.
+        nll_sum: NLL weighted by `nll_weights` and summed, in nats.
+        completion_log_probs: mean log-probability per token of each completion, in nats.
+    """
 
     loss: Float[Tensor, ""]
     nll_sum: Float[Tensor, ""]
@@ -87,21 +94,19 @@ def orpo_head(
     scale: LossScale,
     softcap: float | None = None,
 ) -> HeadOutput:
-    """Project the positions that have a target and sum the ORPO loss over whole pairs.
+    """Compute the ORPO loss of a packed row from its last hidden states.
 
-    The gradient of a chunk is taken while its logits exist, so a backward pass may follow once.
-    Log-probabilities are computed and summed in fp32 (fp64 for fp64 inputs).
+    Only positions that have a target are projected. The gradient is computed in the forward pass,
+    chunk by chunk while the logits exist, so backward may run only once. Log-probabilities are
+    computed and summed in fp32 (fp64 for fp64 inputs).
 
     Args:
         hidden: last hidden states of a packed row.
-        weight: of the LM head, in the dtype of `hidden`.
-        bias: of the LM head, if it has one.
-        targets: what the row predicts.
-        scale: divisors over the global batch; the loss is already scaled by them.
-        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
-
-    Returns:
-        The loss, the weighted sum of NLL in nats, and each completion's mean log-probability.
+        weight: weight of the LM head, in the dtype of `hidden`.
+        bias: bias of the LM head, if it has one.
+        targets: predictions of the row.
+        scale: factors that the returned loss is multiplied by.
+        softcap: logit soft-capping, `softcap * tanh(logits / softcap)` (Gemma 2).
     """
     loss, nll_sum, log_probs = _OrpoHead.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, scale, softcap
@@ -110,7 +115,7 @@ def orpo_head(
 
 
 class _OrpoHead(torch.autograd.Function):
-    """Loss and gradient of one packed row in a single pass over the chunks."""
+    """Loss and gradient of a packed row, both computed in one pass over the chunks."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, softcap):  # type: ignore[no-untyped-def]
@@ -138,9 +143,9 @@ class _OrpoHead(torch.autograd.Function):
 
 
 class _ChunkedPass:
-    """The running sums of one pass over the chunks of a packed row."""
+    """Accumulators of one pass over the chunks of a packed row."""
 
-    def __init__(  # the arguments of orpo_head
+    def __init__(  # same arguments as orpo_head
         self,
         hidden: Tensor,
         weight: Tensor,
@@ -159,7 +164,7 @@ class _ChunkedPass:
         self._grads: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def _gradients(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Where gradients are summed; made at the first use, so evaluation needs none."""
+        """Gradient accumulators, allocated on first use, so that evaluation allocates none."""
         if self._grads is None:
             weight = bias = None
             if self.weight_is_trained:
@@ -181,7 +186,7 @@ class _ChunkedPass:
         return self._gradients()[2] if self.needs_grad else None
 
     def run(self, chunk: Chunk) -> None:
-        """Project one chunk, add its loss and, if wanted, its gradient."""
+        """Project one chunk, and add its loss and, if needed, its gradient."""
         targets = self.targets
         positions = targets.positions[slice(*chunk.positions)]
         at = targets.predicted_at[slice(*chunk.targets)] - chunk.positions[0]
@@ -192,7 +197,7 @@ class _ChunkedPass:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         target_logits = logits[at, token_ids]
         capped = logits / self.softcap if self.softcap is not None and self.needs_grad else None
-        # The exponentials serve the normaliser and the gradient: one pass, in place.
+        # The exponentials are used by log-sum-exp and by the gradient; computed once, in place.
         largest = logits.amax(dim=-1)
         exponentials = logits.sub_(largest[:, None]).exp_()
         total = exponentials.sum(dim=-1)
@@ -209,11 +214,11 @@ class _ChunkedPass:
         self._add_gradient(positions, hidden, grad_logits)
 
     def _add_loss(self, chunk: Chunk, token_log_probs: Tensor) -> Tensor:
-        """Add the chunk's loss; return its slope at every target's log-probability."""
+        """Add the chunk's loss; return its derivative by the log-probability of each target."""
         targets, scale = self.targets, self.scale
         first, last = chunk.completions
         lengths = targets.completion_lengths[first:last]
-        # Prompt targets carry an index past the last completion: one more slot, then dropped.
+        # Prompt targets have an index past the last completion: they go to an extra, unused slot.
         slot = (targets.completion[slice(*chunk.targets)] - first).clamp(max=last - first)
         weights = targets.nll_weights[slice(*chunk.targets)].to(self.dtype)
         sums = token_log_probs.new_zeros(last - first + 1).index_add_(0, slot, token_log_probs)
@@ -231,7 +236,7 @@ class _ChunkedPass:
         return by_completion[slot].sub_(weights, alpha=scale.nll)
 
     def _add_gradient(self, positions: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
-        """Carry one chunk's logit gradient to the hidden states, the weight and the bias."""
+        """Backpropagate one chunk's logit gradient to hidden states, weight and bias."""
         grad_hidden, grad_weight, grad_bias = self._gradients()
         if grad_bias is not None:
             grad_bias += grad_logits.sum(dim=0)

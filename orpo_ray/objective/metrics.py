@@ -1,4 +1,4 @@
-"""The metrics of ORPO under their exact names, from sums over any number of steps and workers."""
+"""ORPO's metrics, computed from sums that add up over microbatches, steps and workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ def batch_sums(
     rejected_log_probs: Float[Tensor, " pairs"],
     aux_loss: Float[Tensor, ""] | None,
 ) -> Float[Tensor, "10"]:
-    """What one packed row adds to the metrics, as one vector on its device.
+    """Compute the sums of one packed row, a float64 vector on its device without a sync.
 
     Args:
         nll_sum: summed NLL, in nats.
-        nll_tokens: tokens it is the sum of.
-        chosen_log_probs: mean log-probability of each pair's chosen answer, in nats.
-        rejected_log_probs: the same of its rejected answer.
-        aux_loss: the row's router loss, or None without experts; it counts once a pair.
+        nll_tokens: number of tokens that it sums over.
+        chosen_log_probs: mean log-probability per token of the chosen answers, in nats.
+        rejected_log_probs: the same for the rejected answers.
+        aux_loss: router loss of the row, weighted by its number of pairs; None without experts.
     """
     pairs = pair_sums(chosen_log_probs, rejected_log_probs)
     nll = torch.stack([nll_sum.double(), nll_sum.new_full((), nll_tokens, dtype=torch.float64)])
@@ -41,21 +41,21 @@ def batch_sums(
 
 @dataclass(frozen=True)
 class OrpoWeights:
-    """The weights of the loss terms that the metrics repeat."""
+    """Weights of the odds-ratio term and of the router loss in the total loss."""
 
     beta: float
     router: float
 
 
 def metrics_from_sums(sums: Sequence[float], weights: OrpoWeights) -> dict[str, float]:
-    """Divide once: the metrics of everything that was summed up.
+    """Compute the metrics from total sums, dividing once at the end.
 
     Args:
-        sums: a vector of `batch_sums`, added up over microbatches, steps and workers.
-        weights: of the odds-ratio term and of the router loss.
+        sums: vectors of `batch_sums`, added up over microbatches, steps and workers.
+        weights: weights of the loss terms.
 
     Source:
-        Names as in TRL's ORPOTrainer; DESIGN section 2 for their meaning.
+        Names and meanings are those of TRL's ORPOTrainer.
     """
     pairs, chosen, rejected, correct, log_odds, log_sigmoid, nll, nll_tokens, aux, aux_pairs = sums
     nll_loss = nll / nll_tokens

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts over packed tokens."""
+"""Load-balancing loss of mixture-of-experts models over packed tokens."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,17 @@ def router_loss(
     multiplicity: Float[Tensor, " tokens"],
     experts_per_token: int,
 ) -> Float[Tensor, ""]:
-    """Experts x sum over experts of (share of tokens sent there) x (mean router probability).
+    """Load-balancing loss: n_experts * sum over experts of token share * mean router probability.
 
-    A packed token stands for as many padded ones as there are answers that it belongs to, so it
-    counts that often: the value equals the padded computation's.
+    Every packed token is weighted by its multiplicity, so the loss equals that of padded rows.
 
     Args:
-        router_logits: one tensor a layer.
-        multiplicity: how often each token would stand in padded rows.
-        experts_per_token: experts that each token is sent to.
+        router_logits: router logits of every layer.
+        multiplicity: number of padded (prompt + answer) rows that would hold the token.
+        experts_per_token: number of experts that each token is routed to (top-k).
 
     Returns:
-        The unweighted loss; 1 x `experts_per_token` when the load is even.
+        The unweighted loss; `experts_per_token` when the load is even.
 
     Source:
         Switch Transformers, arXiv:2101.03961, equations 4 to 6, over all layers at once as

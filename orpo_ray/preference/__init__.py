@@ -1,1 +1,1 @@
-"""Floor 1: what a preference pair is, from a line of a file to a packed row of tokens."""
+"""Preference pairs, from a row of a file to a prompt group of token ids; no torch, no Ray."""

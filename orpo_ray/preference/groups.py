@@ -11,7 +11,7 @@ TokenIds = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class RowId:
-    """Where a pair comes from: the index of its source file and its row there, both from 0."""
+    """Identifies a source row: index of the file and row number in it, both from 0."""
 
     source: int
     row: int
@@ -19,12 +19,15 @@ class RowId:
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """One prompt with its distinct completions; a plain pair is a group with two completions.
+    """One prompt, its distinct completions and the pairs among them; the unit of training data.
+
+    A plain pair is a group of two completions.
+
 
     Args:
         prompt: token ids of the prompt, possibly empty.
         completions: token ids of every distinct completion, none of them empty.
-        pairs: one (chosen, rejected) entry a pair, each an index into `completions`.
+        pairs: (chosen, rejected) of each pair, as indices into `completions`.
         row_ids: the source row of every pair, in the order of `pairs`.
     """
 
@@ -35,12 +38,16 @@ class PromptGroup:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens this group takes in a packed row: the prompt once, every completion once."""
+        """Number of tokens in a packed row: the prompt once and every completion once."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
 
 
 def without_rows(group: PromptGroup, rows: Set[RowId]) -> PromptGroup | None:
-    """The group without the pairs of some source rows, or None when no pair is left."""
+    """Remove the pairs of the given source rows, and completions that no other pair uses.
+
+    Returns:
+        None when no pair is left.
+    """
     kept = [i for i, row_id in enumerate(group.row_ids) if row_id not in rows]
     if len(kept) == len(group.pairs):
         return group
@@ -57,15 +64,15 @@ def without_rows(group: PromptGroup, rows: Set[RowId]) -> PromptGroup | None:
 
 
 def merge_groups(groups: Sequence[PromptGroup]) -> PromptGroup:
-    """One group of all pairs of groups with the same prompt; a repeated completion stands once.
+    """Merge groups of the same prompt into one, storing equal completions once.
 
     Pairs keep their order, and a pair that occurs twice still counts twice.
 
     Args:
-        groups: at least one; all with the same prompt.
+        groups: at least one.
 
     Raises:
-        AssertionError: for groups with different prompts.
+        AssertionError: if the prompts differ.
     """
     if len({group.prompt.tobytes() for group in groups}) > 1:
         raise AssertionError(f"{groups[0].row_ids} and {groups[1].row_ids} share no prompt")

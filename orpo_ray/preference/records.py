@@ -1,4 +1,4 @@
-"""What a pair says: prompt, chosen and rejected, as text or as messages, and whether it may."""
+"""Validating a row with prompt, chosen and rejected, as text or as messages."""
 
 import difflib
 import json
@@ -12,18 +12,18 @@ Content = str | tuple[Message, ...]
 
 _LAST_TURN = "\n\nAssistant:"
 USER, ASSISTANT, SYSTEM, TOOL = "user", "assistant", "system", "tool"
-# What a message may call its speaker, in the words of messages and of ShareGPT.
+# Role names of chat messages and of ShareGPT, and the standard role each stands for.
 _ROLES = {
     **dict.fromkeys(("user", "human"), USER),
     **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot"), ASSISTANT),
     **dict.fromkeys(("system", "developer"), SYSTEM),
     **dict.fromkeys(("tool", "observation", "ipython", "function"), TOOL),
 }
-_KEPT_ROLES = {"developer", "ipython", "function", "model"}  # templates know them by these names
+_KEPT_ROLES = {"developer", "ipython", "function", "model"}  # chat templates expect these names
 
 
 class Reason(StrEnum):
-    """Why a row is not trained on; the values are the names in reports."""
+    """Why a row is not trained on; the values are the names in `data_report.json`."""
 
     MALFORMED_JSON = "malformed_json"
     MALFORMED_TABLE = "malformed_table_row"
@@ -56,13 +56,13 @@ class Reason(StrEnum):
     OVERLAP = "overlap"
 
 
-# What a setting asks to leave out is no sign of bad data.
+# Rows that a setting asks to leave out; they do not count towards `max_bad_fraction`.
 ON_REQUEST = frozenset({Reason.SCORE_GAP, Reason.PROMPT_TOO_LONG, Reason.DUPLICATE, Reason.OVERLAP})
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A row that is not trained on, and what exactly was wrong with it."""
+    """A row that is not trained on: the reason that it is counted under, and what was wrong."""
 
     reason: Reason
     detail: str
@@ -70,13 +70,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Record:
-    """A pair as its source has it: three texts, or three lists of messages.
+    """A pair before templating: three texts, or three lists of messages.
 
     Args:
-        prompt: may be empty.
-        chosen: the better answer.
-        rejected: the other one.
-        template: what the row wants of the chat template: tools, and other keyword arguments.
+        prompt: possibly empty.
+        chosen: the preferred answer.
+        rejected: the other answer.
+        template: keyword arguments for the chat template, `tools` among them.
     """
 
     prompt: Content
@@ -86,7 +86,7 @@ class Record:
 
     @property
     def prompt_key(self) -> str:
-        """Equal where prompts are; of a pair without a prompt, that of the pair itself."""
+        """Key by which prompts are compared; a pair without a prompt is keyed by its answers."""
         blank = not self.prompt if isinstance(self.prompt, tuple) else not self.prompt.strip()
         if isinstance(self.prompt, str) and not blank:
             return self.prompt
@@ -95,10 +95,10 @@ class Record:
 
 
 def normalise(row: Mapping[str, Any]) -> Record | Refusal:
-    """Find prompt, chosen and rejected in a row with these columns, or say why they are not there.
+    """Read a row with the columns chosen, rejected and, optionally, prompt.
 
-    Without a prompt column, dialogues in text are cut after their last `Assistant:` (hh-rlhf), and
-    lists of messages before their last message; the two prompts must then be the same.
+    Without a prompt column, text dialogues are split after their last `Assistant:` (hh-rlhf), and
+    lists of messages before their last message; both answers must then share that prompt.
     """
     fields: dict[str, Content] = {}
     for name in ("prompt", "chosen", "rejected"):
@@ -115,7 +115,7 @@ def normalise(row: Mapping[str, Any]) -> Record | Refusal:
 
 
 def missing_field(row: Mapping[str, Any], name: str) -> Refusal:
-    """Why a row has no value for a field: it is null, or missing beside other columns."""
+    """Refuse a row for a field that is null or absent, suggesting a similarly named column."""
     if name in row:
         return Refusal(Reason.NULL_FIELD, f"{name} is null")
     columns = sorted(map(str, row))
@@ -128,13 +128,13 @@ def missing_field(row: Mapping[str, Any], name: str) -> Refusal:
 
 
 def parse_content(row: Mapping[str, Any], name: str) -> Content | Refusal:
-    """Text, or a list of messages each with a role and content."""
+    """Parse a field as text, or as messages that each have a role and content."""
     value = row.get(name)
     if value is None:
         return missing_field(row, name)
     if isinstance(value, str):
         return value if _is_text(value) else _lone_surrogate(name)
-    if isinstance(value, Mapping):  # ShareGPT gives an answer as one turn
+    if isinstance(value, Mapping):  # ShareGPT stores an answer as one message
         value = [value]
     if not isinstance(value, list):
         return Refusal(Reason.WRONG_TYPE, f"{name} is a {type(value).__name__}, not text or a list")
@@ -148,10 +148,10 @@ def parse_content(row: Mapping[str, Any], name: str) -> Content | Refusal:
 
 
 def _message(place: str, message: Any) -> Message | Refusal:
-    """One message with `role` and `content`, from those words or ShareGPT's."""
+    """Normalise a message to `role` and `content`; ShareGPT calls them `from` and `value`."""
     if not isinstance(message, Mapping):
         return Refusal(Reason.BAD_MESSAGE, f"{place} is not an object")
-    # Parquet gives every message every field; those that are null were never there.
+    # Parquet stores every field for every message; null means that the message has no such field.
     found = {key: value for key, value in message.items() if value is not None}
     for key, other in (("role", "from"), ("content", "value")):
         if key not in found and other in found:
@@ -172,13 +172,13 @@ def _message(place: str, message: Any) -> Message | Refusal:
 
 
 def _join_parts(parts: Sequence[Any]) -> str | None:
-    """The text of content in parts, or None where a part is no text."""
+    """Concatenate the text parts of a message's content; None if one is not text."""
     texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
     return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
 
 
 def role_of(message: Message) -> str:
-    """user, assistant, system or tool."""
+    """Return the standard role: user, assistant, system or tool."""
     return _ROLES[message["role"]]
 
 
@@ -195,7 +195,7 @@ def _lone_surrogate(name: str) -> Refusal:
 
 
 def _split_prompt(fields: Mapping[str, Content]) -> Record | Refusal:
-    """Take the prompt from the answers when the row has none of its own."""
+    """Build the record; without a prompt, the prefix that both answers share becomes it."""
     chosen, rejected = fields["chosen"], fields["rejected"]
     if "prompt" in fields:
         return Record(fields["prompt"], chosen, rejected)
@@ -213,7 +213,7 @@ def _split_prompt(fields: Mapping[str, Content]) -> Record | Refusal:
 
 
 def _split_dialogues(chosen: str, rejected: str) -> Record | Refusal:
-    """Split two dialogues after their last `Assistant:`."""
+    """Split two text dialogues after their last `Assistant:`."""
     cuts = [text.rfind(_LAST_TURN) for text in (chosen, rejected)]
     if min(cuts) < 0:
         return Refusal(
@@ -229,7 +229,7 @@ def _split_dialogues(chosen: str, rejected: str) -> Record | Refusal:
 
 
 def check_record(record: Record) -> Record | Refusal:
-    """Refuse pairs with nothing to prefer, and turns that no one speaks in."""
+    """Refuse empty or identical answers, and messages whose roles are out of order."""
     for name, reason in (
         ("chosen", Reason.EMPTY_CHOSEN),
         ("rejected", Reason.EMPTY_REJECTED),
@@ -254,7 +254,7 @@ def check_record(record: Record) -> Record | Refusal:
 
 
 def _turn_order_error(messages: Iterable[Any]) -> str | None:
-    """What is wrong with the order of turns, if anything is."""
+    """Describe the first message whose role is out of order, or return None."""
     before = None
     for index, message in enumerate(messages):
         role = role_of(message)
@@ -267,5 +267,5 @@ def _turn_order_error(messages: Iterable[Any]) -> str | None:
 
 
 def excerpt(row: Mapping[str, Any], limit: int = 200) -> str:
-    """The start of a row as JSON, for the quarantine."""
+    """Return the first `limit` characters of a row as JSON, for the quarantine."""
     return json.dumps(row, ensure_ascii=False, default=str)[:limit]

@@ -1,4 +1,4 @@
-"""The shapes in which people keep preference data, each read as pairs."""
+"""The layouts of columns (shapes) in which preference data comes, each read as pairs."""
 
 import json
 import math
@@ -32,7 +32,7 @@ _ALPACA_TARGETS = ("chosen", "rejected")
 
 
 class Shape(StrEnum):
-    """What a row's columns are; the values are what is said of a data set."""
+    """Layout of a row's columns; the values are the names in reports."""
 
     TEXT = "texts (prompt, chosen, rejected)"
     DIALOGUES = "dialogues in text (chosen, rejected)"
@@ -46,13 +46,13 @@ class Shape(StrEnum):
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """What one row holds.
+    """The pairs read from one row.
 
     Args:
-        shape: how it was read.
-        records: one pair, or all of a ranking.
-        ignored: columns that were not looked at.
-        left_out: pairs of a ranking that are none: equal answers, too small a gap.
+        shape: layout that was detected.
+        records: one pair, or all pairs of a ranking.
+        ignored: columns that were not read.
+        left_out: number of pairs of a ranking skipped for equal answers or close scores.
     """
 
     shape: Shape
@@ -63,18 +63,18 @@ class ParsedRow:
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads rows as pairs, finding the shape of each by its columns.
+    """Reads rows as pairs, detecting the shape of each row from its columns.
 
     Args:
-        column_mapping: the data's column for a name of a shape, where they differ.
-        min_score_gap: least difference of the scores of a pair, where it has scores.
+        column_mapping: (expected name, column in the data) where the two differ.
+        min_score_gap: minimum chosen score minus rejected score, for pairs that have scores.
     """
 
     column_mapping: tuple[tuple[str, str], ...] = ()
     min_score_gap: float | None = None
 
     def read(self, row: Mapping[str, Any]) -> ParsedRow | Refusal:
-        """The pairs of one row, or why it has none."""
+        """Read the pairs of one row, or refuse it."""
         for _, column in self.column_mapping:
             if column not in row:
                 return missing_field(row, column)
@@ -122,7 +122,7 @@ class RowReader:
         return None
 
     def _ranking(self, row: Mapping[str, Any]) -> ParsedRow | Refusal:
-        """Every two answers whose scores differ enough, the better one chosen."""
+        """Pair every two answers whose scores differ enough; the higher score is chosen."""
         name = next(name for name in _ANSWERS if isinstance(row.get(name), list))
         scored = _scored_answers(name, row)
         if isinstance(scored, Refusal):
@@ -155,7 +155,7 @@ class RowReader:
 
 
 def _detect_shape(row: Mapping[str, Any]) -> tuple[Shape, set[str]]:
-    """The shape that a row's columns tell of, and the columns that it uses."""
+    """Detect the shape from the columns; also return the columns that it reads."""
     used = {"prompt", "chosen", "rejected"}
     if "chosen" not in row and any(isinstance(row.get(name), list) for name in _ANSWERS):
         return Shape.RANKING, {*_ANSWERS, *_SCORES, *_PROMPTS}
@@ -175,13 +175,13 @@ def _detect_shape(row: Mapping[str, Any]) -> tuple[Shape, set[str]]:
 
 
 def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns before the answers are the prompt."""
+    """Use `conversations`, after the system message, as the prompt."""
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     return dict(row) | {"prompt": [*system, *row["conversations"]]}
 
 
 def _alpaca(row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
-    """An instruction is a user's message, with its input below it, after any earlier turns."""
+    """Build messages: system, history, then the instruction and its input as one user message."""
     messages: list[Message] = []
     if row.get("system"):
         messages.append({"role": "system", "content": row["system"]})
@@ -203,13 +203,13 @@ def _alpaca(row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
 
 
 def _prompted(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The prompt is in the messages already, as the text of one of them."""
+    """Drop a prompt that repeats a message of both answers."""
     inside = all(
         any(isinstance(turn, Mapping) and row["prompt"] in turn.values() for turn in row[name])
         for name in _ALPACA_TARGETS
     )
     if not inside:
-        return dict(row)  # text beside messages: refused as such
+        return dict(row)  # text mixed with messages: refused later as MIXED_TYPES
     return {name: row[name] for name in _ALPACA_TARGETS}
 
 
@@ -225,7 +225,7 @@ def _answer(text: str) -> list[Message]:
 
 
 def _scored_answers(name: str, row: Mapping[str, Any]) -> list[tuple[str, float]] | Refusal:
-    """The texts of a ranking with their scores, from two lists or from one of objects."""
+    """Return (text, score) of each answer, from two lists or from one list of objects."""
     answers = row[name]
     scores: Any = next((row[key] for key in _SCORES if row.get(key) is not None), None)
     if scores is None:
@@ -253,7 +253,7 @@ def _scored_answers(name: str, row: Mapping[str, Any]) -> list[tuple[str, float]
 
 
 def _minus_rank(answer: Mapping[str, Any]) -> float | None:
-    """A rank as a score: 1 is the best."""
+    """Negate a rank, where 1 is the best, so that it orders like a score."""
     rank = _number(answer.get("rank"))
     return None if rank is None else -rank
 
@@ -263,7 +263,7 @@ def _first_value(values: Mapping[str, Any], names: Sequence[str], otherwise: Any
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, also from the text of a table."""
+    """Convert to a finite float, also from the text cells of CSV; None if it is not one."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -274,7 +274,7 @@ def _number(value: Any) -> float | None:
 
 
 def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
-    """What a row wants of the chat template: `tools`, and TRL's `chat_template_kwargs`."""
+    """Collect the row's chat template arguments: `tools` and TRL's `chat_template_kwargs`."""
     arguments: dict[str, Any] = {}
     for name, kind in (("chat_template_kwargs", dict), ("tools", list)):
         value = row.get(name)

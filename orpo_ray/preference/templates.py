@@ -1,4 +1,4 @@
-"""Rendering messages with a chat template, so that a pair is three texts."""
+"""Rendering pairs of messages as text with the chat template."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from orpo_ray.preference.records import ASSISTANT, Content, Reason, Record, Refu
 
 @dataclass(frozen=True)
 class PairText:
-    """A pair as text; prompt + chosen and prompt + rejected are what the model sees."""
+    """A rendered pair; the model reads prompt + chosen and prompt + rejected."""
 
     prompt: str
     chosen: str
@@ -21,10 +21,10 @@ class PairText:
 
 
 def template_text(setting: str) -> str:
-    """The chat template that a setting names or holds.
+    """Return the chat template of a setting, which is a template itself or the path of one.
 
     Raises:
-        DataError: for a file that is not there.
+        DataError: if it has no `{`, as every template does, and no such file exists.
     """
     if "{" in setting:
         return setting
@@ -35,13 +35,13 @@ def template_text(setting: str) -> str:
 
 
 def render(record: Record, tokenizer: Any) -> PairText | Refusal:
-    """Text as it is; messages through the tokenizer's chat template.
+    """Render messages with the tokenizer's chat template; text is returned unchanged.
 
-    The prompt is rendered with the turn that asks for an answer. Where a template renders that
-    turn otherwise once the answer is there, the prompt is what both renderings still share.
+    The prompt includes the generation prompt. Where a template renders that differently once an
+    answer follows, the prompt ends where the renderings begin to differ.
 
     Raises:
-        DataError: for messages and a tokenizer without a template.
+        DataError: for messages, if the tokenizer has no chat template.
     """
     prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
@@ -57,7 +57,7 @@ def render(record: Record, tokenizer: Any) -> PairText | Refusal:
     try:
         return _render_messages(record, tokenizer)
     except Exception as error:
-        # A template is a program: it raises on turns that its model does not take, and on others.
+        # Templates raise on purpose, for roles that the model does not support, and by accident.
         return Refusal(Reason.TEMPLATE_REFUSED, f"the chat template raised: {error}")
 
 
@@ -83,7 +83,7 @@ def _render_messages(record: Record, tokenizer: Any) -> PairText | Refusal:
 
 
 def shared_length(*sequences: Sequence[Any]) -> int:
-    """How many leading items all sequences share; whole slices are compared, halving."""
+    """Return the length of the longest common prefix, by binary search over slices."""
     first, *others = sequences
     shared, most = 0, min(map(len, sequences))
     while shared < most:
@@ -99,7 +99,11 @@ def shared_length(*sequences: Sequence[Any]) -> int:
 def _apply_template(
     tokenizer: Any, messages: Content, arguments: Mapping[str, Any], answered: bool = False
 ) -> str:
-    """One conversation as text; a prompt asks for the next turn or leaves its own open."""
+    """Render one conversation; a prompt (not `answered`) ends where the answer is to begin.
+
+    A prompt that ends with an assistant message is continued (prefill), any other is followed by
+    the generation prompt.
+    """
     open_turn = not answered and role_of(messages[-1]) == ASSISTANT  # type: ignore[arg-type]
     text: str = tokenizer.apply_chat_template(
         list(messages),
@@ -112,13 +116,13 @@ def _apply_template(
 
 
 def _cut_after_eos(answer: str, eos: str) -> str:
-    """Cut what a template writes after the end-of-sequence token: the answer ends there."""
+    """Remove white space that the template adds after the end-of-sequence token."""
     stripped = answer.rstrip()
     return stripped if stripped.endswith(eos) else answer
 
 
 def empty_answer(text: PairText, eos: str) -> Refusal | None:
-    """Why a pair has an answer without text: nothing is left of it but its end."""
+    """Refuse a pair if an answer has no text besides the end-of-sequence token."""
     for name, reason in (("chosen", Reason.EMPTY_CHOSEN), ("rejected", Reason.EMPTY_REJECTED)):
         answer: str = getattr(text, name)
         if not answer.strip().removesuffix(eos).strip():
@@ -127,10 +131,10 @@ def empty_answer(text: PairText, eos: str) -> Refusal | None:
 
 
 def special_token_in(record: Record, tokenizer: Any) -> Refusal | None:
-    """The first special token of the tokenizer that a pair's own text holds, if one does.
+    """Refuse a pair if the text of its source row contains a special token of the tokenizer.
 
-    A prompt of text may begin with the beginning-of-sequence token, and an answer may end with the
-    end-of-sequence token: both are put there once in any case.
+    A prompt may begin with the beginning-of-sequence token and an answer may end with the
+    end-of-sequence token: tokenization puts each there exactly once anyway.
     """
     pattern = _special_tokens(tokenizer)
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
@@ -152,7 +156,7 @@ def special_token_in(record: Record, tokenizer: Any) -> Refusal | None:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All text in messages, wherever in them it stands."""
+    """Yield every string in nested mappings and lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -165,7 +169,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 @lru_cache(maxsize=8)
 def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Any of the tokens that a tokenizer reads as more than their letters."""
+    """Compile a pattern that matches any special token, the longest first."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     names = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")

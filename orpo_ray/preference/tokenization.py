@@ -1,4 +1,4 @@
-"""From text to token ids: one pass over prompt and answer, the border by offsets."""
+"""Tokenizing rendered pairs; prompt + answer is encoded whole and split by character offsets."""
 
 import bisect
 import copy
@@ -18,7 +18,7 @@ from orpo_ray.preference.templates import PairText, shared_length
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A pair as a group of two completions, and what of it was cut."""
+    """A tokenized pair, as a group of two completions, and which parts were truncated."""
 
     group: PromptGroup
     prompt_cut: bool
@@ -27,17 +27,18 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a pair may be, in tokens, and what becomes of what is longer.
+    """Maximum lengths of a pair in tokens, and how longer pairs are truncated.
 
-    A completion loses its end. A prompt is cut where the pair does not fit otherwise, and then to
-    half of `max_length` at most; or whenever it is longer than `max_prompt_length`. A beginning-of-
-    sequence token stays.
+    Completions are truncated at their end. A prompt is truncated if it is longer than
+    `max_prompt_length`; without one, if the pair would not fit, but never below half of
+    `max_length`. A beginning-of-sequence token is kept.
 
     Args:
-        max_length: of prompt plus completion.
-        max_prompt_length: of a prompt, less than `max_length`.
-        max_completion_length: of a completion.
-        truncation: what is kept of a prompt; `drop` and `error` refuse it instead.
+        max_length: limit of prompt plus completion.
+        max_prompt_length: limit of the prompt, less than `max_length`.
+        max_completion_length: limit of a completion.
+        truncation: part of the prompt to keep, `keep_end` or `keep_start`; `drop` and `error`
+            refuse the row instead.
     """
 
     max_length: int
@@ -46,11 +47,11 @@ class Limits:
     truncation: str = "keep_end"
 
     def completion(self) -> int:
-        """Most tokens of a completion."""
+        """Maximum number of tokens of a completion."""
         return min(self.max_completion_length or self.max_length, self.max_length)
 
     def prompt(self, longest_completion: int) -> int:
-        """Most tokens of the prompt of completions of at most so many tokens."""
+        """Maximum number of tokens of a prompt, given those of its longest completion."""
         if self.max_prompt_length is not None:
             return min(self.max_prompt_length, self.max_length - 1)
         longest = min(longest_completion, self.completion())
@@ -59,14 +60,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class PairTokenizer:
-    """Turns pairs of text into token ids with a fast tokenizer.
+    """Tokenizes rendered pairs.
 
     Args:
         tokenizer: a `PreTrainedTokenizerFast`.
-        limits: of the lengths of a pair.
+        limits: maximum lengths and truncation.
 
     Raises:
-        DataError: for a tokenizer without offsets or without an end-of-sequence token.
+        DataError: if the tokenizer is a slow one or has no end-of-sequence token.
     """
 
     tokenizer: Any
@@ -91,20 +92,21 @@ class PairTokenizer:
 
     @cached_property
     def _encoder(self) -> Any:
-        """The tokenizer without what is saved with some: cutting, filling up, trimmed offsets."""
+        """The backend tokenizer with truncation, padding and post-processing disabled."""
         encoder = copy.deepcopy(self.tokenizer.backend_tokenizer)
         encoder.no_truncation()
         encoder.no_padding()
-        # A byte-level one may move a token's offsets past its white space, over the border.
+        # A byte-level post-processor may trim a token's leading white space from its offsets, which
+        # moves them past the end of the prompt.
         encoder.post_processor = None
         return encoder
 
     def tokenize(
         self, texts: Sequence[PairText], row_ids: Sequence[RowId]
     ) -> list[TokenizedPair | Refusal]:
-        """Tokenize a batch of pairs."""
+        """Tokenize a batch of pairs; entry i of the result belongs to `texts[i]`."""
         sides = [text.prompt + side for text in texts for side in (text.chosen, text.rejected)]
-        # Special tokens that stand in the text are read as such; none are added here.
+        # Special tokens in the text are encoded as such; none are added here.
         encodings = self._encoder.encode_batch(sides, add_special_tokens=False)
         return [
             self._pair(len(text.prompt), encodings[2 * index : 2 * index + 2], row_ids[index])
@@ -114,13 +116,13 @@ class PairTokenizer:
     def _pair(
         self, border: int, encodings: Sequence[Any], row_id: RowId
     ) -> TokenizedPair | Refusal:
-        """Cut both sides at the border, end them, and truncate them."""
+        """Split both sides at the end of the prompt, add BOS and EOS, and truncate."""
         sides = [encoding.ids for encoding in encodings]
         prompts = [
             ids[: _prompt_tokens(encoding, border)]
             for ids, encoding in zip(sides, encodings, strict=True)
         ]
-        # Where a token merges across the border on one side only, the prompt ends before it.
+        # If a token spans the end of the prompt on one side only, the prompt ends before it.
         n_prompt = shared_length(*prompts)
         prompt = sides[0][:n_prompt]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -173,9 +175,9 @@ class PairTokenizer:
 
 
 def _prompt_tokens(encoding: Any, border: int) -> int:
-    """How many leading tokens end inside the prompt; one that straddles the border does not."""
+    """Number of leading tokens that end inside the prompt, the first `border` characters."""
     after = encoding.char_to_token(border)
     if after is not None:
         return int(after)
-    # No token has the first character of the answer: there is none, or the tokenizer drops it.
+    # No token covers the answer's first character: it is empty, or the tokenizer drops that one.
     return bisect.bisect_right(encoding.offsets, border, key=operator.itemgetter(1))

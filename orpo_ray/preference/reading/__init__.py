@@ -1,1 +1,1 @@
-"""From files of any place and format to raw rows."""
+"""Reading source files, local or remote, in any supported format, as raw rows."""

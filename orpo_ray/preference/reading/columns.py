@@ -1,4 +1,4 @@
-"""Reading the rows of columnar files: Parquet and Arrow, a bounded stretch at a time."""
+"""Reading columnar files (Parquet and Arrow) in record batches of bounded size."""
 
 import contextlib
 import lzma
@@ -17,15 +17,15 @@ from orpo_ray.preference.records import Reason
 
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid)
 _BATCH_ROWS = 512
-# A row group is decoded from its start by every split that lies in it.
+# Every split decodes its row group from the start, so a group is cut into a few splits only.
 _SPLITS_PER_ROW_GROUP = 8
 
 
 def split_parquet(path: str, rows_per_split: int) -> list[Split]:
-    """Cut a file into stretches of a multiple of so many rows.
+    """Cut a file into splits whose sizes are a multiple of `rows_per_split`.
 
     Raises:
-        DataError: for a file that cannot be opened.
+        DataError: if the file cannot be opened.
     """
     with _parquet(path) as file:
         metadata = file.metadata
@@ -37,10 +37,10 @@ def split_parquet(path: str, rows_per_split: int) -> list[Split]:
 
 
 def count_parquet(path: str) -> int:
-    """Rows of a file, by its footer.
+    """Count the rows of a file, reading only its footer.
 
     Raises:
-        DataError: for a file that cannot be opened.
+        DataError: if the file cannot be opened.
     """
     with _parquet(path) as file:
         return int(file.metadata.num_rows)
@@ -58,7 +58,7 @@ def _parquet(path: str) -> Iterator[Any]:
 
 
 def read_parquet(split: Split) -> Iterator[RawRow]:
-    """Rows of a Parquet file, opening only the row groups that hold some of them."""
+    """Read a split, decoding only the row groups that overlap it."""
     number = 0
     with _parquet(split.path) as file:
         n_rows = file.metadata.num_rows
@@ -72,7 +72,7 @@ def read_parquet(split: Split) -> Iterator[RawRow]:
 
 
 def read_arrow(path: str) -> Iterator[RawRow]:
-    """Rows of Arrow's stream format, as `datasets` writes it, or of its file format."""
+    """Read a file of Arrow's IPC stream format, as `datasets` writes it, or IPC file format."""
     with open_file(path) as file:
         is_file_format = file.read(6) == b"ARROW1"
     if is_file_format:
@@ -87,7 +87,7 @@ def read_arrow(path: str) -> Iterator[RawRow]:
 def _records(
     batches: Any, number: int = 0, first: int = 0, stop: int = sys.maxsize
 ) -> Iterator[RawRow]:
-    """Rows `first` to `stop` of batches, the first of which begins with row `number`."""
+    """Yield rows `first` to `stop` (exclusive); the first batch begins with row `number`."""
     for batch in batches:
         if number >= stop:
             return
@@ -99,7 +99,7 @@ def _records(
 
 
 def _batch_rows(batch: Any, number: int) -> Iterator[RawRow]:
-    """The rows of one batch; where it cannot be converted whole, each row by itself."""
+    """Convert a batch; if that fails, convert row by row so that only the bad rows are lost."""
     try:
         records = batch.to_pylist()
     except (ValueError, OverflowError):

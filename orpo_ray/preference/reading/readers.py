@@ -1,4 +1,4 @@
-"""Reading the rows of files of every kind; JSON lines and arrays, and tables of text, itself."""
+"""Reading files of every supported type; JSON and CSV here, Parquet and Arrow in `columns`."""
 
 import csv
 import io
@@ -32,10 +32,10 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 
 
 def split_file(path: str, rows_per_split: int) -> list[Split]:
-    """Cut a file so that many tasks can read it; what is packed or an array stays whole.
+    """Cut a file into splits; only uncompressed JSON lines and Parquet can be cut.
 
     Raises:
-        DataError: for a Parquet file that cannot be opened.
+        DataError: if a Parquet file cannot be opened.
     """
     if path.endswith(PARQUET):
         return split_parquet(path, rows_per_split)
@@ -45,7 +45,7 @@ def split_file(path: str, rows_per_split: int) -> list[Split]:
 
 
 def _split_lines(path: str, rows_per_split: int) -> list[Split]:
-    """Splits of `rows_per_split` lines, by looking for line ends only."""
+    """Cut after every `rows_per_split` newlines, without parsing the lines."""
     splits, start, row, offset = [], 0, 0, 0
     with open_file(path) as file:
         while block := file.read(_BLOCK_BYTES):
@@ -64,7 +64,7 @@ def _split_lines(path: str, rows_per_split: int) -> list[Split]:
 
 
 def count_rows(path: str) -> int:
-    """Rows in a file, blank lines included; nothing is checked that need not be."""
+    """Count the rows of a file, blank lines included, without parsing where possible."""
     if path.endswith(PARQUET):
         return count_parquet(path)
     if kind_of(path) not in LINES:
@@ -77,11 +77,11 @@ def count_rows(path: str) -> int:
 
 
 def read_split(split: Split) -> Iterator[RawRow]:
-    """The rows of a split in order; blank lines are passed over but numbered.
+    """Read the rows of a split in order; blank lines are skipped but counted in row numbers.
 
     Raises:
-        DataError: for a file that cannot be read on: a torn archive, a damaged Parquet file, a
-            JSON file that is no array.
+        DataError: if the file cannot be read to its end, such as a truncated archive, a damaged
+            Parquet file or a malformed JSON array.
     """
     kind = kind_of(split.path)
     try:
@@ -113,14 +113,16 @@ def _read_lines(file: IO[bytes], split: Split) -> Iterator[RawRow]:
 
 
 def _decoded(number: int, line: bytes) -> RawRow:
-    """Parse one line; UTF-8 and JSON errors are the row's, not the file's."""
+    """Parse one line; UTF-8 and JSON errors are recorded in the row, not raised."""
     excerpt = line[:800].decode(errors="replace").strip()
     try:
         record = _parsed(line)
     except UnicodeDecodeError:
         return RawRow(number, None, Reason.NOT_UTF8, excerpt)
     except (ValueError, RecursionError):
-        whole = line.endswith(b"\n")  # the last line of a file that was cut off has no end
+        whole = line.endswith(
+            b"\n"
+        )  # only the last line of a file can be without one: it may be cut off
         return RawRow(number, None, Reason.MALFORMED_JSON if whole else Reason.TORN_LINE, excerpt)
     return _row(number, record, excerpt)
 
@@ -138,7 +140,7 @@ def _row(number: int, record: Any, excerpt: str = "") -> RawRow:
 
 
 class _DuplicateKeys(dict[str, Any]):
-    """An object of JSON that has a key twice, of which each parser keeps another value."""
+    """A JSON object with a duplicate key; parsers differ in which value they keep."""
 
 
 def _mark_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def _has_duplicate_keys(value: Any) -> bool:
 
 
 def _read_array(path: str) -> Iterator[RawRow]:
-    """The elements of a JSON array; a `.json` file that holds JSON lines is read as such."""
+    """Read the elements of a JSON array; a `.json` file may also contain JSON lines."""
     with open_file(path) as file:
         content = file.read().removeprefix(_UTF8_BOM)
     try:
@@ -168,7 +170,7 @@ def _read_array(path: str) -> Iterator[RawRow]:
 
 
 def _read_table(path: str, delimiter: str) -> Iterator[RawRow]:
-    """Rows of CSV with a header; numbered by the line on which they begin."""
+    """Read CSV or TSV with a header; row numbers are the lines that rows begin on."""
     csv.field_size_limit(sys.maxsize)
     with open_file(path) as raw:
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")

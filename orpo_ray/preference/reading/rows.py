@@ -1,4 +1,4 @@
-"""What is known of a row before it is understood: where it stands, and its record or why none."""
+"""Splits of source files, and their rows as decoded but not yet validated."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from orpo_ray.preference.records import Reason
 
 @dataclass(frozen=True)
 class Split:
-    """A stretch of one file that a data task reads.
+    """A contiguous range of rows of one file, read by one data task.
 
     Args:
         path: absolute path or URL of the file.
-        first_row: 0-based number of its first row: line, array element or Parquet row.
-        n_rows: rows in it, or None to the end of the file.
-        first_byte: where its first line begins, for plain JSONL.
+        first_row: number of its first row, from 0: a line, array element or Parquet row.
+        n_rows: number of rows, or None for the rest of the file.
+        first_byte: offset of its first line; only for uncompressed JSON lines.
     """
 
     path: str
@@ -26,13 +26,13 @@ class Split:
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row of a file: its record, or why it has none.
+    """One row of a file: the decoded record, or the reason why it could not be decoded.
 
     Args:
-        number: 0-based row number in the file; of a table, its line there.
+        number: row number in the file, from 0; for CSV and TSV, the line that it begins on.
         record: the decoded object.
-        problem: set when there is no record.
-        excerpt: the row's text as far as it is known, for the quarantine.
+        problem: set if and only if `record` is None.
+        excerpt: beginning of the row's text, if known, for the quarantine.
     """
 
     number: int

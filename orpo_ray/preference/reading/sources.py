@@ -1,4 +1,4 @@
-"""Files of preference pairs: finding them on any file system, opening them, telling them apart."""
+"""Finding, opening and fingerprinting source files, local or on any remote file system."""
 
 import bz2
 import contextlib
@@ -20,29 +20,30 @@ from orpo_ray.storage.bucket import file_system
 LINES, ARRAYS, TABLES = (".jsonl", ".ndjson"), (".json",), (".csv", ".tsv")
 PARQUET, ARROW = (".parquet",), (".arrow", ".feather")
 KINDS = (*LINES, *ARRAYS, *TABLES, *PARQUET, *ARROW)
-# pyarrow brings these file systems; every other protocol is fsspec's.
+# pyarrow has file systems for these; every other protocol is left to fsspec.
 _PYARROW_URLS = ("s3://", "gs://", "gcs://")
 _BUFFER_BYTES = 4 << 20
-# Before the name of a bucket that is read without credentials.
+# Prefix of a bucket's name that asks for access without credentials.
 _ANONYMOUS = "anonymous@"
-# Not every server of these gives a part of a file.
+# Not every HTTP server supports range requests, so these are read from the start.
 STREAMED = ("http://", "https://")
 
 
 def kind_of(path: str) -> str:
-    """The suffix that says how a file is read, without the one of its compression."""
+    """Return the suffix that determines the reader, ignoring a compression suffix."""
     for packed in COMPRESSIONS:
         path = path.removesuffix(packed)
     return PurePosixPath(path).suffix
 
 
 def find_files(patterns: Sequence[str]) -> list[str]:
-    """Files that paths, globs, folders and URLs stand for; sorted within each, without repeats.
+    """Resolve paths, globs, folders and URLs to files, without repeats.
 
-    A folder that `datasets.save_to_disk` wrote stands for its files in their order.
+    The files of one pattern are sorted; those of a folder written by `datasets.save_to_disk` keep
+    their order.
 
     Raises:
-        DataError: naming every pattern that matches nothing and every file of another kind.
+        DataError: with every pattern that matches no file and every unsupported or empty file.
     """
     found: dict[str, str] = {}
     problems = []
@@ -54,7 +55,7 @@ def find_files(patterns: Sequence[str]) -> list[str]:
             problems += error.lines
             continue
         except Exception as error:
-            # Every file system has errors of its own, and aiohttp's are no OSError.
+            # Every file system raises its own exceptions; those of aiohttp are no OSError.
             problems.append(f"{pattern}: cannot be listed: {type(error).__name__}: {error}")
             continue
         if not matches:
@@ -69,14 +70,14 @@ def find_files(patterns: Sequence[str]) -> list[str]:
 
 
 def _file_problem(path: str) -> str | None:
-    """What speaks against a file before it is opened."""
+    """Why a file cannot be read, as far as its name and size tell; else None."""
     if not path.endswith(SUFFIXES):
         return f"not a supported file type ({_KINDS_TEXT})"
     return "is empty" if file_fingerprint(path)[0] == 0 else None
 
 
 def _local_matches(pattern: str) -> list[str]:
-    """Absolute paths for one pattern; of a folder, the files below it that can be read."""
+    """Match a local path, glob or folder; a folder means all supported files below it."""
     expanded = Path(pattern).expanduser()
     if expanded.is_dir():
         saved = _saved_to_disk(str(expanded), lambda name: (expanded / name).open("rb"))
@@ -85,14 +86,14 @@ def _local_matches(pattern: str) -> list[str]:
         below = [path for path in expanded.rglob("*") if path.name.endswith(SUFFIXES)]
     else:
         below = [Path(path) for path in glob.glob(str(expanded), recursive=True)]
-    if expanded.is_file():  # also where its name holds a character of globs
+    if expanded.is_file():  # its name may contain glob characters
         below = [expanded]
-    # Links keep their names: those of the hub's cache lead to files without a suffix.
+    # Symlinks are not resolved: in the hub's cache they point to files without a suffix.
     return sorted(os.path.abspath(path) for path in below if path.is_file())
 
 
 def _saved_to_disk(folder: str, open_in: Callable[[str], Any]) -> list[str] | None:
-    """The files of a folder of `datasets.save_to_disk`, or None where it is no such folder."""
+    """List the files of a folder written by `datasets.save_to_disk`; None for other folders."""
 
     def content(name: str) -> Any:
         try:
@@ -111,11 +112,11 @@ def _saved_to_disk(folder: str, open_in: Callable[[str], Any]) -> list[str] | No
 
 
 def _remote_matches(pattern: str) -> list[str]:
-    """The same for a URL."""
+    """Match a URL, with a glob or of a folder, on its file system."""
     system, path = _filesystem(pattern)
     protocol, _, rest = pattern.partition("://")
     head = f"{protocol}://{_ANONYMOUS if rest.startswith(_ANONYMOUS) else ''}"
-    if pattern.startswith(STREAMED):  # to list or to look for a folder would fetch the page
+    if pattern.startswith(STREAMED):  # isdir and glob would download the page
         return [pattern] if system.exists(path) else []
     if system.isdir(path):
         saved = _saved_to_disk(pattern, lambda name: system.open(f"{path}/{name}", "rb"))
@@ -128,7 +129,7 @@ def _remote_matches(pattern: str) -> list[str]:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """A file system with fsspec's interface, and the path of `url` in it."""
+    """Return a file system with fsspec's interface and the path of `url` in it."""
     import fsspec
     from fsspec.implementations.arrow import ArrowFSWrapper
 
@@ -140,7 +141,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def file_fingerprint(path: str) -> tuple[int | None, Any]:
-    """Size of a file in bytes if it is known, and what else tells it from another content."""
+    """Return what changes with a file's content: its size in bytes (None if unknown) and metadata.
+
+    The metadata is the modification time of a local file, and all that its file system reports of
+    a remote one.
+    """
     if "://" not in path:
         stat = Path(path).stat()
         return stat.st_size, stat.st_mtime_ns
@@ -151,18 +156,19 @@ def file_fingerprint(path: str) -> tuple[int | None, Any]:
 
 @contextlib.contextmanager
 def open_file(path: str, seekable: bool = False) -> Iterator[Any]:
-    """The bytes of a file, unpacked, as a stream.
+    """Open a file for reading bytes, decompressed according to its suffix.
 
     Args:
-        path: of the file.
-        seekable: whether the reader jumps about; a file that cannot is then held in memory.
+        path: absolute path or URL.
+        seekable: whether the caller needs `seek`; a compressed file or one behind HTTP is then read
+            into memory.
     """
     with contextlib.ExitStack() as stack:
         if "://" in path:
             system, inner = _filesystem(path)
             raw: Any = stack.enter_context(system.open(inner, "rb"))
             if path.startswith(_PYARROW_URLS) and not seekable:
-                # Else a line is read byte by byte, and each of them is a request.
+                # Unbuffered, readline would send a request for every byte.
                 raw = stack.enter_context(io.BufferedReader(raw.stream, _BUFFER_BYTES))
         else:
             raw = stack.enter_context(open(path, "rb"))
