@@ -1,4 +1,4 @@
-"""Reading a config from a YAML file and overrides, and saying all that is wrong with it at once."""
+"""Loading a config from a YAML file and overrides; all its errors are reported at once."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from orpo_ray.storage.bucket import URLS, VIEWS, local
 from orpo_ray.storage.files import one_line
 from orpo_ray.storage.mirror import fetch
 
-# What users of other trainers type for settings that are far from ours by letters.
+# Names in other trainers for settings whose names here are spelled too differently to be suggested.
 _OTHER_NAMES = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
@@ -46,14 +46,14 @@ _OTHER_NAMES = {
 
 
 def load_config(path: str | None, overrides: Sequence[str]) -> ORPOConfig:
-    """Read a YAML file, lay `key=value` overrides over it, and check everything at once.
+    """Load a YAML file with `key=value` overrides and validate the result.
 
     Args:
-        path: a YAML file, or None for nothing but defaults.
-        overrides: dotted (`orpo.beta=0.2`) or bare (`beta=0.2`) settings; the last one wins.
+        path: a YAML file, or None for the defaults.
+        overrides: dotted (`orpo.beta=0.2`) or bare (`beta=0.2`) settings; later ones override.
 
     Raises:
-        ConfigError: with every finding, one or two lines each.
+        ConfigError: with all findings, a line each.
     """
     findings: list[str] = []
     layers = [_file_layer(path, findings)] if path is not None else []
@@ -71,7 +71,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> ORPOConfig:
 
 
 def to_yaml(config: ORPOConfig) -> str:
-    """The whole config as YAML, which `load_config` reads back to the same value."""
+    """The config as YAML, which `load_config` reads back to an equal value."""
     import yaml
 
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -79,7 +79,7 @@ def to_yaml(config: ORPOConfig) -> str:
 
 
 def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
-    """The settings of a YAML file; empty, with a finding, when it has none that can be read."""
+    """The settings of a YAML file; empty, with a finding, if it cannot be read."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -96,7 +96,7 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
     else:
         if isinstance(values, dict):
             return {str(key): value for key, value in values.items()}
-        findings.append(f"{path}: holds a list, not settings")
+        findings.append(f"{path}: holds a list, not settings by name")
     return {}
 
 
@@ -109,7 +109,7 @@ def _override_layer(override: str, findings: list[str]) -> dict[str, Any]:
     name, _, text = override.partition("=")
     secrets = take_out_secrets({name: text or None})
     if secrets:
-        findings += secrets  # before anything is said of it that shows it
+        findings += secrets  # first: other findings would show the value
         return {}
     if "=" not in override.strip("="):
         findings.append(f"{override}: not a key=value setting")
@@ -123,10 +123,9 @@ def _override_layer(override: str, findings: list[str]) -> dict[str, Any]:
 
 
 def _resolved(read: Any, findings: list[str]) -> Any:
-    """Settings as OmegaConf read them, interpolated; without secrets, for which there are findings.
+    """Resolve OmegaConf's interpolations and remove secrets, which are added to the findings.
 
-    What comes from a variable named like a secret is found before it is filled in, and its value
-    wherever else it came from afterwards.
+    References to variables named like secrets are found before resolving, other values after it.
     """
     from omegaconf import OmegaConf
 
@@ -140,11 +139,11 @@ def _resolved(read: Any, findings: list[str]) -> Any:
 
 
 def _merge(target: dict[str, Any], layer: Mapping[str, Any], findings: list[str]) -> None:
-    """Lay the sections of `layer` over those of `target`, leaf by leaf."""
+    """Merge the sections of `layer` into those of `target`, leaf by leaf."""
     for key, value in layer.items():
         if key in (*SECTIONS, "search") and not isinstance(value, Mapping):
             if value is not None:
-                findings.append(f"{key}: is a section, not a setting (got {value!r})")
+                findings.append(f"{key}: is a section; set {key}.<setting> (got {value!r})")
         elif isinstance(value, Mapping) and isinstance(target.get(key), dict):
             target[key] |= value
         else:
@@ -152,7 +151,7 @@ def _merge(target: dict[str, Any], layer: Mapping[str, Any], findings: list[str]
 
 
 def _finding(details: Any) -> str:
-    """One pydantic error as `field: what is wrong; the nearest valid name`."""
+    """One pydantic error as `field: what is wrong (got value)`, or with the nearest valid name."""
     where = ".".join(str(part) for part in details["loc"])
     if details["type"] == "extra_forbidden":
         return f"{where}: no such setting{_nearest(str(details['loc'][-1]))}"
@@ -163,7 +162,7 @@ def _finding(details: Any) -> str:
 
 
 def _nearest(name: str) -> str:
-    """Suggest the valid name that `name` is most like."""
+    """Suggest the valid name that is closest to `name`."""
     near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else []
     near += difflib.get_close_matches(name, [*SECTION_OF, *SECTIONS], n=1, cutoff=0.5)
     if not near:

@@ -1,4 +1,4 @@
-"""The whole run as one typed, frozen value."""
+"""The config of a run as one frozen, validated value."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from orpo_ray.config.train import OrpoSection, TrainSection
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run; `lines` has one finding each, with the field and the fix."""
+    """An invalid config; each of `lines` is one finding with its field and the fix."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("\n".join(lines))
@@ -22,9 +22,9 @@ class ConfigError(ValueError):
 
 
 class ORPOConfig(Section):
-    """A whole run: `ORPOConfig(beta=0.2, num_workers=8)`, or by sections.
+    """The config of a run: `ORPOConfig(beta=0.2, num_workers=8)`, or by sections.
 
-    Every leaf name is unique, so a setting may stand in its section or at the top level.
+    Setting names are unique, so a setting may be given in its section or at the top level.
 
     Raises:
         pydantic.ValidationError: for unknown names, wrong types and values out of bounds.
@@ -38,7 +38,7 @@ class ORPOConfig(Section):
     output: OutputSection = OutputSection()
     tune: TuneSection = TuneSection()
     search: dict[str, str | list[Any]] = Field(
-        default_factory=dict, description="What a sweep searches, by setting."
+        default_factory=dict, description="Search space of a sweep: a distribution by setting name."
     )
 
     @model_validator(mode="before")
@@ -47,35 +47,35 @@ class ORPOConfig(Section):
         return leaves_into_sections(values) if isinstance(values, Mapping) else values
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of a run: `max_steps`, else as many as the epochs take."""
+        """Number of optimizer steps: `max_steps`, or the steps of `num_train_epochs`."""
         if self.train.max_steps > 0:
             return self.train.max_steps
         return math.ceil(self.train.num_train_epochs * steps_per_epoch)
 
     @property
     def pairs_per_step(self) -> int:
-        """Pairs in one optimizer step, over all workers."""
+        """Pairs per optimizer step, over all workers."""
         train = self.train
         per_worker = train.per_device_train_batch_size * train.gradient_accumulation_steps
         return train.global_batch_size or per_worker * self.ray.max_workers
 
     @property
     def microbatch_tokens(self) -> int:
-        """Tokens that one forward and backward pass may hold; a longer group comes alone."""
+        """Token budget of a microbatch; a group that is longer gets a microbatch of its own."""
         return self._microbatch_tokens(self.train.per_device_train_batch_size)
 
     @property
     def eval_microbatch_tokens(self) -> int:
-        """The same of a forward pass in evaluation."""
+        """Token budget of a forward pass in evaluation."""
         return self._microbatch_tokens(self.train.per_device_eval_batch_size)
 
     def _microbatch_tokens(self, per_device: int) -> int:
-        """As asked; what `auto` comes to is not known before the workers have measured."""
+        """The budget that is set; with `auto` its default, since the workers measure it later."""
         asked = self.train.max_tokens_per_microbatch
         return asked if isinstance(asked, int) else per_device * self.data.max_length
 
     def replace(self, **leaves: Any) -> Self:
-        """The same run with some leaves changed, checked like a new one."""
+        """A copy with some settings changed, validated like a new config."""
         values = self.model_dump()
         for name, value in leaves.items():
             values[SECTION_OF[name]][name] = value
@@ -105,7 +105,7 @@ def settings_that_decide(what: Decides) -> frozenset[str]:
 
 
 def leaves_into_sections(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Put bare leaf names into their sections; unknown names stay, to be refused."""
+    """Move bare setting names into their sections; unknown names are kept for validation."""
     routed = {
         key: dict(value) if key in SECTIONS and isinstance(value, Mapping) else value
         for key, value in values.items()

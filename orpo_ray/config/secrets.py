@@ -1,4 +1,4 @@
-"""What looks like a secret, by its name or by itself, and has no place in a config or in a log."""
+"""Detection of secrets, by name or by value, which must not be in a config or a log."""
 
 import os
 import re
@@ -29,7 +29,7 @@ _VALUES = (
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^\"']*"),
 )
 _FROM_ENVIRONMENT = re.compile(r"oc\.env\s*:\s*([^,}\s]+)")
-_LEAST_VALUE = 10  # letters of a variable's value: what is shorter is found in too many places
+_MIN_LENGTH = 10  # of a variable's value: shorter ones occur in ordinary text
 
 
 def is_secret_name(name: str) -> bool:
@@ -40,7 +40,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def hide(text: str) -> str:
-    """The text without what looks like a secret, and without the secrets of the environment."""
+    """Replace secrets in a text: known patterns, and values of secret environment variables."""
     for value in _secrets_of_environment():
         text = text.replace(value, HIDDEN)
     for pattern in _VALUES:
@@ -49,10 +49,10 @@ def hide(text: str) -> str:
 
 
 def take_out_secrets(values: dict[str, Any]) -> list[str]:
-    """Remove what looks like a secret from nested settings; one finding each, without its value.
+    """Remove secrets from nested settings; returns one finding each, without its value.
 
     Args:
-        values: as they were read; values from `${oc.env:NAME}` may or may not be filled in.
+        values: the settings, with `${oc.env:NAME}` resolved or not.
     """
     findings = []
     for path, problem in list(_secrets(values, ())):
@@ -62,12 +62,12 @@ def take_out_secrets(values: dict[str, Any]) -> list[str]:
 
 
 def find_secrets(values: Any) -> list[str]:
-    """The same findings, with nothing removed."""
+    """Findings as of `take_out_secrets`, without removing anything."""
     return [f"{hide('.'.join(path))}: {what}; {_FIX}" for path, what in _secrets(values, ())]
 
 
 def _secrets(values: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The path of everything that looks like a secret, with why it does."""
+    """Paths of all secrets, with the reason for each."""
     if isinstance(values, BaseModel):
         values = dict(values)
     if isinstance(values, Mapping):
@@ -91,7 +91,7 @@ def _secrets(values: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
 
 
 def _remove(values: dict[str, Any], path: tuple[str, ...]) -> None:
-    """Take out a setting; of a list that holds a secret the whole list goes."""
+    """Remove a setting; a list that contains a secret is removed whole."""
     target = values
     for key in path[:-1]:
         inner = target.get(key)
@@ -103,13 +103,13 @@ def _remove(values: dict[str, Any], path: tuple[str, ...]) -> None:
 
 
 def _secrets_of_environment() -> list[str]:
-    """Values of all variables that are named like secrets; the longest first.
+    """Values of all environment variables named like secrets, the longest first.
 
-    A path in one, as in GOOGLE_APPLICATION_CREDENTIALS, says where a secret lies and is none.
+    A path, as in GOOGLE_APPLICATION_CREDENTIALS, is not itself a secret.
     """
     values = {
         value
         for name, value in os.environ.items()
-        if len(value) >= _LEAST_VALUE and is_secret_name(name) and not os.path.exists(value)
+        if len(value) >= _MIN_LENGTH and is_secret_name(name) and not os.path.exists(value)
     }
     return sorted(values, key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: the settings and data that decide its weights.
+"""Whether a run may resume from a checkpoint: the settings and data that decide its weights.
 
 Runs in training workers and on the driver; needs no torch.
 """
@@ -16,7 +16,7 @@ from orpo_ray.runs.manifest import checkpoint_directories, read_manifest
 
 
 class ResumeError(ValueError):
-    """The run directory's checkpoint does not fit the config it is to go on with."""
+    """The checkpoint in the run directory was made with another config or other data."""
 
 
 # Tokens are compared by their digest; the base model's settings decide its weights as well.
@@ -43,9 +43,9 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each decisive setting that differs from a checkpoint's.
+    """One line for each setting that differs from a checkpoint's.
 
-    A setting that only one of them has came or went with a version of this project.
+    A setting that only one of them has was added or removed by another version of this project.
     """
     lines = []
     for name in sorted(before.keys() & now.keys()):
@@ -60,7 +60,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def refuse_changes(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Stop before a run goes on as another one.
+    """Refuse to resume with other settings or data.
 
     Raises:
         ResumeError: with every difference.
@@ -71,8 +71,8 @@ def refuse_changes(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> 
             "\n".join(
                 [
                     *lines,
-                    f"step {manifest['step']} of this run directory was made otherwise: set it "
-                    "back, choose another run_name, or go on with resume_changed=true",
+                    f"the checkpoint of step {manifest['step']} was made with other settings or "
+                    "pairs: set them back, choose another run_name, or set resume_changed=true",
                 ]
             )
         )

@@ -107,7 +107,7 @@ def test_all_findings_come_at_once():
     lines = refusals(
         "bta=1", "train.lr=3", "orpo=3", "beta=-1", "num_workers=x", "optim.x=1", "max_steps=0"
     )
-    assert lines[0] == "orpo: is a section, not a setting (got 3)"
+    assert lines[0] == "orpo: is a section; set orpo.<setting> (got 3)"
     assert sorted(lines[1:]) == [
         "bta: no such setting; did you mean orpo.beta?",
         "optim: no such setting; --help lists all of them",

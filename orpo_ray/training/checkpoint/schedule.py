@@ -176,7 +176,7 @@ class CheckpointSchedule:
         self._retry_at = step + max(1, self._config.train.save_steps // 10)
         self._files.event(
             f"ALARM: the checkpoint of step {self._saving_step} was not saved: {problem}; "
-            f"training goes on, the next attempt is after step {self._retry_at}",
+            f"training continues, the next attempt is after step {self._retry_at}",
             saves_failed=1,
         )
 
@@ -192,7 +192,7 @@ class CheckpointSchedule:
             refuse_changes(manifest, self._settings)
             return
         for line in changed_settings(manifest["settings"], self._settings):
-            self._files.event(f"going on with resume_changed=true: {line}", settings_changed=1)
+            self._files.event(f"resuming with resume_changed=true: {line}", settings_changed=1)
 
     def _set_aside(self, name: str, reason: str) -> None:
         self._files.event(f"checkpoint {name} set aside: {reason}", checkpoints_set_aside=1)
