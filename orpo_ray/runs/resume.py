@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: the settings and data that decide its weights.
+"""Whether a run may resume from a checkpoint: the settings and data that decide its weights.
 
 Runs in training workers and on the driver; needs no torch.
 """
@@ -16,7 +16,7 @@ from orpo_ray.runs.manifest import checkpoint_directories, read_manifest
 
 
 class ResumeError(ValueError):
-    """The run directory's checkpoint does not fit the config it is to go on with."""
+    """The checkpoint was made with other settings or data than those of the config."""
 
 
 # Tokens are compared by their digest; the base model's settings decide its weights as well.
@@ -60,7 +60,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def refuse_changes(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Stop before a run goes on as another one.
+    """Refuse to resume with other settings or data.
 
     Raises:
         ResumeError: with every difference.
@@ -71,15 +71,15 @@ def refuse_changes(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> 
             "\n".join(
                 [
                     *lines,
-                    f"step {manifest['step']} of this run directory was made otherwise: set it "
-                    "back, choose another run_name, or go on with resume_changed=true",
+                    f"step {manifest['step']} of this run directory was made with the old values: "
+                    "restore them, choose another run_name, or set resume_changed=true",
                 ]
             )
         )
 
 
 def newest_manifest(run_directory: Path) -> dict[str, Any] | None:
-    """The newest manifest that can be read; its files are not looked at."""
+    """The newest manifest that can be read; its files are not verified."""
     for directory in checkpoint_directories(run_directory):
         try:
             return read_manifest(directory)
