@@ -49,7 +49,7 @@ class SetEvaluation:
 
     Args:
         pairs: how many.
-        figures: by name, see `orpo_ray.runs.statistics.FIGURES`.
+        figures: by name, see `orpo_ray.runs.statistics.STATISTICS`.
         subsets: the same for the pairs of each value of `eval_subset_column`.
         lengths: the same for four groups of pairs of about the same length, the shortest first.
         differences: from the baseline, if there is one.
@@ -195,13 +195,13 @@ def _subsets(tokens: TokenSet) -> dict[tuple[int, int], str]:
 
 def _statistics(table: pa.Table, baseline: pa.Table | None, path: Path) -> SetEvaluation:
     """Estimates of one set's scores, and their differences from the baseline's."""
-    scores = Scores.of(table)
+    scores = Scores.from_table(table)
     return SetEvaluation(
         pairs=len(scores.prompts),
         figures=estimates(scores),
         subsets=_by_group(scores, np.array(table["subset"].to_pylist())),
         lengths=_by_group(scores, _length_groups(scores)),
-        differences={} if baseline is None else differences(scores, Scores.of(baseline)),
+        differences={} if baseline is None else differences(scores, Scores.from_table(baseline)),
         scores=address(path),
     )
 

@@ -101,7 +101,7 @@ class TrainResult:
 def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
     """Run ORPO as the config says, on the cluster at hand or on this machine.
 
-    An existing run directory goes on from its newest checkpoint.
+    An existing run directory resumes from its newest checkpoint.
 
     Args:
         config: the run.
@@ -217,7 +217,7 @@ def end_text(result: TrainResult, config: ORPOConfig) -> str:
     lines.append(f"{TRAIN} data: {format_rows(result.data_report[TRAIN])}")
     if result.events:
         met = ", ".join(f"{kind} {count}" for kind, count in sorted(result.events.items()))
-        lines.append(f"on the way: {met} (events.jsonl)")
+        lines.append(f"events: {met} (events.jsonl)")
     lines += [
         f"run directory: {result.run_directory} ({REPORT} in it)",
         f"rows that look labelled the wrong way round come first in {SUSPECTS}",
@@ -231,6 +231,6 @@ def end_text(result: TrainResult, config: ORPOConfig) -> str:
     else:
         lines.append(
             f"next: python jobs/train.py ... run_name={config.output.run_name} with a higher "
-            "max_steps or num_train_epochs goes on from here"
+            "max_steps or num_train_epochs resumes from here"
         )
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""What people look at: pages, cards and live views, made from files alone; no torch, no Ray."""
+"""Pages, model cards and live views, made from files alone; no torch, no Ray."""

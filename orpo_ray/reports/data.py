@@ -1,4 +1,4 @@
-"""What a run directory says of its data: counts, lengths, and every refused row; on the driver."""
+"""The data report of a run: counts, lengths, and every refused row; on the driver."""
 
 import json
 from collections import Counter
@@ -44,7 +44,7 @@ def write_data_report(
         names: of source files, where they have other names than their paths.
 
     Returns:
-        What the file holds, by data set.
+        The content of the file, by data set.
 
     Raises:
         AssertionError: when rows are neither kept nor refused nor held out, which would be a bug.
@@ -66,7 +66,7 @@ def write_data_report(
             path: ({"name": names[path]} if path in names else {}) | part
             for path, part in counts["sources"].items()
         }
-        report[shown] = counts | {"sources": sources} | _figures(tokens, config)
+        report[shown] = counts | {"sources": sources} | _lengths(tokens, config)
         _list_refused(run_directory, shown, tokens)
     if train is not None:
         report[TRAIN]["overlapping_pairs"] = _overlaps(token_sets)
@@ -75,7 +75,7 @@ def write_data_report(
 
 
 def source_label(path: str, part: Mapping[str, Any]) -> str:
-    """What a source file is called in tables: its path, after the name that the user gave it."""
+    """Label of a source file in tables: its path, after the name that the user gave it."""
     return f"{part['name']}: {path}" if "name" in part else path
 
 
@@ -102,7 +102,7 @@ def length_tallies(tokens: TokenSet) -> dict[str, Tally]:
         return {kind: arrays[kind] for kind in _KINDS}
 
 
-def _figures(tokens: TokenSet, config: ORPOConfig) -> dict[str, Any]:
+def _lengths(tokens: TokenSet, config: ORPOConfig) -> dict[str, Any]:
     """Lengths, and the tokens that padding would have cost."""
     tallies = length_tallies(tokens)
     batch = config.train.per_device_train_batch_size
@@ -170,7 +170,7 @@ def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
 
 
 def first_pair_lines(tokens: TokenSet, tokenizer: Any, nll_scope: str) -> list[str]:
-    """The first pair as the model sees it, and what of it is trained."""
+    """The first pair as the model receives it, and which parts are trained."""
     group = read_shard(str(Path(tokens.directory, tokens.shards[0].name)))[0]
     (row_id, *_), ((chosen, rejected), *_) = group.row_ids, group.pairs
     in_nll = "in the NLL" if nll_scope == "all" else "not trained (nll_scope=completion)"
@@ -190,7 +190,7 @@ def first_pair_lines(tokens: TokenSet, tokenizer: Any, nll_scope: str) -> list[s
 def refuse_bad_data(
     run_directory: Path, token_sets: Mapping[str, TokenSet], config: ORPOConfig
 ) -> None:
-    """Stop before training when nothing is left, too many rows are refused, or any that may not be.
+    """Stop before training when no row is left, too many are refused, or one must not be.
 
     Raises:
         DataError: with the counts, the first rows, and where all of them are listed.
@@ -198,7 +198,7 @@ def refuse_bad_data(
     problems: list[str] = []
     seen: set[str] = set()
     for name, tokens in token_sets.items():
-        if tokens.directory in seen:  # held out of the training files, which were looked at
+        if tokens.directory in seen:  # held out of the training files, which were checked
             continue
         seen.add(tokens.directory)
         report, shown = tokens.report, name.rstrip("_")
@@ -226,7 +226,7 @@ def refuse_bad_data(
 def count_trained(
     run_directory: Path, report: Mapping[str, Any], train: TokenSet
 ) -> dict[str, Any]:
-    """Add to the report what of every training file the ledger says was trained, and skipped.
+    """Add to the report how many rows of each training file were trained or skipped, by the ledger.
 
     A ledger of earlier, other data may name rows that are not in the set: those are not counted.
     """
@@ -251,7 +251,7 @@ def count_trained(
 
 
 class _RowMarks:
-    """Which rows of every source file the ledger names: a byte a row."""
+    """The rows of every source file that are in the ledger: one byte per row."""
 
     def __init__(self, tokens: TokenSet) -> None:
         self._marks = [bytearray() for _ in tokens.sources]

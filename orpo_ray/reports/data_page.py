@@ -1,4 +1,4 @@
-"""`data_report.html` and its text: what a person should know of the data; on the driver."""
+"""`data_report.html`, and its text for the terminal; on the driver."""
 
 import json
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ import numpy as np
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.reports.data import QUARANTINE, Tally, length_tallies, source_label
 from orpo_ray.reports.page import make_axes, render, svg_of
+from orpo_ray.runs.formatting import format_rows
 from orpo_ray.storage.files import write_atomic
 
 PAGE = "data_report.html"
@@ -17,32 +18,32 @@ _EXAMPLES, _BINS = 3, 30
 _COLUMNS = ("rows_read", "rows_kept", "rows_held_out", "rows_refused", "truncated_pairs", "tokens")
 
 
-def budget_lines(figures: Mapping[str, Any]) -> list[str]:
-    """Lengths, truncation, repeats, the length bias, and what padding would have cost."""
-    if not figures.get("pairs"):
+def budget_lines(counts: Mapping[str, Any]) -> list[str]:
+    """Lengths, truncation, repeats, the length bias, and the cost of padding."""
+    if not counts.get("pairs"):
         return []
     lines = []
-    for kind, spread in figures.get("lengths", {}).items():
+    for kind, spread in counts.get("lengths", {}).items():
         name = "longer side with its prompt" if kind == "longest" else kind
         lines.append(
-            f"{name}: {spread['mean']} tokens in the mean, {spread['p50']} the median, "
-            f"{spread['p95']} at 95 %, {spread['max']} the longest"
+            f"{name}: mean {spread['mean']} tokens, median {spread['p50']}, "
+            f"95th percentile {spread['p95']}, maximum {spread['max']}"
         )
-    if "rows_read" not in figures:
+    if "rows_read" not in counts:
         return lines
-    pairs, read = figures["pairs"], figures["pairs_read"]
+    pairs, read = counts["pairs"], counts["pairs_read"]
     lines += [
-        f"truncated: {_share(figures['truncated_pairs'], read)} of the pairs "
-        f"({figures['truncated_prompts']} prompts, {figures['truncated_completions']} with an "
+        f"truncated: {_share(counts['truncated_pairs'], read)} of the pairs "
+        f"({counts['truncated_prompts']} prompts, {counts['truncated_completions']} with an "
         "answer cut)",
-        f"repeated: {_share(figures['duplicate_pairs'], read)} of the pairs occurred before; "
-        f"{_share(figures.get('overlapping_pairs', 0), read)} share a prompt with an evaluation "
+        f"repeated: {_share(counts['duplicate_pairs'], read)} of the pairs occurred before; "
+        f"{_share(counts.get('overlapping_pairs', 0), read)} share a prompt with an evaluation "
         "set",
         f"length bias: the chosen answer is the longer one in "
-        f"{_share(figures['pairs_chosen_longer'], pairs - figures['pairs_equally_long'])} of the "
+        f"{_share(counts['pairs_chosen_longer'], pairs - counts['pairs_equally_long'])} of the "
         "pairs of unequal answers",
-        f"tokens: {figures['tokens']} packed; padded batches would take {figures['padded_tokens']},"
-        f" {figures['padded_tokens'] / figures['tokens']:.1f} times as many",
+        f"tokens: {counts['tokens']} packed; padded batches would take {counts['padded_tokens']},"
+        f" {counts['padded_tokens'] / counts['tokens']:.1f} times as many",
     ]
     return lines
 
@@ -58,7 +59,7 @@ def write_data_page(
 
     Args:
         run_directory: with `quarantine/` in it.
-        report: what `data_report.json` holds.
+        report: the content of `data_report.json`.
         token_sets: by their name in the feed.
 
     Returns:
@@ -66,19 +67,19 @@ def write_data_page(
     """
     by_name = {name.rstrip("_"): tokens for name, tokens in token_sets.items()}
     parts = []
-    for name, figures in report.items():
-        whole = "rows_read" in figures
+    for name, counts in report.items():
+        whole = "rows_read" in counts
         sources = [
             [source_label(path, part), *(part[c] for c in _COLUMNS)]
-            for path, part in figures.get("sources", {}).items()
+            for path, part in counts.get("sources", {}).items()
         ]
         parts.append(
             {
                 "name": name,
-                "lines": [f"{figures['rows_kept']} rows kept", *budget_lines(figures)],
+                "lines": [format_rows(counts), *budget_lines(counts)],
                 "sources": sources,
                 "svg": _histograms(length_tallies(by_name[name])) if whole else "",
-                "refused": _examples(run_directory, name, figures.get("refused", {})),
+                "refused": _examples(run_directory, name, counts.get("refused", {})),
             }
         )
     page = render(

@@ -151,7 +151,7 @@ def headline(evaluations: list[Evaluation], report: Mapping[str, Any]) -> list[d
         {
             "name": set_label(prefix),
             "pairs": report.get(prefix.rstrip("_"), {}).get("pairs", ""),
-            "figures": [
+            "metrics": [
                 (_estimate_text(before.get(prefix), m), _estimate_text(after.get(prefix), m))
                 for m in HEADLINE
             ],

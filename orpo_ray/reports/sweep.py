@@ -70,7 +70,7 @@ def write_sweep_report(
 
 def _headline(trials: Sequence[Trial], best: Trial | None, goal: Goal) -> str:
     if best is None:
-        return f"{len(trials)} trials; none is left to choose."
+        return f"{len(trials)} trials; none is eligible."
     values = format_settings(best.values)
     start = best.evaluations(goal.metric)[0][1]
     return (
@@ -122,12 +122,12 @@ def _heat_map(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]
     axis.set(xscale="log", yscale="log", xlabel="beta", ylabel="learning rate")
     axis.margins(0.15)
     figure.colorbar(drawn, label=goal.metric)
-    text = "Last evaluation of every trial; shades are drawn between them."
+    text = "Last evaluation of every trial; shading is interpolated."
     return [("Beta and learning rate", text, svg_of(figure))]
 
 
 def _shade(axis: Any, betas: list[float], rates: list[float], values: list[float]) -> None:
-    """Shades between the trials, over the triangles that they span in the logarithms."""
+    """Interpolate between the trials on their triangulation in log space."""
     from matplotlib.tri import LinearTriInterpolator, Triangulation, UniformTriRefiner
 
     try:
@@ -155,14 +155,14 @@ def _log_probs(best: Trial, beta_zero: Trial, goal: Goal) -> tuple[str, str, str
     for axis in axes:
         axis.set_ylim(low, high)
     text = (
-        "Without the odds-ratio term rejected answers become likelier together with chosen ones; "
-        "with it they part."
+        "Without the odds-ratio term rejected answers become more likely together with chosen "
+        "ones; with it they diverge."
     )
     return ("Chosen and rejected answers", text, svg_of(figure))
 
 
 def _importance(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str]]:
-    """How much each searched setting decides, by Optuna's PED-ANOVA (Watanabe et al. 2023)."""
+    """Importance of each searched setting, by Optuna's PED-ANOVA (Watanabe et al. 2023)."""
     evaluated = [trial for trial in trials if trial.evaluations(goal.metric)]
     settings = {
         name: {repr(trial.values[name]) for trial in evaluated}

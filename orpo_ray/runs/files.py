@@ -25,9 +25,9 @@ SAMPLES = "samples.jsonl"
 STOP = "stop-requested"
 FINAL = "final"
 RECORD = "orpo_ray.json"
-# Of a sweep: the folder of its trials, and what each of them says of itself.
+# Of a sweep: the folder of its trials, and the record of each trial.
 TRIALS, TRIAL_RECORD = "trials", "trial.json"
-# What a worker's time goes into; each is a metric of its own, in seconds since the line before.
+# Parts of a worker's time; each is a metric, in seconds since the previous line.
 TIME_PARTS = (
     "data_wait",
     "forward_backward",
@@ -39,15 +39,15 @@ TIME_PARTS = (
 TIME_PREFIX = "seconds/"
 # Files whose lines belong to a step, besides the ledger.
 _BY_STEP = (METRICS, MARGINS, EVALUATIONS, SAMPLES)
-# What rank 0 writes beside checkpoints and `final/`, and nobody else.
+# Files that rank 0 alone writes, besides checkpoints and `final/`.
 WRITTEN_BY_WORKERS = (*_BY_STEP, LEDGER, EVENTS, LOG)
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run writes as it goes on: lines of JSON by step, events and a log; rank 0 writes.
+    """The files that a run writes: lines of JSON by step, events and a log; rank 0 writes.
 
-    Lines that find no room on the disk are kept, and written before the next ones.
+    Lines that cannot be written because the disk is full are kept, and written before the next.
     """
 
     directory: Path
@@ -64,14 +64,14 @@ class RunFiles:
         self._append(LOG, text + "\n")
 
     def event(self, text: str, **counts: int) -> None:
-        """Say what a run met that it should not have, and keep what of it is counted."""
+        """Log an event that should not occur in a run, and record its counts."""
         self.notice(text)
         counts = {kind: count for kind, count in counts.items() if count}
         line = {"time": time.time(), "text": text, "counts": counts}
         self._append(EVENTS, json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> int:
-        """Cut what was written of steps after `step`, which will be done again.
+        """Remove the lines of steps after `step`, which will be repeated.
 
         Returns:
             How many steps that is.
@@ -100,13 +100,13 @@ class RunFiles:
         shown = ",".join(f"{margin:.6g}" for margin in margins)
         self._append(MARGINS, f'{{"step":{step},"margins":[{shown}]}}\n')
 
-    def evaluation(self, step: int, prefix: str, pairs: int, figures: Mapping[str, Any]) -> None:
-        """Add what an evaluation says of one set: figures as `[value, low, high]`."""
-        line = {"step": step, "set": prefix, "pairs": pairs, "figures": dict(figures)}
+    def evaluation(self, step: int, prefix: str, pairs: int, estimates: Mapping[str, Any]) -> None:
+        """Add the estimates of one evaluation set as `[value, low, high]`."""
+        line = {"step": step, "set": prefix, "pairs": pairs, "figures": dict(estimates)}
         self._append(EVALUATIONS, _json_line(line))
 
     def sample(self, step: int, prompt: str, answer: str, chosen: str | None) -> None:
-        """Add what the model answers to a prompt, and what people preferred if that is known."""
+        """Add the model's answer to a prompt, and the preferred answer if it is known."""
         line = {"step": step, "prompt": prompt, "answer": answer, "chosen": chosen}
         self._append(SAMPLES, _json_line(line))
 
@@ -115,7 +115,7 @@ class RunFiles:
         self._append(METRICS, _json_line(line | {"time": time.time()}))
 
     def sync(self) -> str | None:
-        """Put on disk what a checkpoint that comes next relies on; returns why it could not."""
+        """Sync the files that the next checkpoint relies on to disk; returns the error, if any."""
         try:
             for name in (*_BY_STEP, LEDGER) if self.is_writer else ():
                 if not (self.directory / name).exists() and not self.unwritten.get(name):
@@ -191,7 +191,7 @@ def exported_step(folder: Path) -> int | None:
 
 
 def summary(directory: Path) -> dict[str, dict[str, float]]:
-    """The figures at the start and at the end of a run.
+    """The metrics at the start and at the end of a run.
 
     Returns:
         `train` (last logged step), `before` (the evaluation before the first step) and `after`
@@ -236,7 +236,7 @@ def _cut_after(path: Path, step: int) -> tuple[int, int]:
 
 
 def _json_line(line: dict[str, Any]) -> str:
-    """One line of strict JSON: figures that are not finite become null."""
+    """One line of strict JSON: values that are not finite become null."""
     return json.dumps(_strict(line), allow_nan=False) + "\n"
 
 

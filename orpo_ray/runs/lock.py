@@ -19,7 +19,7 @@ from orpo_ray.storage.files import read_json, write_json
 from orpo_ray.storage.mirror import age_s, fetch, publish
 
 LEASE = ".lease"
-# A lease that was not renewed for so long is nobody's any more.
+# A lease that was not renewed for this long has expired.
 STALE_S = 30.0
 _RENEW_S, _LOOK_S = 5.0, 1.0
 
@@ -57,13 +57,13 @@ def leased(run_directory: Path, driver: str) -> Iterator[None]:
 
 
 def read_lease(path: Path) -> dict[str, Any]:
-    """What the last driver wrote into the bucket; empty where there was none."""
+    """The lease of the last driver in the bucket; empty where there was none."""
     fetch(path)
     return read_json(path)
 
 
 def _wait_until_free(path: Path) -> None:
-    """Return once the lease is nobody's.
+    """Wait until the lease is free.
 
     Raises:
         ConfigError: when it is renewed meanwhile.
@@ -114,7 +114,7 @@ def _write(path: Path, lease: dict[str, Any]) -> None:
 
 
 _LOCK = ".lock"
-# Whoever asks about a run holds its lock for an instant, for which no driver is refused.
+# Reading the status of a run holds its lock for an instant, for which no driver is refused.
 _TRIES, _PAUSE_S = 5, 0.1
 
 
@@ -136,7 +136,7 @@ class Driver:
 
 @contextmanager
 def claimed(run_directory: Path) -> Iterator[None]:
-    """Hold a run directory; the system lets go of it when this process ends, however it does.
+    """Hold a run directory; the system releases the lock when this process ends.
 
     Raises:
         ConfigError: when another driver has it, and when its bucket cannot be used.
@@ -155,7 +155,7 @@ def claimed(run_directory: Path) -> Iterator[None]:
 
 
 def last_driver(run_directory: Path) -> Driver | None:
-    """Who claimed a run directory last, and whether that driver still has it; None for nobody."""
+    """The driver that claimed a run directory last; None where there was none."""
     if is_copy(run_directory):
         lease = read_lease(run_directory / LEASE)
         if not lease:

@@ -35,7 +35,7 @@ def write_manifest(directory: Path, about: Mapping[str, Any], files: Mapping[str
 
     Args:
         directory: of the checkpoint; what is of it in other places has to be published.
-        about: what else the manifest says (step, epoch, position, world size, settings).
+        about: other content of the manifest (step, epoch, position, world size, settings).
         files: `fingerprint` of every file by name.
     """
     write_atomic(directory / MANIFEST, _text(_sealed({**about, "files": dict(files)})))
@@ -43,7 +43,7 @@ def write_manifest(directory: Path, about: Mapping[str, Any], files: Mapping[str
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says.
+    """The content of a checkpoint's manifest.
 
     Raises:
         ValueError: when it is missing or not byte for byte as it was written; the text says which.
@@ -64,7 +64,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def find_damage(directory: Path, read_files: bool = True) -> str | None:
-    """What is wrong with a checkpoint by its manifest, or None: every byte is read.
+    """Compare a checkpoint with its manifest; returns the first difference, or None.
 
     Args:
         directory: of the checkpoint.
@@ -76,7 +76,7 @@ def find_damage(directory: Path, read_files: bool = True) -> str | None:
         return str(error)
     there = sizes(directory)
     for name in sorted(there):
-        # What torch would unpickle has to be covered.
+        # Files that torch would unpickle have to be covered.
         if name not in files and (name == ".metadata" or name.endswith(".distcp")):
             return f"{name} is not in its {MANIFEST}"
     for name, entry in files.items():
@@ -92,11 +92,11 @@ def find_damage(directory: Path, read_files: bool = True) -> str | None:
 def newest_checkpoint(run_directory: str, set_aside: Callable[[str, str], None]) -> int | None:
     """The step of the newest checkpoint that verifies, or None.
 
-    What does not verify is moved to `checkpoints/set-aside/`, where the last one is kept.
+    One that does not verify is moved to `checkpoints/set-aside/`, which keeps the last such one.
 
     Args:
         run_directory: of the run.
-        set_aside: told the name of every checkpoint that was, and why.
+        set_aside: called with the name of each checkpoint that was moved, and the reason.
     """
     for directory in checkpoint_directories(run_directory):
         if not fetch_folder(directory).exists():

@@ -131,7 +131,7 @@ METRICS = (
     ),
     Metric(
         "tokens_per_s",
-        "throughput in tokens",
+        "throughput",
         "tokens/s",
         form=".0f",
         chart="throughput",

@@ -20,7 +20,7 @@ _FROM_WORKERS = frozenset({*WRITTEN_BY_WORKERS, TRIAL_RECORD, f"{FINAL}/{RECORD}
 
 @contextmanager
 def working_on(run_directory: Path) -> Iterator[None]:
-    """Begin with what the bucket has of a run, and keep the copy in step as long as this lasts.
+    """Fetch a run from its bucket, and keep the local copy synchronized inside the context.
 
     Raises:
         ConfigError: when the bucket cannot be read.
@@ -32,7 +32,7 @@ def working_on(run_directory: Path) -> Iterator[None]:
 
 
 def refresh(run_directory: Path) -> None:
-    """Bring a copy to what the bucket has, but for weights.
+    """Update a local copy from its bucket, except for weights.
 
     Raises:
         ConfigError: when the bucket cannot be read.
@@ -44,13 +44,13 @@ def refresh(run_directory: Path) -> None:
 
 
 def unusable(run_directory: Path, error: OSError) -> ConfigError:
-    """What to say of a bucket that cannot be used."""
+    """The error for a bucket that cannot be used."""
     place, reason = address(run_directory.parent), one_line(error)
     return ConfigError([f"output_dir: {place} cannot be used: {reason}"])
 
 
 def in_use(run_directory: Path, driver: str) -> ConfigError:
-    """What to say of a run directory that another driver has."""
+    """The error for a run directory that another driver holds."""
     return ConfigError(
         [
             f"run_name: {address(run_directory)} is in use by {driver}; wait for it, or choose "
@@ -60,7 +60,7 @@ def in_use(run_directory: Path, driver: str) -> ConfigError:
 
 
 def from_workers(name: str) -> bool:
-    """Whether a file of a run or a sweep is one that workers or trials write as they go on."""
+    """Whether workers or trials write this file of a run or a sweep."""
     parts = PurePosixPath(name).parts
     inner = parts[2:] if parts[0] == TRIALS else parts
     return "/".join(inner) in _FROM_WORKERS

@@ -1,4 +1,4 @@
-"""What pair scores say of a model, with how sure that is; on the driver and rank 0."""
+"""Statistics of pair scores with confidence intervals; on the driver and rank 0."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ N_RESAMPLES, COVERAGE = 1000, 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure of a sample of prompts, and the interval that would hold that of all of them."""
+    """A statistic of a sample of prompts, with its confidence interval."""
 
     value: float
     low: float
@@ -42,7 +42,7 @@ class Scores:
     rejected_tokens: Column
 
     @staticmethod
-    def of(table: pa.Table) -> "Scores":
+    def from_table(table: pa.Table) -> "Scores":
         """The columns of a table of `evaluation.SCHEMA`, or of `scores.parquet`."""
         names = ("logps_chosen", "logps_rejected", "log_odds", "chosen_tokens", "rejected_tokens")
         columns = [table[name].to_numpy().astype(np.float64) for name in names]
@@ -56,7 +56,7 @@ class Scores:
         return Scores(**columns)
 
     def sums(self) -> npt.NDArray[np.float64]:
-        """What every figure is a function of: a row a prompt, a column for each name of `_SUMS`."""
+        """Sums from which the statistics are computed: (prompts, names of `_SUMS`)."""
         right = (self.chosen > self.rejected).astype(float)
         longer = (self.chosen_tokens > self.rejected_tokens).astype(float)
         shorter = (self.chosen_tokens < self.rejected_tokens).astype(float)
@@ -98,7 +98,7 @@ def _a_pair(name: str) -> Callable[[Sums], Column]:
     return partial(_ratio, name, "pairs")
 
 
-FIGURES: Mapping[str, Callable[[Sums], Column]] = {
+STATISTICS: Mapping[str, Callable[[Sums], Column]] = {
     "accuracy": _a_pair("right"),
     "length_controlled_accuracy": lambda sums: (
         (_ratio("longer_right", "longer", sums) + _ratio("shorter_right", "shorter", sums)) / 2
@@ -111,7 +111,7 @@ FIGURES: Mapping[str, Callable[[Sums], Column]] = {
     "logps_chosen": _a_pair("chosen"),
     "logps_rejected": _a_pair("rejected"),
 }
-"""Figures as functions of sums over pairs; margin, NLL and log-probabilities are in nats.
+"""Statistics as functions of sums over pairs; margin, NLL and log-probabilities are in nats.
 
 `length_controlled_accuracy` gives pairs whose chosen answer is the longer one and pairs whose
 chosen answer is the shorter one the same weight, whatever their number. NLL and perplexity are of
@@ -120,7 +120,7 @@ the tokens of chosen answers.
 
 
 def estimates(scores: Scores, seed: int = 0) -> dict[str, Estimate]:
-    """Every figure with its interval, by resampling prompts.
+    """Every statistic with its interval, by resampling prompts.
 
     Pairs of one prompt are not independent, so prompts are drawn, each with all its pairs
     (the percentile bootstrap of clusters; Efron and Tibshirani 1993, chapter 13).
@@ -128,15 +128,18 @@ def estimates(scores: Scores, seed: int = 0) -> dict[str, Estimate]:
     sums = scores.sums()
     drawn = _resampled(sums, seed)
     whole = sums.sum(axis=0)
-    return {name: _estimate(figure(whole), figure(drawn)) for name, figure in FIGURES.items()}
+    return {
+        name: _estimate(statistic(whole), statistic(drawn))
+        for name, statistic in STATISTICS.items()
+    }
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How two models differ in a figure on the same pairs.
+    """The difference of two models in a statistic, on the same pairs.
 
     Args:
-        value: the model's figure less the baseline's.
+        value: of the model, less the baseline's.
         low: end of its interval.
         high: other end of it.
         p_value: how often signs drawn at random, a prompt each, give so large a difference.
@@ -148,7 +151,7 @@ class Difference:
     p_value: float
 
 
-# Figures that models are compared in, and the sum that each is the mean of.
+# Statistics by which models are compared, and the sum of which each is the mean.
 _PAIRED = {"accuracy": "right", "margin": "margin", "log_odds": "log_odds"}
 
 
@@ -165,9 +168,9 @@ def differences(model: Scores, baseline: Scores, seed: int = 0) -> dict[str, Dif
     drawn, width = _resampled(both, seed), ours.shape[1]
     found = {}
     for name, summed in _PAIRED.items():
-        figure = FIGURES[name]
-        value = figure(ours.sum(axis=0)) - figure(theirs.sum(axis=0))
-        spread = figure(drawn[:, :width]) - figure(drawn[:, width:])
+        statistic = STATISTICS[name]
+        value = statistic(ours.sum(axis=0)) - statistic(theirs.sum(axis=0))
+        spread = statistic(drawn[:, :width]) - statistic(drawn[:, width:])
         column = _SUMS.index(summed)
         p_value = _sign_flip(ours[:, column] - theirs[:, column], seed)
         estimate = _estimate(value, spread)

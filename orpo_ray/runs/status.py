@@ -38,7 +38,7 @@ from orpo_ray.storage.bucket import address, is_copy
 from orpo_ray.storage.files import read_json
 
 Line = Mapping[str, Any]
-# A run that wrote nothing for so long, and for so many times its usual pause, is a quiet one.
+# A run is quiet when it wrote nothing for this long, and for this many of its usual pauses.
 _QUIET_S, _QUIET_PAUSES = 300.0, 10
 # Logged lines from which the pace is estimated.
 _RECENT = 50
@@ -95,7 +95,7 @@ class RunView:
         return quiet_s if quiet_s > max(_QUIET_S, _QUIET_PAUSES * usual) else None
 
     def left_s(self) -> float | None:
-        """By what the workers did in the last lines: time in which there were none is no pace."""
+        """Estimated from the workers' time in the last lines; time without workers is left out."""
         recent = self.lines[-_RECENT:]
         n_steps = recent[-1]["step"] - recent[0]["step"]
         if self.n_steps is None or not n_steps:
@@ -160,8 +160,8 @@ class RunStatus:
         training: metrics of the last logged step.
         evaluations: metrics of the last evaluation of every set; `[value, low, high]` where the
             95 % interval is known, else `[value]`.
-        checkpoint: step, age and folder of the newest one whose manifest and sizes are right.
-        passed_over: newer folders of checkpoints than that, and what is wrong with them.
+        checkpoint: step, age and folder of the newest one with a correct manifest and file sizes.
+        passed_over: newer folders of checkpoints than that, and the reason why each is unusable.
         data: rows read, kept, held out, and refused by reason, for each data set.
         events: number of events by kind.
         last_event: its text and age.

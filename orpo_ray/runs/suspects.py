@@ -1,4 +1,4 @@
-"""Rows that look labelled the wrong way round, by their margins over the epochs; on the driver."""
+"""Label-noise report: rows that look labelled the wrong way round; on the driver."""
 
 import itertools
 import json
@@ -27,8 +27,8 @@ class RowMargins:
     the update that the row itself contributes to. This is the idea of dataset cartography
     (Swayamdipta et al. 2020, arXiv:2009.10795) with the margin in place of the confidence.
 
-    What a model that cannot tell answers apart yet says of a row means nothing. So a margin counts
-    as much as the model knew then: `(2 a - 1)^2`, with `a` the share of positive margins in the
+    A margin of a model that cannot tell answers apart yet means nothing. So margins are weighted
+    by how much the model knew then: `(2 a - 1)^2`, with `a` the share of positive margins in the
     steps around it. The mean alone decides the order; the spread says how much the passes agree.
 
     Args:
@@ -44,17 +44,17 @@ class RowMargins:
     count: npt.NDArray[np.int64]
 
     @staticmethod
-    def of(run_directory: Path) -> "RowMargins":
-        """What the files of a run say, as far as it got."""
+    def from_files(run_directory: Path) -> "RowMargins":
+        """The margins in the files of a run, finished or not."""
         steps = [
             (np.array(rows, np.int64), np.array(margins))
             for rows, margins in _steps(run_directory)
             if len(rows) == len(margins) > 0
         ]
         places = np.concatenate([np.zeros((0, 2), np.int64), *(rows for rows, _ in steps)])
-        margins = np.concatenate([np.zeros(0), *(figures for _, figures in steps)])
-        sizes = [len(figures) for _, figures in steps]
-        weights = np.repeat(_knowledge([figures for _, figures in steps]), sizes)
+        margins = np.concatenate([np.zeros(0), *(values for _, values in steps)])
+        sizes = [len(values) for _, values in steps]
+        weights = np.repeat(_knowledge([values for _, values in steps]), sizes)
         known, which = np.unique(places, axis=0, return_inverse=True)
         which = which.reshape(-1)
 
@@ -70,7 +70,7 @@ class RowMargins:
 
 
 def _knowledge(margins: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
-    """For every step, how well answers were told apart in the steps around it; above 0."""
+    """Weight of every step: how well answers were distinguished in the steps around it."""
     right = np.concatenate([[0], np.cumsum([(m > 0).sum() for m in margins])])
     total = np.concatenate([[0], np.cumsum([len(m) for m in margins])])
     at = np.arange(len(margins))
@@ -87,7 +87,7 @@ def write_suspects(run_directory: Path, sources: Sequence[str]) -> Path:
         run_directory: of a run.
         sources: of its training data, in the order in which the ledger counts them.
     """
-    found = RowMargins.of(run_directory)
+    found = RowMargins.from_files(run_directory)
     path = run_directory / SUSPECTS
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         columns = (found.places.tolist(), found.mean, found.spread, found.count.tolist())

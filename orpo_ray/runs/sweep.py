@@ -1,4 +1,4 @@
-"""What came of the trials of a sweep, read from their folders alone; on the driver."""
+"""The trials of a sweep and how they rank, read from their folders alone; on the driver."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ from orpo_ray.storage.files import read_json
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as its folder tells of it.
+    """One trial, from the files in its folder.
 
     Args:
         name: of the trial and of its folder.
         directory: its run directory.
-        values: the settings that are its own.
-        failure: why it ended with no model, if it failed.
+        values: of the settings that were searched.
+        failure: the reason, if it failed.
         lines: its logged steps and evaluations.
     """
 
@@ -121,8 +121,8 @@ class Goal:
         sign = -1 if self.mode == "max" else 1
 
         def key(trial: Trial) -> tuple[bool, bool, bool, float, float, str]:
-            figures = [self.mean(trial, trials), trial.last(self.metric)]
-            mean, own = (math.inf if math.isnan(f) else sign * f for f in figures)
+            values = [self.mean(trial, trials), trial.last(self.metric)]
+            mean, own = (math.inf if math.isnan(v) else sign * v for v in values)
             chosen = self.eligible(trial, trials)
             return (not chosen, not trial.finished, self.guarded(trial), mean, own, trial.name)
 

@@ -244,7 +244,7 @@ class _Loop:
             found = evaluate_streams(model, job.evals, job.config.orpo.beta, job.device)
             self.evaluations.add(self.step, found.metrics)
             for prefix, table in found.scores.items():
-                figures = estimates(Scores.of(table))
+                figures = estimates(Scores.from_table(table))
                 shown = {name: astuple(figure) for name, figure in figures.items()}
                 self.files.evaluation(self.step, prefix, len(table), shown)
         if self.sampler is not None:

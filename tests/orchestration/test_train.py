@@ -252,5 +252,5 @@ def test_a_run_that_loses_a_worker_and_its_driver_ends_byte_identical(
     assert done.returncode == 0, done.stderr
     assert figures_of(run) == figures_of(tmp_path / "runs" / "whole")
     assert count_events(run)["resumed"] == 2
-    assert "on the way: " in done.stdout
+    assert "events: " in done.stdout
     assert "resumed 2" in done.stdout

@@ -275,7 +275,7 @@ def test_a_metric_that_was_never_finite_has_no_chart(tmp_path: Path) -> None:
 
 def test_before_the_first_figures_there_is_a_page_without_curves(tmp_path: Path) -> None:
     page = write_page(tmp_path)
-    assert "No figures yet." in page
+    assert "No metrics yet." in page
     assert cells(page, "steps") == ["none yet"]
     assert not (tmp_path / "curves.png").exists()
 
