@@ -30,7 +30,7 @@ def settings_tables() -> str:
             text = type_text(schema["properties"][name], schema.get("$defs", {}))
             cells = (f"`{name}`", text, f"`{default}`", field.description or "")
             rows.append(f"| {' | '.join(map(_escaped, cells))} |")
-        parts += [f"### {section}", str(model.__doc__), "\n".join(rows)]
+        parts += [f"### {section}", _escaped(str(model.__doc__)), "\n".join(rows)]
     return "\n\n".join(parts)
 
 
@@ -70,11 +70,9 @@ def _bounds(schema: Mapping[str, Any]) -> str:
     return f" in {left}{low:g}, {high:g}{right}"
 
 
-def _escaped(cell: str) -> str:
-    """A cell without bars, and outside of code without the beginnings of HTML tags."""
-    parts = cell.replace("|", r"\|").split("`")
-    parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
-    return "`".join(parts)
+def _escaped(text: str) -> str:
+    """Text without bars; a placeholder as in `<output_dir>/cache` is code, not an HTML tag."""
+    return re.sub(r"(?<!`)(?:<\w+>[\w/]*)+", r"`\g<0>`", text.replace("|", r"\|"))
 
 
 if __name__ == "__main__":
