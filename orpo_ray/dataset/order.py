@@ -82,9 +82,9 @@ class Order:
         length, taken = self.shard_lengths[shard], self._groups_per_epoch(shard)
         if taken == length:
             return list(range(length))
-        places = np.empty(length, dtype=np.int64)
-        places[_permutation(self.seed, _EVERY_EPOCH, shard, length)] = np.arange(length)
-        times = ((epoch + 1) * taken + places) // length - (epoch * taken + places) // length
+        positions = np.empty(length, dtype=np.int64)
+        positions[_permutation(self.seed, _EVERY_EPOCH, shard, length)] = np.arange(length)
+        times = ((epoch + 1) * taken + positions) // length - (epoch * taken + positions) // length
         return [int(row) for row in np.repeat(np.arange(length), times)]
 
 

@@ -44,8 +44,8 @@ class NewShards:
 def group_by_key(pairs: Iterable[tuple[int, PairLocation]]) -> Iterable[list[PairLocation]]:
     """Group (key, location) entries by key, in the order in which keys first occur."""
     members: dict[int, list[PairLocation]] = {}
-    for key, place in pairs:
-        members.setdefault(key, []).append(place)
+    for key, location in pairs:
+        members.setdefault(key, []).append(location)
     return members.values()
 
 
@@ -87,9 +87,9 @@ class _WriteMergedShard:
         item = json.loads(row["item"])
         opened: dict[str, list[PromptGroup]] = {}
         groups = []
-        for places in item["members"]:
+        for locations in item["members"]:
             parts = []
-            for name, index in places:
+            for name, index in locations:
                 if name not in opened:
                     if len(opened) == _OPEN_SHARDS:
                         del opened[next(iter(opened))]
@@ -174,8 +174,8 @@ def _count_dropped(
         summary["refused"][str(reason)] = summary["refused"].get(str(reason), 0) + len(rows)
         summary["pairs_left_out"] += int((mask & ~np.isin(stats.rows, rows)).sum())
         path = request.files[summary["source"]]
-        place = {"file": path, "reason": reason, "detail": details[reason], "excerpt": ""}
-        lines += [json.dumps(place | {"row": row + 1}, ensure_ascii=False) for row in rows]
+        entry = {"file": path, "reason": reason, "detail": details[reason], "excerpt": ""}
+        lines += [json.dumps(entry | {"row": row + 1}, ensure_ascii=False) for row in rows]
     return lines
 
 
@@ -213,13 +213,13 @@ def rewrite_part(
     Returns:
         The new shards in order, and the number of tokens of the longest group.
     """
-    places = _locations(directory, summaries, dropped, part)
+    locations = _locations(directory, summaries, dropped, part)
     if request.group_by_prompt:
-        members = group_by_key((key, place) for _, key, place in places)
+        members = group_by_key((key, location) for _, key, location in locations)
         parts = [NewShards(f"{part}-prompts", -1, members)]
     else:
         kept: dict[int, list[list[PairLocation]]] = {}
-        for source, _, place in places:
-            kept.setdefault(source, []).append([place])
+        for source, _, location in locations:
+            kept.setdefault(source, []).append([location])
         parts = [NewShards(f"{part}-kept", source, kept[source]) for source in sorted(kept)]
     return write_new_shards(directory, parts, request.shard_rows, map_tasks)

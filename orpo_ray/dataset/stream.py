@@ -86,7 +86,7 @@ class TokenStream:
         return self.order.n_batches(self.plan.batch_groups)
 
     def position(self, step: int) -> dict[str, int]:
-        """Where in the data training stands after so many optimizer steps, for a manifest."""
+        """Position in the data after `step` optimizer steps, for the manifest of a checkpoint."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         return {
             "epoch": epoch,
@@ -102,16 +102,16 @@ class TokenStream:
         """Return the batch of one step without the given source rows; it may be empty."""
         shards = _ShardCache(self.token_set, keep=2 * self.order.window_shards + 1)
         epoch, batch = divmod(step, self.steps_per_epoch)
-        places = self.order.epoch(epoch, batch * self.plan.batch_groups)
-        members = itertools.islice(places, self.plan.batch_groups)
-        kept = (without_rows(shards.group(place), rows) for place in members)
+        locations = self.order.epoch(epoch, batch * self.plan.batch_groups)
+        members = itertools.islice(locations, self.plan.batch_groups)
+        kept = (without_rows(shards.group(location), rows) for location in members)
         return self._batch(step, epoch, [group for group in kept if group is not None])
 
     def first_groups(self, n_groups: int) -> list[PromptGroup]:
         """Return the first groups of epoch 0; the same on every rank."""
         shards = _ShardCache(self.token_set, keep=2 * self.order.window_shards + 1)
-        places = itertools.islice(self.order.epoch(0, 0), n_groups)
-        return [shards.group(place) for place in places]
+        locations = itertools.islice(self.order.epoch(0, 0), n_groups)
+        return [shards.group(location) for location in locations]
 
     def sample(self, n_groups: int) -> PackedRow:
         """Pack the first groups of epoch 0 into one row; the same on every rank."""
@@ -123,11 +123,11 @@ class TokenStream:
         step = first_step
         while step < n_steps:
             epoch, batch = divmod(step, self.steps_per_epoch)
-            places = self.order.epoch(epoch, batch * self.plan.batch_groups)
-            for members in _batched(places, self.plan.batch_groups):
+            locations = self.order.epoch(epoch, batch * self.plan.batch_groups)
+            for members in _batched(locations, self.plan.batch_groups):
                 if step == n_steps:
                     return
-                yield self._batch(step, epoch, [shards.group(place) for place in members])
+                yield self._batch(step, epoch, [shards.group(location) for location in members])
                 step += 1
 
     def _batch(self, step: int, epoch: int, groups: list[PromptGroup]) -> StepBatch:
@@ -156,9 +156,9 @@ class _ShardCache:
         self._keep = keep
         self._open: dict[int, list[PromptGroup]] = {}
 
-    def group(self, place: GroupLocation) -> PromptGroup:
+    def group(self, location: GroupLocation) -> PromptGroup:
         """Return one group, reading its shard if it is not in memory."""
-        shard, row = place
+        shard, row = location
         if shard not in self._open:
             if len(self._open) >= self._keep:
                 del self._open[next(iter(self._open))]
@@ -167,11 +167,11 @@ class _ShardCache:
         return self._open[shard][row]
 
 
-def _batched(places: Iterator[GroupLocation], size: int) -> Iterator[list[GroupLocation]]:
+def _batched(locations: Iterator[GroupLocation], size: int) -> Iterator[list[GroupLocation]]:
     """Batch locations into lists of `size`; the last one may be shorter."""
     batch: list[GroupLocation] = []
-    for place in places:
-        batch.append(place)
+    for location in locations:
+        batch.append(location)
         if len(batch) == size:
             yield batch
             batch = []

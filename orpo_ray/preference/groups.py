@@ -53,12 +53,12 @@ def without_rows(group: PromptGroup, rows: Set[RowId]) -> PromptGroup | None:
         return group
     if not kept:
         return None
-    used = sorted({place for i in kept for place in group.pairs[i]})
-    places = {place: new for new, place in enumerate(used)}
+    used = sorted({index for i in kept for index in group.pairs[i]})
+    indices = {index: new for new, index in enumerate(used)}
     return PromptGroup(
         prompt=group.prompt,
-        completions=tuple(group.completions[place] for place in used),
-        pairs=tuple((places[group.pairs[i][0]], places[group.pairs[i][1]]) for i in kept),
+        completions=tuple(group.completions[index] for index in used),
+        pairs=tuple((indices[group.pairs[i][0]], indices[group.pairs[i][1]]) for i in kept),
         row_ids=tuple(group.row_ids[i] for i in kept),
     )
 
@@ -80,12 +80,12 @@ def merge_groups(groups: Sequence[PromptGroup]) -> PromptGroup:
     distinct: list[TokenIds] = []
     pairs: list[tuple[int, int]] = []
     for group in groups:
-        places = []
+        indices = []
         for completion in group.completions:
-            place = completions.setdefault(completion.tobytes(), len(distinct))
-            if place == len(distinct):
+            index = completions.setdefault(completion.tobytes(), len(distinct))
+            if index == len(distinct):
                 distinct.append(completion)
-            places.append(place)
-        pairs += [(places[chosen], places[rejected]) for chosen, rejected in group.pairs]
+            indices.append(index)
+        pairs += [(indices[chosen], indices[rejected]) for chosen, rejected in group.pairs]
     row_ids = tuple(row_id for group in groups for row_id in group.row_ids)
     return PromptGroup(groups[0].prompt, tuple(distinct), tuple(pairs), row_ids)
