@@ -1,7 +1,6 @@
 """Ray Train workers: starting them on the driver, and what every rank runs."""
 
 import contextlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from orpo_ray.orchestration.feed import PlannedFeed
 from orpo_ray.orchestration.gauges import RunGauges
 from orpo_ray.orchestration.start import Start
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
+from orpo_ray.runs.formatting import format_time
 from orpo_ray.runs.mirror import from_workers
 from orpo_ray.runs.resume import ResumeError
 from orpo_ray.storage.bucket import WORKERS, make_folder, of_side
@@ -152,8 +152,8 @@ def _preemption_notice() -> str | None:
     if info is None:
         return None
     nodes = ", ".join(sorted(node[:12] for node in info.preempted_node_ids))
-    until = f" by {time.strftime('%H:%M:%S', time.localtime(info.deadline_ms / 1000))}"
-    return f"node {nodes} is to be taken away{until if info.deadline_ms else ''}"
+    deadline = f" by {format_time(info.deadline_ms / 1000)}" if info.deadline_ms else ""
+    return f"node {nodes} is to be taken away{deadline}"
 
 
 Work = Callable[[ORPOConfig, ModelSource, str, Sequence[str]], WorkerAnswer]
