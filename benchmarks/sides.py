@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 
+from orpo_ray.storage.folder import Folder
 from workload import MAX_LENGTH, Work
 
 LEARNING_RATE = 1e-5
@@ -62,8 +63,8 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     plan = BatchPlan(work.batch // work.pairs_per_group, work.budget_tokens, chunk_tokens, True)
     batches = TokenStream(tokens, order, plan, 0, 1).batches(0, n_steps)
     weights = OrpoWeights(config.orpo.beta, 0.0)
-    files = RunFiles(Path(work.folder), is_writer=True)
-    saver = CheckpointSaver(work.folder, keep=2)
+    files = RunFiles(Folder.at(work.folder), is_writer=True)
+    saver = CheckpointSaver(Folder.at(work.folder), keep=2)
 
     def steps() -> Iterator[float]:
         for batch in batches:

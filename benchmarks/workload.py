@@ -19,6 +19,7 @@ from orpo_ray.preference.reading.rows import Split
 from orpo_ray.preference.records import Refusal, normalise
 from orpo_ray.preference.templates import PairText, render
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
+from orpo_ray.storage.folder import Folder
 
 MAX_LENGTH = 1024
 # Layers, width, feed-forward width, heads, key-value heads; the names count 16 k words.
@@ -206,4 +207,4 @@ def _make_model(
 def _write_tokens(folder: Path, groups: Sequence[PromptGroup]) -> None:
     folder.mkdir()
     shard = write_shard(str(folder / "0.parquet"), groups)
-    TokenSet(str(folder), (shard,), ("benchmark",), {}).save()
+    TokenSet(Folder.at(folder), (shard,), ("benchmark",), {}).save()

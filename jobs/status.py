@@ -12,9 +12,9 @@ from orpo_ray.cli import run_directory_job
 def action(directory: str, as_json: bool) -> None:
     """Print it; reads files only, and imports neither Ray nor torch."""
     from orpo_ray.reports.status import show_status
-    from orpo_ray.storage.bucket import VIEWS, local
+    from orpo_ray.storage.folder import VIEWS, Folder
 
-    show_status(local(directory, VIEWS), as_json)
+    show_status(Folder.at(directory, VIEWS), as_json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.model import ModelSection
-from orpo_ray.storage.mirror import fetch_folder, light
+from orpo_ray.storage.folder import Folder, Names, everything, light
 
 
 class UnsupportedModelError(ValueError):
@@ -33,14 +33,14 @@ class ModelSource:
         trust_remote_code: whether custom code of the model may run.
     """
 
-    model: str
-    tokenizer: str
+    model: str | Folder
+    tokenizer: str | Folder
     revision: str | None = None
     chat_template: str | None = None
     trust_remote_code: bool = False
 
     @staticmethod
-    def from_config(config: ModelSection, path: str) -> "ModelSource":
+    def from_config(config: ModelSection, path: str | Folder) -> "ModelSource":
         """Build the source of a model and tokenizer in one place, with the config's options."""
         return ModelSource(
             path, path, config.model_revision, trust_remote_code=config.trust_remote_code
@@ -66,8 +66,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     with _as_refusals(source.tokenizer):
-        fetch_folder(Path(source.tokenizer), light)
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, **source.options)
+        folder = on_this_node(source.tokenizer, light)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source.options)
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
     return tokenizer
@@ -82,8 +82,7 @@ def load_model_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     with _as_refusals(source.model):
-        fetch_folder(Path(source.model), light)
-        return AutoConfig.from_pretrained(source.model, **source.options)
+        return AutoConfig.from_pretrained(on_this_node(source.model, light), **source.options)
 
 
 def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
@@ -97,9 +96,12 @@ def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
     # Otherwise transformers may load weights that a hub service converted, of another revision.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     with _as_refusals(source.model):
-        fetch_folder(Path(source.model))
         return AutoModelForCausalLM.from_pretrained(
-            source.model, use_safetensors=True, dtype=dtype, **source.options, **options
+            on_this_node(source.model, everything),
+            use_safetensors=True,
+            dtype=dtype,
+            **source.options,
+            **options,
         )
 
 
@@ -142,17 +144,24 @@ def refuse_unsafe(source: ModelSource) -> None:
 
     values: dict[str, Any] = {}
     if not folder.is_dir() or (folder / "config.json").is_file():
-        values, _ = PreTrainedConfig.get_config_dict(source.model, revision=source.revision)
+        values, _ = PreTrainedConfig.get_config_dict(
+            os.fspath(source.model), revision=source.revision
+        )
     code = values.get("auto_map") or {}  # also set by models that transformers has included since
     known = not code or type(load_model_config(source)) in MODEL_FOR_CAUSAL_LM_MAPPING
     if "AutoModelForCausalLM" in code and not known:
         raise UnsupportedModelError(_own_code(source.model))
-    if "auto_map" in get_tokenizer_config(source.tokenizer, revision=source.revision):
+    if "auto_map" in get_tokenizer_config(os.fspath(source.tokenizer), revision=source.revision):
         load_tokenizer(source)
 
 
+def on_this_node(model: str | Folder, wanted: Names) -> str:
+    """A hub id, or the path of a folder whose wanted files are fetched where it is in a bucket."""
+    return model if isinstance(model, str) else str(model.fetch(wanted).path)
+
+
 @contextlib.contextmanager
-def _as_refusals(name: str) -> Iterator[None]:
+def _as_refusals(name: str | Folder) -> Iterator[None]:
     """Convert the errors of transformers that mean custom code or no safetensors weights."""
     try:
         yield
@@ -164,14 +173,14 @@ def _as_refusals(name: str) -> Iterator[None]:
         raise
 
 
-def _own_code(name: str) -> str:
+def _own_code(name: str | Folder) -> str:
     return (
         f"{name} contains custom code, which is not run; review it, then set "
         "trust_remote_code=true and model_revision to the reviewed commit"
     )
 
 
-def _no_safetensors(name: str) -> str:
+def _no_safetensors(name: str | Folder) -> str:
     return (
         f"{name} has no safetensors weights, and pickled weights (*.bin) are never loaded, "
         "since they can run code; if its origin is trusted, convert it with save_pretrained()"

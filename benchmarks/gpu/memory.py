@@ -11,6 +11,7 @@ from orpo_ray.dataset.packing import PackedRow, pack
 from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.pretrained import ModelSource
+from orpo_ray.storage.folder import Folder
 from orpo_ray.training.budget import with_token_budget
 from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress
 from orpo_ray.training.job import TrainingJob
@@ -56,7 +57,7 @@ def saving(size: str) -> None:
     state, _ = built(folder)
     batches = list(stream(folder, 4 if DRY else 32).batches(0, 4))
     losses(state, batches[:2])
-    saver = CheckpointSaver(str(folder), keep=1)
+    saver = CheckpointSaver(Folder.at(folder), keep=1)
     for number in range(1, 4):
         if seconds_left() < 15:
             break

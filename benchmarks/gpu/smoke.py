@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from orpo_ray.dataset.stream import StepBatch
+from orpo_ray.storage.folder import Folder
 from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress, load_checkpoint
 from orpo_ray.training.step import TrainState
 from rank import built, folder_of, losses, start_rank, stream
@@ -75,7 +76,7 @@ def _synchronizations(state: TrainState, batch: StepBatch) -> None:
 
 
 def _checkpoint(state: TrainState, folder: Path) -> None:
-    saver = CheckpointSaver(str(folder), keep=2)
+    saver = CheckpointSaver(Folder.at(folder), keep=2)
     progress = Progress(1, 32, {}, ((0.0,),), 0, 0)
     saver.start(state.model, state.optimizer, progress, {"step": 1})
     problem = saver.finish()
@@ -83,7 +84,7 @@ def _checkpoint(state: TrainState, folder: Path) -> None:
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.zero_()
-    load_checkpoint(str(folder), 1, state.model, state.optimizer)
+    load_checkpoint(Folder.at(folder), 1, state.model, state.optimizer)
     after = [p.to_local() for p in state.model.parameters()]
     equal = all(map(torch.equal, before, after))
     record("smoke", setting="checkpoint", problem=problem, bytes_equal=equal)

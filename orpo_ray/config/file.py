@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -14,9 +15,9 @@ from orpo_ray.config.schema import (
     leaves_into_sections,
 )
 from orpo_ray.config.secrets import take_out_secrets
-from orpo_ray.storage.bucket import URLS, VIEWS, local
+from orpo_ray.storage.bucket import URLS
 from orpo_ray.storage.files import one_line
-from orpo_ray.storage.mirror import fetch
+from orpo_ray.storage.folder import VIEWS, Folder
 
 # Names in other trainers for settings whose names here are spelled too differently to be suggested.
 _OTHER_NAMES = {
@@ -85,7 +86,7 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        file = fetch(local(path, VIEWS)) if path.startswith(URLS) else path
+        file = _fetched(path) if path.startswith(URLS) else path
         values = _resolved(OmegaConf.load(file), findings)
     except FileNotFoundError:
         findings.append(f"{path}: no such config file")
@@ -98,6 +99,11 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
             return {str(key): value for key, value in values.items()}
         findings.append(f"{path}: holds a list, not settings by name")
     return {}
+
+
+def _fetched(url: str) -> Path:
+    folder, _, name = url.rpartition("/")
+    return Folder.at(folder, VIEWS).fetch_file(name)
 
 
 def _override_layer(override: str, findings: list[str]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,7 @@ from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.dataset.tokenize import DONE, QUARANTINE, SplitFile, TokenizeSplit, make_folders
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.sources import file_fingerprint
-from orpo_ray.storage.files import replacing
-from orpo_ray.storage.mirror import fetch_once, publish, remove, sizes
+from orpo_ray.storage.folder import Folder
 
 # Part of the cache key; increased whenever the same input would give other tokens or reports.
 CODE_VERSION = 5
@@ -45,17 +43,17 @@ def ingest(request: IngestRequest, map_tasks: MapTasks) -> TokenSet:
     Raises:
         DataError: with one line for each file that cannot be read.
     """
-    directory = Path(request.cache_directory) / _cache_key(request)
-    found = TokenSet.load(str(directory))
+    tokens = Folder.at(request.cache_directory) / _cache_key(request)
+    found = TokenSet.load(tokens)
     if found is None:
-        make_folders(str(directory))
-        found = _build_token_set(request, str(directory), map_tasks)
+        make_folders(tokens)
+        found = _build_token_set(request, tokens, map_tasks)
         found.save()
-        remove(directory / DONE)
+        tokens.remove(DONE)
         kept = {shard.name for shard in (*found.shards, *found.held_out)}
-        for name in sizes(directory):
+        for name in tokens.sizes():
             if name.endswith(".parquet") and name not in kept:  # replaced by a regrouped shard
-                remove(directory / name)
+                tokens.remove(name)
     return found
 
 
@@ -70,12 +68,12 @@ def _cache_key(request: IngestRequest) -> str:
         [(path, *file_fingerprint(path)) for path in request.files],
         tokenizer.backend_tokenizer.to_str(),
         [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template],
-        settings | {"other_sets": [Path(path).name for path in request.other_sets]},
+        settings | {"other_sets": [other.name for other in request.other_sets]},
     ]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, default=str).encode())
 
 
-def _run_tasks(request: IngestRequest, directory: str, map_tasks: MapTasks) -> list[dict[str, Any]]:
+def _run_tasks(request: IngestRequest, tokens: Folder, map_tasks: MapTasks) -> list[dict[str, Any]]:
     """Tokenize all files in data tasks; return a summary of each shard, in source order.
 
     Raises:
@@ -83,17 +81,17 @@ def _run_tasks(request: IngestRequest, directory: str, map_tasks: MapTasks) -> l
     """
     files = [{"source": source, "path": path} for source, path in enumerate(request.files)]
     splits = map_tasks(files, SplitFile(request.shard_rows))
-    answers = map_tasks(splits, TokenizeSplit(request, directory))
+    answers = map_tasks(splits, TokenizeSplit(request, tokens))
     problems = [line for answer in answers for line in answer.get("problems", ())]
     if problems:
         raise DataError(sorted(set(problems)))
     return sorted(answers, key=lambda summary: (summary["source"], summary["first_row"]))
 
 
-def _build_token_set(request: IngestRequest, directory: str, map_tasks: MapTasks) -> TokenSet:
+def _build_token_set(request: IngestRequest, tokens: Folder, map_tasks: MapTasks) -> TokenSet:
     """Tokenize, drop and group pairs; return the token set with its report, not yet saved."""
-    summaries = _run_tasks(request, directory, map_tasks)
-    dropped = find_dropped_pairs(request, directory, summaries)
+    summaries = _run_tasks(request, tokens, map_tasks)
+    dropped = find_dropped_pairs(request, tokens, summaries)
     shards = {
         part: tuple(Shard(**s[part]) for s in summaries if s[part])
         for part in ("shard", "held_shard")
@@ -101,11 +99,11 @@ def _build_token_set(request: IngestRequest, directory: str, map_tasks: MapTasks
     longest: Any = max((s["longest_group_tokens"] for s in summaries), default=0)
     some_dropped = any(mask.any() for mask in dropped)
     if request.group_by_prompt or some_dropped:
-        again = partial(rewrite_part, request, directory, summaries, dropped, map_tasks=map_tasks)
+        again = partial(rewrite_part, request, tokens, summaries, dropped, map_tasks=map_tasks)
         shards["shard"], longest = again("shard")
         shards["held_shard"], _ = again("held_shard")
     statistics: dict[str, Any] = {"pairs_read": sum(len(mask) for mask in dropped)}
-    statistics |= _length_statistics(directory, summaries, dropped, request.limits.max_length)
+    statistics |= _length_statistics(tokens, summaries, dropped, request.limits.max_length)
     by_source = {
         path: _sum_counts([s for s in summaries if s["source"] == source])
         for source, path in enumerate(request.files)
@@ -123,7 +121,7 @@ def _build_token_set(request: IngestRequest, directory: str, map_tasks: MapTasks
         report["prompts"] = sum(shard.n_groups for shard in pairs)
     if some_dropped:
         report["quarantine"].append(f"{QUARANTINE}/dropped.jsonl")
-    return TokenSet(directory, pairs, request.files, report, shards["held_shard"])
+    return TokenSet(tokens, pairs, request.files, report, shards["held_shard"])
 
 
 def _sum_counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -145,7 +143,7 @@ def _sum_counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _length_statistics(
-    directory: str,
+    tokens: Folder,
     summaries: Sequence[dict[str, Any]],
     dropped: Sequence[Any],
     max_length: int,
@@ -157,9 +155,7 @@ def _length_statistics(
     names = ("prompt", "chosen", "rejected", "longest")
     tallies = {name: np.zeros(max_length + 1, dtype=np.int64) for name in names}
     longer = equal = 0
-    for summary, stats, mask in zip(
-        summaries, iter_stats(directory, summaries), dropped, strict=True
-    ):
+    for summary, stats, mask in zip(summaries, iter_stats(tokens, summaries), dropped, strict=True):
         lengths = stats.lengths[~mask & ~stats.held]
         summary["tokens"] = int(lengths.sum())
         prompt, chosen, rejected = lengths.T
@@ -168,9 +164,8 @@ def _length_statistics(
             tallies[name] += np.bincount(column, minlength=max_length + 1)
         longer += int((chosen > rejected).sum())
         equal += int((chosen == rejected).sum())
-    with replacing(Path(directory, LENGTHS)) as temporary, temporary.open("wb") as file:
+    with tokens.replacing(LENGTHS) as path, path.open("wb") as file:
         np.savez(file, allow_pickle=False, **tallies)
-    publish(Path(directory, LENGTHS))
     return {"pairs_chosen_longer": longer, "pairs_equally_long": equal}
 
 
@@ -194,7 +189,7 @@ def first_refused(
     """Describe the first refused rows, one line each; None for `reasons` means any reason."""
     lines: list[str] = []
     for part in tokens.report["quarantine"]:
-        with fetch_once(Path(tokens.directory, part)).open(encoding="utf-8") as file:
+        with tokens.folder.fetch_file(part, once=True).open(encoding="utf-8") as file:
             for text in file:
                 row = json.loads(text)
                 if reasons is None or row["reason"] in reasons:

@@ -4,7 +4,6 @@ They let the driver find duplicates, overlaps and shared prompts without reading
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +11,7 @@ import xxhash
 
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.templates import PairText
-from orpo_ray.storage.files import replacing
-from orpo_ray.storage.mirror import fetch_folder, fetch_once, publish
+from orpo_ray.storage.folder import Folder
 
 STATS = "stats"
 _SCALE = float(1 << 64)
@@ -42,23 +40,21 @@ class PairStats:
     held: npt.NDArray[np.bool_]
     subsets: npt.NDArray[np.str_]
 
-    def save(self, directory: str, name: str) -> None:
+    def save(self, tokens: Folder, name: str) -> None:
         """Write the stats of the shard `name` atomically."""
-        path = Path(directory, STATS, f"{name}.npz")
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with tokens.replacing(f"{STATS}/{name}.npz") as path, path.open("wb") as file:
             np.savez(file, **vars(self))
-        publish(path)
 
     @staticmethod
-    def load(directory: str, name: str) -> "PairStats":
+    def load(tokens: Folder, name: str) -> "PairStats":
         """Read the stats of the shard `name`."""
-        with np.load(fetch_once(Path(directory, STATS, f"{name}.npz"))) as arrays:
+        with np.load(tokens.fetch_file(f"{STATS}/{name}.npz", once=True)) as arrays:
             return PairStats(**arrays)
 
     @staticmethod
-    def names(directory: str) -> list[str]:
+    def names(tokens: Folder) -> list[str]:
         """List the shards that have stats, in no particular order."""
-        return [path.stem for path in fetch_folder(Path(directory, STATS)).glob("*.npz")]
+        return [path.stem for path in (tokens / STATS).fetch().path.glob("*.npz")]
 
 
 @dataclass

@@ -7,7 +7,6 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from orpo_ray.dataset.shards import Shard, read_shard, write_shard
 from orpo_ray.dataset.tokenize import QUARANTINE
 from orpo_ray.preference.groups import PromptGroup, merge_groups
 from orpo_ray.preference.records import Reason
-from orpo_ray.storage.files import write_atomic
-from orpo_ray.storage.mirror import publish
+from orpo_ray.storage.folder import Folder
 
 _OPEN_SHARDS = 8
 PairLocation = tuple[str, int]
@@ -50,12 +48,12 @@ def group_by_key(pairs: Iterable[tuple[int, PairLocation]]) -> Iterable[list[Pai
 
 
 def write_new_shards(
-    directory: str, parts: Sequence[NewShards], shard_groups: int, map_tasks: MapTasks
+    tokens: Folder, parts: Sequence[NewShards], shard_groups: int, map_tasks: MapTasks
 ) -> tuple[tuple[Shard, ...], int]:
     """Write new shards beside the old ones, in data tasks.
 
     Args:
-        directory: directory of the token set.
+        tokens: folder of the token set.
         parts: what to write, in order.
         shard_groups: maximum number of groups in a new shard.
         map_tasks: runs the data tasks.
@@ -71,7 +69,7 @@ def write_new_shards(
             item = {"name": name, "source": part.source, "members": members}
             items.append(item | {"number": len(items)})
     answers = sorted(
-        map_tasks(items, _WriteMergedShard(directory)), key=lambda answer: answer["number"]
+        map_tasks(items, _WriteMergedShard(tokens)), key=lambda answer: answer["number"]
     )
     shards = tuple(Shard(**answer["shard"]) for answer in answers)
     return shards, max((answer["longest_group_tokens"] for answer in answers), default=0)
@@ -81,7 +79,7 @@ def write_new_shards(
 class _WriteMergedShard:
     """Data task that merges the pairs of each group and writes one new shard."""
 
-    directory: str
+    tokens: Folder
 
     def __call__(self, row: dict[str, str]) -> list[dict[str, str]]:
         item = json.loads(row["item"])
@@ -93,45 +91,46 @@ class _WriteMergedShard:
                 if name not in opened:
                     if len(opened) == _OPEN_SHARDS:
                         del opened[next(iter(opened))]
-                    opened[name] = read_shard(str(Path(self.directory, name)))
+                    opened[name] = read_shard(str(self.tokens.fetch_file(name, once=True)))
                 parts.append(opened[name][index])
             groups.append(merge_groups(parts))
-        path = f"{self.directory}/{item['name']}.parquet"
+        shard = write_shard(f"{self.tokens.path}/{item['name']}.parquet", groups, item["source"])
+        self.tokens.publish(shard.name)
         answer = {
             "number": item["number"],
-            "shard": asdict(write_shard(path, groups, item["source"])),
+            "shard": asdict(shard),
             "longest_group_tokens": max(group.n_tokens for group in groups),
         }
         return [{"item": json.dumps(answer)}]
 
 
-def iter_stats(directory: str, summaries: Sequence[Mapping[str, Any]]) -> Iterator[PairStats]:
+def iter_stats(tokens: Folder, summaries: Sequence[Mapping[str, Any]]) -> Iterator[PairStats]:
     """Load the stats of every shard in order, one at a time."""
-    return (PairStats.load(directory, summary["name"]) for summary in summaries)
+    return (PairStats.load(tokens, summary["name"]) for summary in summaries)
 
 
-def load_keys(directory: str, name: str) -> Any:
+def load_keys(tokens: Folder, name: str) -> Any:
     """Concatenate one array of keys (a field of `PairStats`) over all shards, in no fixed order."""
-    parts = [PairStats.load(directory, stem) for stem in PairStats.names(directory)]
+    parts = [PairStats.load(tokens, stem) for stem in PairStats.names(tokens)]
     return np.concatenate([np.empty(0, np.uint64), *(getattr(part, name) for part in parts)])
 
 
 def find_dropped_pairs(
-    request: IngestRequest, directory: str, summaries: Sequence[dict[str, Any]]
+    request: IngestRequest, tokens: Folder, summaries: Sequence[dict[str, Any]]
 ) -> list[Any]:
     """Find duplicates and overlaps with other token sets, and correct the counts in `summaries`.
 
     Returns:
         For every shard a boolean array that is True for each pair to drop.
     """
-    keys = [stats.pair_keys for stats in iter_stats(directory, summaries)]
+    keys = [stats.pair_keys for stats in iter_stats(tokens, summaries)]
     everything = np.concatenate([np.empty(0, np.uint64), *keys])
     repeated = np.ones(len(everything), dtype=bool)
     repeated[np.unique(everything, return_index=True)[1]] = False
     others = [load_keys(other, "prompt_keys") for other in request.other_sets]
     elsewhere = np.unique(np.concatenate([np.empty(0, np.uint64), *others]))
     masks, first, lines = [], 0, []
-    for summary, stats in zip(summaries, iter_stats(directory, summaries), strict=True):
+    for summary, stats in zip(summaries, iter_stats(tokens, summaries), strict=True):
         here = repeated[first : first + len(stats.rows)]
         first += len(stats.rows)
         summary["duplicate_pairs"] = int(here.sum())
@@ -143,9 +142,7 @@ def find_dropped_pairs(
             reasons = {Reason.DUPLICATE: doubles, Reason.OVERLAP: overlaps}
             lines += _count_dropped(request, summary, stats, reasons)
     if lines:
-        path = Path(directory, QUARANTINE, "dropped.jsonl")
-        write_atomic(path, "\n".join(lines) + "\n")
-        publish(path)
+        tokens.write_text(f"{QUARANTINE}/dropped.jsonl", "\n".join(lines) + "\n")
     return masks
 
 
@@ -180,15 +177,13 @@ def _count_dropped(
 
 
 def _locations(
-    directory: str,
+    tokens: Folder,
     summaries: Sequence[Mapping[str, Any]],
     dropped: Sequence[Any],
     part: str,
 ) -> Iterator[tuple[int, int, PairLocation]]:
     """Yield (source, group key, location) of every kept pair of `shard` or `held_shard`."""
-    for summary, stats, mask in zip(
-        summaries, iter_stats(directory, summaries), dropped, strict=True
-    ):
+    for summary, stats, mask in zip(summaries, iter_stats(tokens, summaries), dropped, strict=True):
         side = stats.held if part == "held_shard" else ~stats.held
         for index, (key, out) in enumerate(
             zip(stats.group_keys[side].tolist(), mask[side].tolist(), strict=True)
@@ -199,7 +194,7 @@ def _locations(
 
 def rewrite_part(
     request: IngestRequest,
-    directory: str,
+    tokens: Folder,
     summaries: Sequence[Mapping[str, Any]],
     dropped: Sequence[Any],
     part: str,
@@ -213,7 +208,7 @@ def rewrite_part(
     Returns:
         The new shards in order, and the number of tokens of the longest group.
     """
-    locations = _locations(directory, summaries, dropped, part)
+    locations = _locations(tokens, summaries, dropped, part)
     if request.group_by_prompt:
         members = group_by_key((key, location) for _, key, location in locations)
         parts = [NewShards(f"{part}-prompts", -1, members)]
@@ -222,4 +217,4 @@ def rewrite_part(
         for source, _, location in locations:
             kept.setdefault(source, []).append([location])
         parts = [NewShards(f"{part}-kept", source, kept[source]) for source in sorted(kept)]
-    return write_new_shards(directory, parts, request.shard_rows, map_tasks)
+    return write_new_shards(tokens, parts, request.shard_rows, map_tasks)

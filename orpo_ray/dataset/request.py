@@ -10,6 +10,7 @@ from typing import Any
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
 from orpo_ray.pretrained import ModelSource, load_tokenizer
+from orpo_ray.storage.folder import Folder, FolderLike
 
 MapTasks = Callable[[list[dict[str, Any]], Any], list[dict[str, Any]]]
 """Runs a callable on every item and concatenates the items that it returns, in any order.
@@ -28,35 +29,35 @@ class IngestRequest:
 
     Args:
         files: absolute paths or URLs; their order is the order of pairs.
-        tokenizer: folder or hub id of the tokenizer.
+        tokenizer: hub id or path; a `Folder` for one in a bucket.
         revision: branch, tag or commit of a hub tokenizer.
         limits: maximum lengths and truncation of a pair.
         shard_rows: number of source rows in one token shard.
-        cache_directory: parent directory of token sets, on storage shared by all nodes.
+        cache_directory: parent folder of token sets, on storage shared by all nodes.
         reader: reads a row as pairs.
         chat_template: Jinja template that replaces the tokenizer's.
         special_tokens: `refuse` or `allow` rows whose text contains special tokens.
         group_by_prompt: whether all pairs of one prompt become one group.
         val_set_size: share of prompts, in [0, 1), whose pairs are held out.
         drop_duplicates: whether repeats of an earlier pair are dropped.
-        other_sets: directories of token sets; pairs with a prompt of theirs are dropped.
+        other_sets: folders of token sets; pairs with a prompt of theirs are dropped.
         subset_column: column with the subset by which an evaluation set is broken down.
         trust_remote_code: whether custom code of the tokenizer may run.
     """
 
     files: tuple[str, ...]
-    tokenizer: str
+    tokenizer: str | Folder
     revision: str | None
     limits: Limits
     shard_rows: int
-    cache_directory: str
+    cache_directory: FolderLike
     reader: RowReader = field(default_factory=RowReader)
     chat_template: str | None = None
     special_tokens: str = "refuse"
     group_by_prompt: bool = False
     val_set_size: float = 0.0
     drop_duplicates: bool = False
-    other_sets: tuple[str, ...] = ()
+    other_sets: tuple[Folder, ...] = ()
     subset_column: str | None = None
     trust_remote_code: bool = False
 

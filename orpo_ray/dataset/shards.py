@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from orpo_ray.preference.groups import PromptGroup, RowId
-from orpo_ray.storage.files import read_json, replacing, write_atomic
-from orpo_ray.storage.mirror import fetch, fetch_once, publish
+from orpo_ray.storage.files import replacing
+from orpo_ray.storage.folder import Folder, FolderLike
 
 _IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
@@ -58,14 +58,14 @@ class TokenSet:
     """A directory of token shards in a fixed order, complete once its manifest exists.
 
     Args:
-        directory: absolute path.
+        folder: the folder of its files.
         shards: token shards in the order of the source rows.
         sources: source files; `RowId.source` is an index into them.
         report: counts of the ingest, written to `data_report.json`.
         held_out: shards of pairs held out for evaluation, in the same order.
     """
 
-    directory: str
+    folder: Folder
     shards: tuple[Shard, ...]
     sources: tuple[str, ...]
     report: dict[str, Any]
@@ -88,24 +88,33 @@ class TokenSet:
 
     def save(self) -> None:
         """Write the manifest atomically, which commits the token set: call it last."""
-        path = Path(self.directory) / MANIFEST_NAME
-        write_atomic(path, json.dumps(dataclasses.asdict(self), indent=1))
-        publish(path)
+        content = {
+            "directory": str(self.folder.path),
+            "shards": [dataclasses.asdict(shard) for shard in self.shards],
+            "sources": self.sources,
+            "report": self.report,
+            "held_out": [dataclasses.asdict(shard) for shard in self.held_out],
+        }
+        self.folder.write_text(MANIFEST_NAME, json.dumps(content, indent=1))
 
     @staticmethod
-    def load(directory: str) -> "TokenSet | None":
+    def load(place: FolderLike) -> "TokenSet | None":
         """Read the token set in `directory`; None if it has not been committed."""
-        path = fetch(Path(directory) / MANIFEST_NAME)
-        fields = read_json(path)
+        folder = Folder.at(place)
+        fields = folder.read_json(MANIFEST_NAME)
         if not fields:
             return None
         return TokenSet(
-            directory=directory,
+            folder=folder,
             shards=tuple(Shard(**shard) for shard in fields["shards"]),
             sources=tuple(fields["sources"]),
             report=fields["report"],
             held_out=tuple(Shard(**shard) for shard in fields["held_out"]),
         )
+
+    def groups(self, shard: Shard) -> list[PromptGroup]:
+        """All prompt groups of one of its shards, in file order."""
+        return read_shard(str(self.folder.fetch_file(shard.name, once=True)))
 
 
 def write_shard(path: str, groups: Sequence[PromptGroup], source: int = -1) -> Shard:
@@ -120,7 +129,6 @@ def write_shard(path: str, groups: Sequence[PromptGroup], source: int = -1) -> S
     }
     with replacing(Path(path)) as temporary:
         pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd")
-    publish(Path(path))
     return Shard(
         name=os.path.basename(path),
         n_groups=len(groups),
@@ -146,7 +154,7 @@ def _digest(groups: Sequence[PromptGroup]) -> str:
 
 def read_shard(path: str) -> list[PromptGroup]:
     """Read all prompt groups of one shard, in file order."""
-    table = pq.read_table(fetch_once(Path(path)), schema=SCHEMA).combine_chunks()
+    table = pq.read_table(path, schema=SCHEMA).combine_chunks()
     prompts = _list_column(table, "prompt")
     flat = _values(table, "completions")
     inner = _split(flat.values.to_numpy(), flat.offsets.to_numpy())

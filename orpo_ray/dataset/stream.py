@@ -9,13 +9,12 @@ import queue
 import threading
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from pathlib import Path
 
 import xxhash
 
 from orpo_ray.dataset.order import Order
 from orpo_ray.dataset.packing import PackedRow, balanced_bins, nll_tokens, pack
-from orpo_ray.dataset.shards import TokenSet, read_shard
+from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.preference.groups import PromptGroup, RowId, without_rows
 
 GroupLocation = tuple[int, int]
@@ -162,8 +161,7 @@ class _ShardCache:
         if shard not in self._open:
             if len(self._open) >= self._keep:
                 del self._open[next(iter(self._open))]
-            path = Path(self._token_set.directory) / self._token_set.shards[shard].name
-            self._open[shard] = read_shard(str(path))
+            self._open[shard] = self._token_set.groups(self._token_set.shards[shard])
         return self._open[shard][row]
 
 

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from orpo_ray.dataset.pair_index import STATS, PairStatsBuilder
@@ -19,18 +18,17 @@ from orpo_ray.preference.reading.rows import RawRow, Split
 from orpo_ray.preference.records import Reason, Record, Refusal, excerpt
 from orpo_ray.preference.templates import PairText, empty_answer, render, special_token_in
 from orpo_ray.preference.tokenization import TokenizedPair
-from orpo_ray.storage.bucket import make_folder
-from orpo_ray.storage.files import read_json, write_atomic, write_json
-from orpo_ray.storage.mirror import fetch_once, publish
+from orpo_ray.storage.files import read_json
+from orpo_ray.storage.folder import Folder, FolderLike
 
 QUARANTINE, DONE = "quarantine", "done"
 _BATCH_ROWS = 256
 
 
-def make_folders(directory: str) -> None:
+def make_folders(tokens: FolderLike) -> None:
     """Create the folders of a token set on this node."""
     for name in (QUARANTINE, DONE, STATS):
-        make_folder(Path(directory, name))
+        (Folder.at(tokens) / name).make()
 
 
 def _data_errors_as_items(
@@ -70,7 +68,7 @@ class TokenizeSplit:
     """Data task that tokenizes one split into token shards."""
 
     request: IngestRequest
-    directory: str
+    tokens: FolderLike
 
     @_data_errors_as_items
     def __call__(self, item: dict[str, Any]) -> list[dict[str, Any]]:
@@ -86,26 +84,28 @@ class TokenizeSplit:
     def _write_chunk(self, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
         """Write one shard, unless an interrupted ingest already has; return its summary."""
         name = f"{source:05d}-{chunk[0].number:010d}"
-        done = fetch_once(Path(self.directory, DONE, f"{name}.json"))
-        if not done.exists():
-            make_folders(self.directory)
-            write_json(done, self._tokenize_chunk(name, source, chunk))
-            publish(done)
-        return read_json(done)
+        tokens, done = Folder.at(self.tokens), f"{DONE}/{name}.json"
+        if not tokens.fetch_file(done, once=True).exists():
+            make_folders(tokens)
+            tokens.write_json(done, self._tokenize_chunk(tokens, name, source, chunk))
+        return read_json(tokens.path / done)
 
-    def _tokenize_chunk(self, name: str, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
+    def _tokenize_chunk(
+        self, tokens: Folder, name: str, source: int, chunk: Sequence[RawRow]
+    ) -> dict[str, Any]:
         """Tokenize the rows; write shards, stats and quarantine; return the summary."""
         rows = _ShardContents(self.request, source)
         for first in range(0, len(chunk), _BATCH_ROWS):
             rows.add(chunk[first : first + _BATCH_ROWS])
         parts = {"": rows.kept.part(held=False), ".held": rows.kept.part(held=True)}
         shards = {
-            part: asdict(write_shard(f"{self.directory}/{name}{part}.parquet", groups, source))
+            part: asdict(write_shard(f"{tokens.path}/{name}{part}.parquet", groups, source))
             for part, groups in parts.items()
             if groups
         }
-        rows.kept.arrays().save(self.directory, name)
-        self._write_refused(name, self.request.files[source], rows.refused)
+        tokens.publish(*(shard["name"] for shard in shards.values()))
+        rows.kept.arrays().save(tokens, name)
+        self._write_refused(tokens, name, self.request.files[source], rows.refused)
         kept_rows = [{g.row_ids[0].row for g in groups} for groups in parts.values()]
         return {
             "source": source,
@@ -125,7 +125,7 @@ class TokenizeSplit:
         }
 
     def _write_refused(
-        self, name: str, path: str, refused: Sequence[tuple[RawRow, Refusal]]
+        self, tokens: Folder, name: str, path: str, refused: Sequence[tuple[RawRow, Refusal]]
     ) -> None:
         """Write the quarantine file, a line for each refused row; `row` counts from 1."""
         if not refused:
@@ -143,9 +143,9 @@ class TokenizeSplit:
             )
             for raw, refusal in sorted(refused, key=lambda entry: entry[0].number)
         ]
-        target = Path(self.directory, QUARANTINE, f"{name}.jsonl")
-        write_atomic(target, ("\n".join(lines) + "\n").encode(errors="backslashreplace"))
-        publish(target)
+        text = ("\n".join(lines) + "\n").encode(errors="backslashreplace")
+        with tokens.replacing(f"{QUARANTINE}/{name}.jsonl") as target:
+            target.write_bytes(text)
 
 
 @dataclass(frozen=True)

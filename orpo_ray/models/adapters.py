@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from orpo_ray.config.model import ModelSection
-from orpo_ray.pretrained import ModelSource, UnsupportedModelError
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError, on_this_node
+from orpo_ray.storage.folder import light
 
 _ADAPTER = "default"  # peft's own name for an only adapter
 
@@ -45,9 +46,10 @@ def base_of(source: ModelSource) -> tuple[ModelSource, Any]:
         source: folder or hub id.
     """
     # As transformers looks for adapters where it loads a model.
-    if find_adapter_config_file(source.model, revision=source.revision) is None:
+    model = on_this_node(source.model, light)
+    if find_adapter_config_file(model, revision=source.revision) is None:
         return source, None
-    adapters = _peft().PeftConfig.from_pretrained(source.model, revision=source.revision)
+    adapters = _peft().PeftConfig.from_pretrained(model, revision=source.revision)
     base = dataclasses.replace(
         source, model=adapters.base_model_name_or_path, revision=adapters.revision
     )

@@ -30,13 +30,15 @@ from orpo_ray.pretrained import (
     empty_model,
     load_model,
     load_model_config,
+    on_this_node,
 )
+from orpo_ray.storage.folder import Folder, everything
 
 # Settings under which logits are not `head(hidden)`; silently ignoring them would train wrongly.
 _UNKNOWN_HEADS = {"logit_scale": 1.0, "logits_scaling": 1.0}
 
 
-def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> OrpoModel:
+def build_model(config: ORPOConfig, model_path: str | Folder, device: torch.device) -> OrpoModel:
     """Build the model with its weights sharded over all ranks.
 
     Only rank 0 reads the weights, on the host, and broadcasts them parameter by parameter. Master
@@ -73,7 +75,9 @@ def build_model(config: ORPOConfig, model_path: str, device: torch.device) -> Or
     )
 
 
-def build_evaluated_model(config: ORPOConfig, model_path: str, device: torch.device) -> OrpoModel:
+def build_evaluated_model(
+    config: ORPOConfig, model_path: str | Folder, device: torch.device
+) -> OrpoModel:
     """Build a model for evaluation, with the adapters that it is stored with, if any.
 
     Its weights are in the dtype of computation. They are sharded over all ranks, or over
@@ -98,7 +102,7 @@ def build_evaluated_model(config: ORPOConfig, model_path: str, device: torch.dev
         refuse_quantization(device)
         causal_lm = load_quantized(base, model_config, bf16, device)
         if adapters is not None:
-            causal_lm.load_adapter(origin.model)
+            causal_lm.load_adapter(on_this_node(origin.model, everything))
         return _around(causal_lm, device, config)
     shard_size = config.ray.shard_size or dist.get_world_size()
     is_whole = shard_size == 1 and not _offloads(config, device)

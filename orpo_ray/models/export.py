@@ -14,18 +14,18 @@ from orpo_ray.models.adapters import save_adapters
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.pretrained import ModelSource, load_model, load_model_config, load_tokenizer
 from orpo_ray.runs.files import RECORD
-from orpo_ray.storage.mirror import publish, remove
+from orpo_ray.storage.folder import Folder, FolderLike
 
 
 def export_model(
-    directory: str, model: OrpoModel, source: ModelSource, config: ModelSection, step: int
+    place: FolderLike, model: OrpoModel, source: ModelSource, config: ModelSection, step: int
 ) -> None:
     """Gather the weights on rank 0 and write model, configs and tokenizer; a collective.
 
     The folder is written under a temporary name and renamed.
 
     Args:
-        directory: target folder; replaced if it exists.
+        place: target folder; replaced if it exists.
         model: sharded over all ranks.
         source: of the base model, whose config and tokenizer are exported.
         config: says whether there are adapters, and whether they are merged.
@@ -35,7 +35,8 @@ def export_model(
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
     weights = get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:
-        beside = Path(f"{directory}.tmp")
+        final = Folder.at(place)
+        beside = final.path.with_name(f"{final.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         named = {
             name.removeprefix("causal_lm."): tensor
@@ -51,11 +52,10 @@ def export_model(
             _restore_config(beside / "config.json", base)
         load_tokenizer(source).save_pretrained(beside)
         (beside / RECORD).write_text(json.dumps({"step": step}) + "\n")
-        final = Path(directory)
-        remove(final)
-        beside.rename(final)
-        publish(*(path for path in final.rglob("*") if path.is_file() and path.name != RECORD))
-        publish(final / RECORD)  # by which it is known to be whole
+        final.remove()
+        beside.rename(final.path)
+        written = sorted(path.name for path in final.path.iterdir() if path.name != RECORD)
+        final.publish(*written, RECORD)  # by which it is known to be whole
     dist.barrier()
 
 

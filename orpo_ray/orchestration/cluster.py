@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import time
-from pathlib import Path
 
 import ray
 from ray.train import (
@@ -17,7 +16,7 @@ from ray.train import (
 from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.storage.bucket import address
+from orpo_ray.storage.folder import Folder
 from orpo_ray.training.allocator import memory_settings
 
 _KIND = "accelerator_type:"
@@ -153,13 +152,11 @@ def scaling(config: ORPOConfig) -> ScalingConfig:
     )
 
 
-def run_settings(
-    config: ORPOConfig, run_directory: Path, callbacks: list[UserCallback]
-) -> RunConfig:
+def run_settings(config: ORPOConfig, run: Folder, callbacks: list[UserCallback]) -> RunConfig:
     """Where Ray Train keeps its state of the run, and what it does about failures."""
     return RunConfig(
-        name=run_directory.name,
-        storage_path=address(run_directory.parent),
+        name=run.name,
+        storage_path=run.parent.address,
         failure_config=FailureConfig(
             max_failures=config.ray.max_failures, controller_failure_limit=10
         ),

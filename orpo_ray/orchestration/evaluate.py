@@ -5,7 +5,6 @@ Workers score the pairs, as in training; the rest is on the driver.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,7 @@ from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.metrics import set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.statistics import Difference, Estimate, Scores, differences, estimates
-from orpo_ray.storage.bucket import address
-from orpo_ray.storage.files import write_json
-from orpo_ray.storage.mirror import fetch_folder, remove
+from orpo_ray.storage.files import replacing
 
 RESULT = "evaluation.json"
 _WORKING = ".evaluation"  # of workers and Ray Train, while they run
@@ -119,10 +116,9 @@ def _evaluate_sets(
         sets[shown] = _statistics(table, against, scored.files[name])
         for text in _tables(shown, sets[shown]):
             console.print(text)
-    result = EvaluationResult(address(start.run_directory), sets, scored.metrics)
-    path = start.run_directory / RESULT
-    write_json(path, asdict(result), indent=1)
-    console.print(f"evaluation: {address(path)}", markup=False)
+    result = EvaluationResult(start.folder.address, sets, scored.metrics)
+    start.folder.write_json(RESULT, asdict(result), indent=1)
+    console.print(f"evaluation: {start.folder}/{RESULT}", markup=False)
     for part in sets.values():
         console.print(f"a row a pair: {part.scores}", markup=False)
     return result
@@ -135,31 +131,33 @@ class _Scored:
     Args:
         metrics: see `EvaluationResult`.
         tables: by the set's name in the feed.
-        files: where they are written, by the same names.
+        files: their addresses, by the same names.
     """
 
     metrics: dict[str, float]
     tables: dict[str, pa.Table]
-    files: dict[str, Path]
+    files: dict[str, str]
 
 
 def _score(start: Start, model: ModelSource, suffix: str, console: Console) -> _Scored:
     """Let workers score all sets with a model, and write a file a set."""
-    folder = start.run_directory / _WORKING
-    remove(folder)
-    scoring = replace(start, inputs=replace(start.inputs, model=model), run_directory=folder)
+    folder = start.folder / _WORKING
+    folder.remove()
+    scoring = replace(start, inputs=replace(start.inputs, model=model), folder=folder)
     answer = run_workers(evaluate_worker, scoring)
     for text in answer.notices:
         console.print(text, markup=False)
-    fetch_folder(folder)
+    folder.fetch()
     tables, files = {}, {}
     for name, tokens in start.token_sets.items():
-        scores = pq.read_table(folder / scores_file(name))
+        scores = pq.read_table(folder.path / scores_file(name))
         tables[name] = _with_places(scores, tokens, start.config)
         part = "" if _shown(name) == "eval" else f"-{_shown(name)}"
-        files[name] = start.run_directory / f"scores{part}{suffix}.parquet"
-        pq.write_table(tables[name], files[name])
-    remove(folder)
+        file_name = f"scores{part}{suffix}.parquet"
+        files[name] = f"{start.folder}/{file_name}"
+        with replacing(start.run_directory / file_name) as path:
+            pq.write_table(tables[name], path)
+    folder.remove()
     return _Scored(answer.metrics, tables, files)
 
 
@@ -184,8 +182,8 @@ def _with_places(scores: pa.Table, tokens: TokenSet, config: ORPOConfig) -> pa.T
 def _subsets(tokens: TokenSet) -> dict[tuple[int, int], str]:
     """The subset of every row that has one, by source and row."""
     found: dict[tuple[int, int], str] = {}
-    for name in PairStats.names(tokens.directory):
-        stats = PairStats.load(tokens.directory, name)
+    for name in PairStats.names(tokens.folder):
+        stats = PairStats.load(tokens.folder, name)
         source = int(name.partition("-")[0])
         for row, subset in zip(stats.rows.tolist(), stats.subsets.tolist(), strict=True):
             if subset:
@@ -193,7 +191,7 @@ def _subsets(tokens: TokenSet) -> dict[tuple[int, int], str]:
     return found
 
 
-def _statistics(table: pa.Table, baseline: pa.Table | None, path: Path) -> SetEvaluation:
+def _statistics(table: pa.Table, baseline: pa.Table | None, file: str) -> SetEvaluation:
     """Estimates of one set's scores, and their differences from the baseline's."""
     scores = Scores.from_table(table)
     return SetEvaluation(
@@ -202,7 +200,7 @@ def _statistics(table: pa.Table, baseline: pa.Table | None, path: Path) -> SetEv
         subsets=_by_group(scores, np.array(table["subset"].to_pylist())),
         lengths=_by_group(scores, _length_groups(scores)),
         differences={} if baseline is None else differences(scores, Scores.from_table(baseline)),
-        scores=address(path),
+        scores=file,
     )
 
 

@@ -16,9 +16,9 @@ from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.sources import find_files
 from orpo_ray.preference.templates import template_text
 from orpo_ray.pretrained import ModelSource, refuse_unsafe
-from orpo_ray.storage.bucket import PROTOCOLS, address, local, make_folder
-from orpo_ray.storage.files import first_line, one_line, read_lines, replacing
-from orpo_ray.storage.mirror import fetch_folder, light, publish
+from orpo_ray.storage.bucket import URLS
+from orpo_ray.storage.files import first_line, one_line, read_lines
+from orpo_ray.storage.folder import Folder, FolderLike, light
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400
 
@@ -38,7 +38,9 @@ class RunInputs:
     model: ModelSource
 
 
-def find_inputs(config: ORPOConfig, output_directory: Path, only_evals: bool = False) -> RunInputs:
+def find_inputs(
+    config: ORPOConfig, output_directory: FolderLike, only_evals: bool = False
+) -> RunInputs:
     """Find every input that the config names; what it leaves out is the demo's.
 
     Args:
@@ -131,11 +133,13 @@ def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]
     holds no model, or a model that would run code, is added to `problems`.
     """
     is_url = "://" in name
-    path = local(name) if is_url else Path(name).expanduser()
-    if is_url and (problem := _unfetched(name, path)):
+    folder = Folder.at(name) if is_url else None
+    path = folder.path if folder else Path(name).expanduser()
+    if folder and (problem := _unfetched(folder)):
         problems.append(f"{setting}: {problem}")
         return ModelSource.from_config(config.model, name)
-    source = ModelSource.from_config(config.model, str(path.resolve()) if path.is_dir() else name)
+    found = str(path.resolve()) if path.is_dir() else name
+    source = ModelSource.from_config(config.model, folder or found)
     if path.is_dir():
         if not any((path / kind).is_file() for kind in ("config.json", "adapter_config.json")):
             problems.append(f"{setting}: {name} holds no config.json")
@@ -150,42 +154,40 @@ def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]
     return source
 
 
-def _unfetched(name: str, path: Path) -> str | None:
+def _unfetched(model: Folder) -> str | None:
     """Fetch all of a model in a bucket but its weights; says why that cannot be done."""
-    if name.partition("://")[0] not in PROTOCOLS:
-        return f"{name}: give a folder, a hub id, s3:// or gs://"
+    if not model.address.startswith(URLS):
+        return f"{model}: give a folder, a hub id, s3:// or gs://"
     try:
-        fetch_folder(path, light)
+        model.fetch(light)
     except OSError as error:
-        return f"{name}: cannot be read: {one_line(error)}"
+        return f"{model}: cannot be read: {one_line(error)}"
     return None
 
 
-def _make_demo(output_directory: Path, seed: int) -> RunInputs:
+def _make_demo(output_directory: FolderLike, seed: int) -> RunInputs:
     """The demo's pairs, tokenizer and random base model, made once below the output directory."""
-    home = output_directory / f"demo-{seed}"
-    model = home / "base-model"
-    train, evals = home / "train.jsonl", home / "eval.jsonl"
-    fetch_folder(home)
-    if not (model / "config.json").exists():
+    home = (Folder.at(output_directory) / f"demo-{seed}").fetch()
+    model, train, evals = home / "base-model", "train.jsonl", "eval.jsonl"
+    if not (model.path / "config.json").exists():
         from transformers.utils.logging import disable_progress_bar
 
         from orpo_ray.demo.model import make_demo_model
 
         disable_progress_bar()
-        make_folder(home)
-        write_demo_pairs(str(home), DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS, seed)
+        home.make()
+        write_demo_pairs(str(home.path), DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS, seed)
         texts = []
-        for pair in read_lines(train):
+        for pair in read_lines(home.path / train):
             texts += [pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]]
-        make_demo_model(str(model), texts, seed)
-        publish(train, evals, model)
-    source = ModelSource(str(model), str(model))
-    files, eval_files = as_sources([address(train)]), as_sources([address(evals)])
+        make_demo_model(str(model.path), texts, seed)
+        home.publish(train, evals, model.name)
+    source = ModelSource(model, model)
+    files, eval_files = as_sources([f"{home}/{train}"]), as_sources([f"{home}/{evals}"])
     return RunInputs(files, {"eval_": eval_files}, source)
 
 
-def _from_hub(config: ORPOConfig, output_directory: Path) -> RunInputs:
+def _from_hub(config: ORPOConfig, output_directory: FolderLike) -> RunInputs:
     """The splits of a hub data set, kept as Parquet below the output directory."""
     from datasets import load_dataset
 
@@ -203,18 +205,18 @@ def _from_hub(config: ORPOConfig, output_directory: Path) -> RunInputs:
             except (OSError, ValueError) as error:  # datasets' own errors are one or the other
                 problem = f"dataset_name: {data.dataset_name}: {first_line(error)}"
                 raise DataError([problem]) from error
-            files[prefix] = (keep_dataset(dataset, output_directory / "inputs"),)
+            files[prefix] = (keep_dataset(dataset, Folder.at(output_directory) / "inputs"),)
     evals = files.get("eval_", data.eval_files)
     local = config.replace(dataset_name=None, train_files=files[""], eval_files=evals)
     return find_inputs(local, output_directory)
 
 
-def keep_dataset(dataset: Any, directory: Path) -> str:
+def keep_dataset(dataset: Any, place: FolderLike) -> str:
     """Write a data set held in memory as one Parquet file, named by its content.
 
     Args:
         dataset: a `datasets.Dataset`, a Ray Dataset, a pandas frame, or a dict of lists.
-        directory: where; made if missing.
+        place: the folder; made if missing.
 
     Returns:
         The file's path, or its URL.
@@ -226,9 +228,9 @@ def keep_dataset(dataset: Any, directory: Path) -> str:
     import pandas
     import ray.data
 
-    make_folder(directory)
+    folder = Folder.at(place).make()
     if isinstance(dataset, ray.data.Dataset):
-        return _keep_ray_dataset(dataset, directory)
+        return _keep_ray_dataset(dataset, folder)
     if isinstance(dataset, pandas.DataFrame):
         dataset = datasets.Dataset.from_pandas(dataset, preserve_index=False)
     if isinstance(dataset, Mapping):
@@ -240,15 +242,14 @@ def keep_dataset(dataset: Any, directory: Path) -> str:
                 "a datasets.Dataset, a Ray Dataset, a pandas frame or a dict of lists"
             ]
         )
-    path = directory / f"{dataset._fingerprint}.parquet"
-    if not path.exists():
-        with replacing(path) as temporary:
+    name = f"{dataset._fingerprint}.parquet"
+    if not (folder.path / name).exists():
+        with folder.replacing(name) as temporary:
             dataset.to_parquet(str(temporary))
-    publish(path)
-    return address(path)
+    return f"{folder}/{name}"
 
 
-def _keep_ray_dataset(dataset: Any, directory: Path) -> str:
+def _keep_ray_dataset(dataset: Any, folder: Folder) -> str:
     """Block by block in their order, so that no more than a few are in memory here."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -264,7 +265,7 @@ def _keep_ray_dataset(dataset: Any, directory: Path) -> str:
     if not schemas:
         raise DataError(["train_dataset: the Ray Dataset has no row"])
     schema = pa.unify_schemas(schemas, promote_options="permissive")
-    temporary = directory / f"ray-{os.getpid()}.tmp"
+    temporary = folder.path / f"ray-{os.getpid()}.tmp"
     with pq.ParquetWriter(temporary, schema) as writer:
         for block in blocks():
             writer.write_table(block.cast(schema))
@@ -272,7 +273,7 @@ def _keep_ray_dataset(dataset: Any, directory: Path) -> str:
     with temporary.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    path = directory / f"{digest.hexdigest()}.parquet"
-    temporary.replace(path)
-    publish(path)
-    return address(path)
+    name = f"{digest.hexdigest()}.parquet"
+    temporary.replace(folder.path / name)
+    folder.publish(name)
+    return f"{folder}/{name}"

@@ -25,7 +25,7 @@ from orpo_ray.preference.tokenization import Limits
 from orpo_ray.reports.data import data_lines, first_pair_lines, refuse_bad_data, write_data_report
 from orpo_ray.runs.files import CONFIG
 from orpo_ray.runs.resume import ResumeError, decisive_settings, newest_manifest, refuse_changes
-from orpo_ray.storage.bucket import local, make_folder
+from orpo_ray.storage.folder import Folder
 
 _FILE_WIDTH = 160
 _EVALUATED_GROUPS = 256
@@ -46,16 +46,21 @@ class Start:
     Args:
         config: settled by the cluster, with a run name and a global batch size.
         inputs: files and model.
-        run_directory: absolute path.
+        folder: the run directory.
         token_sets: by the name of the data set in the feed.
         data_report: what `data_report.json` holds.
     """
 
     config: ORPOConfig
     inputs: RunInputs
-    run_directory: Path
+    folder: Folder
     token_sets: dict[str, TokenSet]
     data_report: dict[str, Any]
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the files of the run are on this node."""
+        return self.folder.path
 
     def plans(self) -> dict[str, FeedPlan]:
         """The feed of every data set."""
@@ -105,9 +110,9 @@ def with_run_name(config: ORPOConfig) -> ORPOConfig:
     return config.replace(run_name=time.strftime("orpo-%Y%m%d-%H%M%S"))
 
 
-def run_directory_of(config: ORPOConfig) -> Path:
-    """Absolute path at which a named run is worked on."""
-    return local(config.output.output_dir) / str(config.output.run_name)
+def run_directory_of(config: ORPOConfig) -> Folder:
+    """The folder of a named run."""
+    return Folder.at(config.output.output_dir) / str(config.output.run_name)
 
 
 def start_run(
@@ -124,8 +129,8 @@ def start_run(
         DataError: for missing files and when no usable row is left.
     """
     config = with_run_name(config)
-    run_directory = run_directory_of(config)
-    output_directory = run_directory.parent
+    folder = run_directory_of(config)
+    run_directory, output_directory = folder.path, folder.parent
     config = _with_batch_size(config, run_directory, console)
     inputs = inputs or find_inputs(config, output_directory, only_evals)
     cluster.connect()
@@ -134,24 +139,24 @@ def start_run(
         console.print(warning, markup=False)
     config = cluster.with_cluster(config)
     token_sets = _ingest_all(config, inputs, output_directory, only_evals)
-    start = Start(config, inputs, run_directory, token_sets, {})
+    start = Start(config, inputs, folder, token_sets, {})
     start.refuse_another_run()
-    make_folder(run_directory)
+    folder.make()
     report = write_data_report(run_directory, token_sets, config, _names(inputs))
     for name, figures in report.items():
         for line in data_lines(name, figures):
             console.print(line, markup=False)
-    refuse_bad_data(run_directory, token_sets, config)
+    refuse_bad_data(folder, token_sets, config)
     if TRAIN in token_sets:
         tokenizer = _request(config, inputs, (), output_directory).pair_tokenizer().tokenizer
         for line in first_pair_lines(token_sets[TRAIN], tokenizer, config.orpo.nll_scope):
             console.print(line, markup=False)
-    (run_directory / CONFIG).write_text(to_yaml(config))
+    folder.write_text(CONFIG, to_yaml(config))
     return dataclasses.replace(start, data_report=report)
 
 
 def _ingest_all(
-    config: ORPOConfig, inputs: RunInputs, output_directory: Path, only_evals: bool
+    config: ORPOConfig, inputs: RunInputs, output_directory: Folder, only_evals: bool
 ) -> dict[str, TokenSet]:
     """The token set of every data set, by its name in the feed; the training set comes first."""
     data = config.data
@@ -166,7 +171,7 @@ def _ingest_all(
         val_set_size=data.val_set_size,
         subset_column=None,
         drop_duplicates=data.drop_duplicates,
-        other_sets=tuple(t.directory for t in evals.values()) if data.drop_overlap else (),
+        other_sets=tuple(t.folder for t in evals.values()) if data.drop_overlap else (),
     )
     train = ingest(request, map_tasks)
     if data.val_set_size:
@@ -209,10 +214,10 @@ def _request(
     config: ORPOConfig,
     inputs: RunInputs,
     sources: tuple[DataSource, ...],
-    output_directory: Path,
+    output_directory: Folder,
 ) -> IngestRequest:
     data = config.data
-    cache = local(data.token_cache_dir or output_directory / "token_cache")
+    cache = Folder.at(data.token_cache_dir or output_directory / "token_cache")
     return IngestRequest(
         files=tuple(source.path for source in sources),
         tokenizer=inputs.model.tokenizer,
@@ -221,7 +226,7 @@ def _request(
             data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation
         ),
         shard_rows=data.shard_rows,
-        cache_directory=str(cache),
+        cache_directory=cache,
         reader=RowReader(tuple((data.column_mapping or {}).items()), data.min_score_gap),
         chat_template=inputs.model.chat_template,
         special_tokens=data.special_tokens_in_text,

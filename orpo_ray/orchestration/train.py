@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray.train import UserCallback
@@ -44,24 +43,23 @@ from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.metrics import BY_NAME, eval_prefixes, set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.suspects import SUSPECTS, write_suspects
-from orpo_ray.storage.bucket import address, local
-from orpo_ray.storage.mirror import remove
+from orpo_ray.storage.folder import Folder
 from orpo_ray.training.errors import StoppedError
 
 STOPPED = 128 + signal.SIGTERM  # the exit code of a process that ended on this signal
 
 
 @contextmanager
-def stopping_on_sigterm(run_directory: Path) -> Iterator[None]:
+def stopping_on_sigterm(run: Folder) -> Iterator[None]:
     """Let SIGTERM (of `ray job stop`, of a pod that ends) ask the workers to save and to stop.
 
     Outside the main thread signals cannot be handled, and nothing is done.
 
     Args:
-        run_directory: where the workers look for the request.
+        run: where the workers look for the request.
     """
-    request = run_directory / STOP
-    remove(request)
+    request = run.path / STOP
+    run.remove(STOP)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -70,7 +68,7 @@ def stopping_on_sigterm(run_directory: Path) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        remove(request)
+        run.remove(STOP)
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class TrainResult:
 
     def plot(self) -> Any:
         """The curves of `report.html` as a matplotlib figure, which a notebook shows."""
-        return picture(read_metrics(local(self.run_directory)))
+        return picture(read_metrics(Folder.at(self.run_directory).path))
 
 
 def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
@@ -122,7 +120,7 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
     with claimed(run_directory), working_on(run_directory):
         start = start_run(config, console, inputs)
         console.print(
-            f"run directory: {address(run_directory)}\nstarting {_workers_text(start.config)} "
+            f"run directory: {run_directory}\nstarting {_workers_text(start.config)} "
             f"worker(s) with {start.config.ray.resources_per_worker}",
             markup=False,
         )
@@ -152,21 +150,21 @@ def train_run(
     """
     config, run_directory, data_report = start.config, start.run_directory, start.data_report
     tokens = start.token_sets[TRAIN]
-    refresh = partial(write_run_report, run_directory, config, data_report)
+    refresh = partial(write_run_report, start.folder, config, data_report)
     with closing(Trackers(config, run_directory, console)) as trackers:
         with RunWatcher(run_directory, start.n_steps, console, refresh, trackers.log):
             run_workers(train_worker, start, callbacks)
         data_report = count_trained(run_directory, data_report, tokens)
         save_report(run_directory, data_report)
         write_suspects(run_directory, tokens.sources)
-        try_report(partial(write_run_report, run_directory, config, data_report), console)
-        card = write_model_card(run_directory, config, data_report)
+        try_report(partial(write_run_report, start.folder, config, data_report), console)
+        card = write_model_card(start.folder, config, data_report)
         texts = (run_directory / CONFIG, run_directory / DATA_REPORT, card)
         trackers.log_texts({path.name: path.read_text() for path in texts})
     figures = summary(run_directory)
     return TrainResult(
-        run_directory=address(run_directory),
-        model_directory=address(run_directory / FINAL),
+        run_directory=start.folder.address,
+        model_directory=(start.folder / FINAL).address,
         metrics=figures["after"] | figures["train"],
         metrics_before=figures["before"],
         data_report=data_report,
@@ -191,7 +189,7 @@ def prepare(config: ORPOConfig) -> dict[str, Any]:
             for line in budget_lines(figures):
                 console.print(f"{name} {line}", markup=False)
         page = write_data_page(start.run_directory, start.data_report, start.token_sets)
-    shown = f"{address(page)} and {address(start.run_directory)}/{DATA_REPORT}"
+    shown = f"{start.folder}/{page.name} and {start.folder}/{DATA_REPORT}"
     console.print(f"data report: {shown}", markup=False)
     return start.data_report
 

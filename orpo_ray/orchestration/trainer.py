@@ -17,8 +17,7 @@ from orpo_ray.orchestration.train import TrainResult, train
 from orpo_ray.preference.reading.sources import find_files
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.files import FINAL
-from orpo_ray.storage.bucket import address, local
-from orpo_ray.storage.mirror import fetch_folder, publish
+from orpo_ray.storage.folder import Folder
 
 
 class ORPOTrainer:
@@ -80,7 +79,7 @@ class ORPOTrainer:
         """
         inputs = self._inputs
         if self.result is not None:
-            model = str(local(self.result.model_directory))
+            model = Folder.at(self.result.model_directory)
             trained = dataclasses.replace(inputs.model, model=model)
             inputs = dataclasses.replace(inputs, model=trained)
         return evaluate(self.args, inputs).metrics
@@ -95,12 +94,11 @@ class ORPOTrainer:
             FileNotFoundError: before `train()` has ended.
         """
         final = self._run_directory / FINAL
-        if not final.is_dir():
-            raise FileNotFoundError(f"{address(final)}: no trained model yet; call train() first")
+        if not final.path.is_dir():
+            raise FileNotFoundError(f"{final}: no trained model yet; call train() first")
         if output_dir is None:
-            return address(final)
-        fetch_folder(final)
-        shutil.copytree(final, output_dir, dirs_exist_ok=True)
+            return final.address
+        shutil.copytree(final.fetch(), output_dir, dirs_exist_ok=True)
         return output_dir
 
     def _files(self, dataset: Any) -> tuple[str, ...]:
@@ -125,19 +123,19 @@ class ORPOTrainer:
     def _keep_model(self, model: PreTrainedModel) -> str:
         """Write a model held in memory into the run directory."""
         folder = self._kept / "model"
-        model.save_pretrained(folder)
-        publish(folder)
-        return address(folder)
+        model.save_pretrained(folder.path)
+        folder.publish_all()
+        return folder.address
 
     def _keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase, inputs: RunInputs) -> ModelSource:
         """Write a tokenizer held in memory into the run directory."""
         folder = self._kept / "tokenizer"
-        tokenizer.save_pretrained(folder)
-        publish(folder)
-        return dataclasses.replace(inputs.model, tokenizer=str(folder))
+        tokenizer.save_pretrained(folder.path)
+        folder.publish_all()
+        return dataclasses.replace(inputs.model, tokenizer=folder)
 
 
-def _named_dataset(name: str, directory: Path) -> tuple[str, ...]:
+def _named_dataset(name: str, directory: Folder) -> tuple[str, ...]:
     """A path, a glob, or a hub id as `owner/name` that is no path here."""
     on_hub = name.count("/") == 1 and not Path(name).suffix and not Path(name).parent.exists()
     if on_hub:

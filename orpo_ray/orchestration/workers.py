@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
@@ -24,8 +23,7 @@ from orpo_ray.pretrained import ModelSource, UnsupportedModelError
 from orpo_ray.runs.formatting import format_time
 from orpo_ray.runs.mirror import from_workers
 from orpo_ray.runs.resume import ResumeError
-from orpo_ray.storage.bucket import WORKERS, make_folder, of_side
-from orpo_ray.storage.mirror import fetch_folder, publish
+from orpo_ray.storage.folder import WORKERS, Folder
 from orpo_ray.training.errors import (
     EvaluationError,
     MicrobatchTooLargeError,
@@ -57,7 +55,7 @@ class WorkerAnswer:
 
 
 def train_worker(
-    config: ORPOConfig, model: ModelSource, run_directory: str, evals: Sequence[str]
+    config: ORPOConfig, model: ModelSource, run_directory: Folder, evals: Sequence[str]
 ) -> WorkerAnswer:
     """Run the training loop on this rank; see `Work`."""
     from orpo_ray.training.job import TrainingJob
@@ -91,7 +89,7 @@ def train_worker(
 
 
 def evaluate_worker(
-    config: ORPOConfig, model: ModelSource, run_directory: str, evals: Sequence[str]
+    config: ORPOConfig, model: ModelSource, run_directory: Folder, evals: Sequence[str]
 ) -> WorkerAnswer:
     """Evaluate the model on this rank; rank 0 writes a table of scores a set; see `Work`."""
     from orpo_ray.training.evaluation import run_evaluation
@@ -102,11 +100,9 @@ def evaluate_worker(
         found = run_evaluation(config, model.model, _streams(evals), device, notices.append)
     except UnsupportedModelError as error:
         return WorkerAnswer(refusal=str(error))
-    folder = Path(run_directory)
     for name, table in found.scores.items():
-        make_folder(folder)
-        pq.write_table(table, folder / scores_file(name))
-        publish(folder / scores_file(name))
+        with run_directory.make().replacing(scores_file(name)) as path:
+            pq.write_table(table, path)
     return WorkerAnswer(found.metrics, tuple(notices))
 
 
@@ -130,11 +126,11 @@ def _device(config: ORPOConfig) -> "torch.device":
     return torch.device("cpu")
 
 
-def _watch(run_directory: str) -> Callable[[Mapping[str, Any]], None]:
+def _watch(run_directory: Folder) -> Callable[[Mapping[str, Any]], None]:
     """What shows this run's logged lines to Prometheus: on rank 0 alone."""
     if ray.train.get_context().get_world_rank():
         return lambda line: None
-    return RunGauges(Path(run_directory)).show
+    return RunGauges(run_directory.path).show
 
 
 def _report(metrics: Mapping[str, Any]) -> None:
@@ -156,7 +152,7 @@ def _preemption_notice() -> str | None:
     return f"node {nodes} is to be taken away{deadline}"
 
 
-Work = Callable[[ORPOConfig, ModelSource, str, Sequence[str]], WorkerAnswer]
+Work = Callable[[ORPOConfig, ModelSource, Folder, Sequence[str]], WorkerAnswer]
 """What every rank runs: given the config, base model and tokenizer, the run directory as workers
 see it, and the names of the evaluation sets in the feed."""
 
@@ -179,18 +175,17 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
         TrainingError: for what another attempt would meet again.
         ray.train.TrainingFailedError: when workers keep failing.
     """
-    config, run_directory, plans = start.config, start.run_directory, start.plans()
+    config, folder, plans = start.config, start.folder, start.plans()
     evals = tuple(name for name in plans if name != TRAIN)
-    worker_directory = str(of_side(run_directory, WORKERS))
     cluster.ask_for_timeouts(config)
     trainer = TorchTrainer(
-        partial(work, config, start.inputs.model, worker_directory, evals),
+        partial(work, config, start.inputs.model, folder.on(WORKERS), evals),
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
             timeout_s=int(config.ray.process_group_timeout_s),
         ),
         scaling_config=cluster.scaling(config),
-        run_config=cluster.run_settings(config, run_directory, list(callbacks)),
+        run_config=cluster.run_settings(config, folder, list(callbacks)),
         datasets={name: plan.shard_list() for name, plan in plans.items()},
         dataset_config=PlannedFeed(plans),
     )
@@ -198,9 +193,9 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
         answer: WorkerAnswer = trainer.fit().return_value
     except BaseException:
         with contextlib.suppress(OSError):
-            fetch_folder(run_directory, from_workers)
+            folder.fetch(from_workers)
         raise
-    fetch_folder(run_directory, from_workers)
+    folder.fetch(from_workers)
     if answer.refusal:
         raise ConfigError(answer.refusal.splitlines())
     if answer.failure:

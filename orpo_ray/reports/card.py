@@ -16,24 +16,22 @@ from orpo_ray.runs.evaluations import read_evaluations
 from orpo_ray.runs.files import FINAL, exported_step, read_metrics
 from orpo_ray.runs.formatting import format_rows
 from orpo_ray.runs.metrics import HEADLINE
-from orpo_ray.storage.mirror import publish
+from orpo_ray.storage.folder import Folder
 from orpo_ray.version import __version__
 
 
-def write_model_card(
-    run_directory: Path, config: ORPOConfig, data_report: Mapping[str, Any]
-) -> Path:
+def write_model_card(run: Folder, config: ORPOConfig, data_report: Mapping[str, Any]) -> Path:
     """Write the card of `final/`, with the curves of the run if they were drawn.
 
     Args:
-        run_directory: of a finished run.
+        run: directory of a finished run.
         config: of the run, resolved.
         data_report: the content of `data_report.json`.
 
     Returns:
         Its path.
     """
-    final = run_directory / FINAL
+    run_directory, final = run.path, run.path / FINAL
     lines = read_metrics(run_directory)
     evaluations = read_evaluations(run_directory, lines, exported_step(final))
     name = config.model.model_name_or_path
@@ -63,7 +61,7 @@ def write_model_card(
     )
     path = final / "README.md"
     ModelCard(text).save(path)
-    publish(*(final / name for name in (CURVES, path.name) if (final / name).exists()))
+    (run / FINAL).publish(*(n for n in (CURVES, path.name) if (final / n).exists()))
     return path
 
 

@@ -14,14 +14,13 @@ from orpo_ray.dataset.ingest import LENGTHS, first_refused, nothing_usable
 from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.regroup import load_keys
 from orpo_ray.dataset.request import TRAIN
-from orpo_ray.dataset.shards import TokenSet, read_shard
+from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import ON_REQUEST, Reason
 from orpo_ray.runs.files import DATA_REPORT, LEDGER
 from orpo_ray.runs.formatting import format_rows
-from orpo_ray.storage.bucket import address
 from orpo_ray.storage.files import write_json
-from orpo_ray.storage.mirror import fetch_once
+from orpo_ray.storage.folder import Folder
 
 QUARANTINE = "quarantine"
 _KINDS = ("prompt", "chosen", "rejected", "longest")
@@ -53,7 +52,7 @@ def write_data_report(
     report = {}
     for name, tokens in token_sets.items():
         shown = name.rstrip("_")
-        if train is not None and name != TRAIN and tokens.directory == train.directory:
+        if train is not None and name != TRAIN and tokens.folder == train.folder:
             report[shown] = {"rows_kept": tokens.report["rows_held_out"], "pairs": tokens.n_pairs}
             continue
         counts = {key: value for key, value in tokens.report.items() if key != "quarantine"}
@@ -92,13 +91,13 @@ def _list_refused(run_directory: Path, name: str, tokens: TokenSet) -> None:
     listed.parent.mkdir(exist_ok=True)
     with listed.open("w", encoding="utf-8") as file:
         for source in tokens.report["quarantine"]:
-            part = fetch_once(Path(tokens.directory, source))
+            part = tokens.folder.fetch_file(source, once=True)
             file.write(part.read_text(encoding="utf-8"))
 
 
 def length_tallies(tokens: TokenSet) -> dict[str, Tally]:
     """How many pairs have a prompt, a chosen or a rejected answer, a longer side of n tokens."""
-    with np.load(fetch_once(Path(tokens.directory, LENGTHS))) as arrays:
+    with np.load(tokens.folder.fetch_file(LENGTHS, once=True)) as arrays:
         return {kind: arrays[kind] for kind in _KINDS}
 
 
@@ -139,11 +138,11 @@ def _padded_tokens(longest: Tally, batch_pairs: int) -> float:
 def _overlaps(token_sets: Mapping[str, TokenSet]) -> int:
     """Training pairs whose prompt a separate evaluation set has too."""
     train = token_sets[TRAIN]
-    others = {t.directory for t in token_sets.values()} - {train.directory}
+    others = {t.folder for t in token_sets.values()} - {train.folder}
     if not others:
         return 0
-    elsewhere = np.concatenate([load_keys(directory, "prompt_keys") for directory in others])
-    return int(np.isin(load_keys(train.directory, "prompt_keys"), elsewhere).sum())
+    elsewhere = np.concatenate([load_keys(other, "prompt_keys") for other in others])
+    return int(np.isin(load_keys(train.folder, "prompt_keys"), elsewhere).sum())
 
 
 def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
@@ -171,7 +170,7 @@ def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
 
 def first_pair_lines(tokens: TokenSet, tokenizer: Any, nll_scope: str) -> list[str]:
     """The first pair as the model receives it, and which parts are trained."""
-    group = read_shard(str(Path(tokens.directory, tokens.shards[0].name)))[0]
+    group = tokens.groups(tokens.shards[0])[0]
     (row_id, *_), ((chosen, rejected), *_) = group.row_ids, group.pairs
     in_nll = "in the NLL" if nll_scope == "all" else "not trained (nll_scope=completion)"
     parts = [
@@ -187,25 +186,23 @@ def first_pair_lines(tokens: TokenSet, tokenizer: Any, nll_scope: str) -> list[s
     return lines
 
 
-def refuse_bad_data(
-    run_directory: Path, token_sets: Mapping[str, TokenSet], config: ORPOConfig
-) -> None:
+def refuse_bad_data(run: Folder, token_sets: Mapping[str, TokenSet], config: ORPOConfig) -> None:
     """Stop before training when no row is left, too many are refused, or one must not be.
 
     Raises:
         DataError: with the counts, the first rows, and where all of them are listed.
     """
     problems: list[str] = []
-    seen: set[str] = set()
+    seen: set[Folder] = set()
     for name, tokens in token_sets.items():
-        if tokens.directory in seen:  # held out of the training files, which were checked
+        if tokens.folder in seen:  # held out of the training files, which were checked
             continue
-        seen.add(tokens.directory)
+        seen.add(tokens.folder)
         report, shown = tokens.report, name.rstrip("_")
         problems += nothing_usable(tokens)
         if not report["rows_read"] or not tokens.n_pairs:
             continue
-        listed = f"all in {address(run_directory)}/{QUARANTINE}/{shown}.jsonl"
+        listed = f"all in {run}/{QUARANTINE}/{shown}.jsonl"
         bad = {reason: n for reason, n in report["refused"].items() if reason not in ON_REQUEST}
         share = sum(bad.values()) / report["rows_read"]
         if share > config.data.max_bad_fraction:
@@ -275,7 +272,7 @@ class _RowMarks:
 
 def _kept_rows(tokens: TokenSet, source: int) -> npt.NDArray[np.int64]:
     """The rows of a file that are trained on, from 0, and those that were left out on request."""
-    names = [n for n in PairStats.names(tokens.directory) if n.startswith(f"{source:05d}-")]
-    parts = [PairStats.load(tokens.directory, name) for name in names]
+    names = [n for n in PairStats.names(tokens.folder) if n.startswith(f"{source:05d}-")]
+    parts = [PairStats.load(tokens.folder, name) for name in names]
     rows = [part.rows[~part.held] for part in parts]
     return np.unique(np.concatenate([np.empty(0, np.int64), *rows]))

@@ -37,8 +37,8 @@ from orpo_ray.runs.formatting import format_duration, format_metric, format_time
 from orpo_ray.runs.metrics import HEADLINE, Metric
 from orpo_ray.runs.status import total_steps
 from orpo_ray.runs.suspects import first_suspects
-from orpo_ray.storage.bucket import address
 from orpo_ray.storage.files import read_lines, write_atomic
+from orpo_ray.storage.folder import Folder, FolderLike
 from orpo_ray.version import __version__
 
 REPORT = "report.html"
@@ -55,19 +55,19 @@ _FILE_COLUMNS = (
 )
 
 
-def write_run_report(
-    run_directory: Path, config: ORPOConfig, data_report: Mapping[str, Any]
-) -> Path:
+def write_run_report(place: FolderLike, config: ORPOConfig, data_report: Mapping[str, Any]) -> Path:
     """Write `report.html` and `curves.png` of a run, under way or at its end.
 
     Args:
-        run_directory: with what the run has written so far.
+        place: the run directory, with what the run has written so far.
         config: of the run, resolved.
         data_report: the content of `data_report.json`.
 
     Returns:
         The path of `report.html`.
     """
+    folder = Folder.at(place)
+    run_directory = folder.path
     lines = read_metrics(run_directory)
     exported = exported_step(run_directory / FINAL)  # not the last where the best model is loaded
     evaluations = read_evaluations(run_directory, lines, exported)
@@ -76,7 +76,7 @@ def write_run_report(
         for time, text in read_events(run_directory)
     ]
     counts = sorted(count_events(run_directory).items())
-    again = (address(run_directory / CONFIG), f"run_name={run_directory.name}-again")
+    again = (f"{folder}/{CONFIG}", f"run_name={run_directory.name}-again")
     page = render(
         "run.html.j2",
         title=run_directory.name,

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -19,11 +18,12 @@ from orpo_ray.runs.formatting import (
 )
 from orpo_ray.runs.metrics import BY_KEY, BY_NAME
 from orpo_ray.runs.status import RunStatus, read_status
+from orpo_ray.storage.folder import FolderLike
 
 _FILE_WIDTH = 10_000
 
 
-def show_status(directory: Path, as_json: bool, console: Console | None = None) -> None:
+def show_status(directory: FolderLike, as_json: bool, console: Console | None = None) -> None:
     """Print the status of the run or the sweep in a directory.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any
 
 from orpo_ray.preference.groups import RowId
 from orpo_ray.storage.files import one_line, read_json, read_lines
+from orpo_ray.storage.folder import Folder
 
 CONFIG = "config.yaml"
 DATA_REPORT = "data_report.json"
@@ -50,9 +51,14 @@ class RunFiles:
     Lines that cannot be written because the disk is full are kept, and written before the next.
     """
 
-    directory: Path
+    folder: Folder
     is_writer: bool
     unwritten: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path:
+        """Where the files are on this node."""
+        return self.folder.path
 
     @property
     def stop_requested(self) -> bool:

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from orpo_ray.runs.mirror import in_use, unusable
-from orpo_ray.storage.bucket import is_copy, make_folder
-from orpo_ray.storage.files import read_json, write_json
-from orpo_ray.storage.mirror import age_s, fetch, publish
+from orpo_ray.storage.folder import Folder
 
 LEASE = ".lease"
 # A lease that was not renewed for this long has expired.
@@ -25,7 +23,7 @@ _RENEW_S, _LOOK_S = 5.0, 1.0
 
 
 @contextlib.contextmanager
-def leased(run_directory: Path, driver: str) -> Iterator[None]:
+def leased(run: Folder, driver: str) -> Iterator[None]:
     """Hold a run directory that is a copy of one in a bucket.
 
     Where the last driver was cut off, this waits until its lease is stale.
@@ -33,19 +31,18 @@ def leased(run_directory: Path, driver: str) -> Iterator[None]:
     Raises:
         ConfigError: when another driver has it, and when the bucket cannot be used.
     """
-    path = run_directory / LEASE
     mine = {"driver": driver, "since": time.time(), "machine": _machine(), "pid": os.getpid()}
     mine["id"] = uuid.uuid4().hex
     try:
-        _wait_until_free(path)
-        _write(path, mine)
+        _wait_until_free(run)
+        run.write_json(LEASE, mine)
         time.sleep(_LOOK_S)
-        if read_lease(path) != mine:
-            raise in_use(run_directory, _holder(path))
+        if read_lease(run) != mine:
+            raise in_use(run, _holder(run))
     except OSError as error:
-        raise unusable(run_directory, error) from error
+        raise unusable(run, error) from error
     ended = threading.Event()
-    thread = threading.Thread(target=_renew, args=(path, mine, ended), name="lease", daemon=True)
+    thread = threading.Thread(target=_renew, args=(run, mine, ended), name="lease", daemon=True)
     thread.start()
     try:
         yield
@@ -53,30 +50,29 @@ def leased(run_directory: Path, driver: str) -> Iterator[None]:
         ended.set()
         thread.join()
         with contextlib.suppress(OSError):
-            _write(path, mine | {"ended": True})
+            run.write_json(LEASE, mine | {"ended": True})
 
 
-def read_lease(path: Path) -> dict[str, Any]:
+def read_lease(run: Folder) -> dict[str, Any]:
     """The lease of the last driver in the bucket; empty where there was none."""
-    fetch(path)
-    return read_json(path)
+    return run.read_json(LEASE)
 
 
-def _wait_until_free(path: Path) -> None:
+def _wait_until_free(run: Folder) -> None:
     """Wait until the lease is free.
 
     Raises:
         ConfigError: when it is renewed meanwhile.
     """
-    first = read_lease(path)
+    first = read_lease(run)
     if not first or first.get("ended") or _is_gone(first):
         return
-    seen = path.stat().st_mtime_ns
-    while (age := age_s(path)) is not None and age < STALE_S:
-        if read_lease(path).get("ended"):
+    seen = (run.path / LEASE).stat().st_mtime_ns
+    while (age := run.age_s(LEASE)) is not None and age < STALE_S:
+        if read_lease(run).get("ended"):
             return
-        if path.stat().st_mtime_ns != seen:
-            raise in_use(path.parent, _holder(path))
+        if (run.path / LEASE).stat().st_mtime_ns != seen:
+            raise in_use(run, _holder(run))
         time.sleep(_LOOK_S)
 
 
@@ -98,19 +94,14 @@ def _machine() -> str:
     return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
 
 
-def _holder(path: Path) -> str:
-    return str(read_lease(path).get("driver", "another run"))
+def _holder(run: Folder) -> str:
+    return str(read_lease(run).get("driver", "another run"))
 
 
-def _renew(path: Path, mine: dict[str, Any], ended: threading.Event) -> None:
+def _renew(run: Folder, mine: dict[str, Any], ended: threading.Event) -> None:
     while not ended.wait(_RENEW_S):
         with contextlib.suppress(OSError):
-            _write(path, mine)
-
-
-def _write(path: Path, lease: dict[str, Any]) -> None:
-    write_json(path, lease)
-    publish(path)
+            run.write_json(LEASE, mine)
 
 
 _LOCK = ".lock"
@@ -135,39 +126,39 @@ class Driver:
 
 
 @contextmanager
-def claimed(run_directory: Path) -> Iterator[None]:
+def claimed(run: Folder) -> Iterator[None]:
     """Hold a run directory; the system releases the lock when this process ends.
 
     Raises:
         ConfigError: when another driver has it, and when its bucket cannot be used.
     """
-    make_folder(run_directory)
+    run.make()
     name = f"process {os.getpid()} on {socket.gethostname()}"
-    with (run_directory / _LOCK).open("a+") as file:
+    with (run.path / _LOCK).open("a+") as file:
         if not _takes(file):
             file.seek(0)
-            raise in_use(run_directory, file.read().strip() or "another run")
+            raise in_use(run, file.read().strip() or "another run")
         file.truncate(0)
         file.write(f"{name}\n")
         file.flush()
-        with leased(run_directory, name) if is_copy(run_directory) else nullcontext():
+        with nullcontext() if run.url is None else leased(run, name):
             yield
 
 
-def last_driver(run_directory: Path) -> Driver | None:
+def last_driver(run: Folder) -> Driver | None:
     """The driver that claimed a run directory last; None where there was none."""
-    if is_copy(run_directory):
-        lease = read_lease(run_directory / LEASE)
+    if run.url is not None:
+        lease = read_lease(run)
         if not lease:
             return None
-        age = age_s(run_directory / LEASE)
+        age = run.age_s(LEASE)
         return Driver(
             lease["driver"],
             lease["since"],
             not lease.get("ended") and age is not None and age < STALE_S,
         )
     try:
-        with (run_directory / _LOCK).open() as file:
+        with (run.path / _LOCK).open() as file:
             name, since = file.read().strip(), os.fstat(file.fileno()).st_mtime
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

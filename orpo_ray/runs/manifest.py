@@ -4,42 +4,49 @@ Runs in training workers and on the driver; needs no torch.
 """
 
 import json
-import shutil
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from orpo_ray.storage.bucket import is_copy
-from orpo_ray.storage.files import write_atomic
-from orpo_ray.storage.mirror import fetch_folder, publish, remove, rename, sizes
+from orpo_ray.storage.folder import Folder
 
 MANIFEST = "MANIFEST.json"
 FOLDER = "checkpoints"
 SET_ASIDE = "set-aside"
 
 
-def checkpoint_directory(run_directory: str | Path, step: int) -> Path:
+def checkpoint_directory(run_directory: str | os.PathLike[str], step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return Path(run_directory, FOLDER, f"step-{step:08d}")
 
 
-def checkpoint_directories(run_directory: str | Path) -> list[Path]:
+def checkpoint_directories(run_directory: str | os.PathLike[str]) -> list[Path]:
     """Folders of all checkpoints, committed or not; the newest first."""
     return sorted(Path(run_directory, FOLDER).glob("step-*"), reverse=True)
 
 
-def write_manifest(directory: Path, about: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+def checkpoint(run: Folder, step: int) -> Folder:
+    """The checkpoint of a step as a folder of its run."""
+    return run / FOLDER / checkpoint_directory(run, step).name
+
+
+def checkpoints(run: Folder) -> list[Folder]:
+    """All checkpoints, committed or not, as folders of their run; the newest first."""
+    return [run / FOLDER / path.name for path in checkpoint_directories(run)]
+
+
+def write_manifest(checkpoint: Folder, about: Mapping[str, Any], files: Mapping[str, Any]) -> None:
     """Commit a checkpoint whose other files are written.
 
     Args:
-        directory: of the checkpoint; what is of it in other places has to be published.
+        checkpoint: what is of it in other places has to be published.
         about: other content of the manifest (step, epoch, position, world size, settings).
         files: `fingerprint` of every file by name.
     """
-    write_atomic(directory / MANIFEST, _text(_sealed({**about, "files": dict(files)})))
-    publish(directory / MANIFEST)
+    checkpoint.write_text(MANIFEST, _text(_sealed({**about, "files": dict(files)})))
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -63,18 +70,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return content
 
 
-def find_damage(directory: Path, read_files: bool = True) -> str | None:
+def find_damage(checkpoint: Folder, read_files: bool = True) -> str | None:
     """Compare a checkpoint with its manifest; returns the first difference, or None.
 
     Args:
-        directory: of the checkpoint.
+        checkpoint: a copy of one is compared with the sizes that the bucket has.
         read_files: False compares only the sizes of the files that the manifest names, at once.
     """
     try:
-        files = read_manifest(directory)["files"]
+        files = read_manifest(checkpoint.path)["files"]
     except ValueError as error:
         return str(error)
-    there = sizes(directory)
+    there = checkpoint.sizes()
     for name in sorted(there):
         # Files that torch would unpickle have to be covered.
         if name not in files and (name == ".metadata" or name.endswith(".distcp")):
@@ -84,62 +91,59 @@ def find_damage(directory: Path, read_files: bool = True) -> str | None:
             return f"{name} is missing"
         if there[name] != entry["bytes"]:
             return f"{name} has {there[name]} bytes instead of {entry['bytes']}"
-        if read_files and fingerprint(directory / name) != entry:
+        if read_files and fingerprint(checkpoint.path / name) != entry:
             return f"{name} does not match its checksum"
     return None
 
 
-def newest_checkpoint(run_directory: str, set_aside: Callable[[str, str], None]) -> int | None:
+def newest_checkpoint(run: Folder, set_aside: Callable[[str, str], None]) -> int | None:
     """The step of the newest checkpoint that verifies, or None.
 
     One that does not verify is moved to `checkpoints/set-aside/`, which keeps the last such one.
 
     Args:
-        run_directory: of the run.
+        run: the run directory.
         set_aside: called with the name of each checkpoint that was moved, and the reason.
     """
-    for directory in checkpoint_directories(run_directory):
-        if not fetch_folder(directory).exists():
+    for checkpoint in checkpoints(run):
+        if not checkpoint.fetch().path.exists():
             continue  # a copy of one that was deleted
-        damage = find_damage(directory)
-        if damage is not None and is_copy(directory):  # perhaps of the copy alone
-            shutil.rmtree(directory)
-            fetch_folder(directory)
-            damage = find_damage(directory)
+        damage = find_damage(checkpoint)
+        if damage is not None and checkpoint.url is not None:  # perhaps of the copy alone
+            damage = find_damage(checkpoint.fetch_again())
         if damage is None:
-            return int(directory.name.removeprefix("step-"))
-        aside = directory.parent / SET_ASIDE
-        remove(aside)
-        aside.mkdir()
-        rename(directory, aside / directory.name)
-        (aside / "REASON").write_text(f"{directory.name}: {damage}\n")
-        publish(aside / "REASON")
-        set_aside(directory.name, damage)
+            return int(checkpoint.name.removeprefix("step-"))
+        aside = run / FOLDER / SET_ASIDE
+        aside.remove()
+        aside.path.mkdir()
+        (run / FOLDER).rename(checkpoint.name, f"{SET_ASIDE}/{checkpoint.name}")
+        aside.write_text("REASON", f"{checkpoint.name}: {damage}\n")
+        set_aside(checkpoint.name, damage)
     return None
 
 
-def keep_newest(run_directory: str, limit: int | None, ranking: Sequence[int] = ()) -> None:
+def keep_newest(run: Folder, limit: int | None, ranking: Sequence[int] = ()) -> None:
     """Delete all checkpoints but the newest `limit`; called when the newest was just committed.
 
     Args:
-        run_directory: of the run.
+        run: the run directory.
         limit: None deletes none.
         ranking: steps, the best first: the first of them that has a checkpoint is one of those
             that stay, and as in transformers a second one where `limit` is 1.
     """
     if limit is None:
         return
-    directories = checkpoint_directories(run_directory)
-    ranked = (checkpoint_directory(run_directory, step) for step in ranking)
-    best = next((directory for directory in ranked if (directory / MANIFEST).exists()), None)
-    kept = directories[:limit]
+    there = checkpoints(run)
+    names = {c.name for c in there if (c.path / MANIFEST).exists()}
+    ranked = (checkpoint_directory(run, step).name for step in ranking)
+    best = next((name for name in ranked if name in names), None)
+    kept = [checkpoint.name for checkpoint in there[:limit]]
     if best is not None and best not in kept:
-        kept = [*directories[: max(1, limit - 1)], best]
-    for directory in directories:
-        if directory in kept:
-            continue
-        remove(directory / MANIFEST)  # from here on it is none
-        remove(directory)
+        kept = [*kept[: max(1, limit - 1)], best]
+    for checkpoint in there:
+        if checkpoint.name not in kept:
+            checkpoint.remove(MANIFEST)  # from here on it is none
+            checkpoint.remove()
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

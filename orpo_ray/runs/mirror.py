@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from orpo_ray.config.schema import ConfigError
 from orpo_ray.runs.files import FINAL, RECORD, TRIAL_RECORD, TRIALS, WRITTEN_BY_WORKERS
 from orpo_ray.runs.manifest import FOLDER
-from orpo_ray.storage.bucket import address
 from orpo_ray.storage.files import one_line
-from orpo_ray.storage.mirror import fetch_folder, forget_heavy, kept_in_step, light
+from orpo_ray.storage.folder import Folder, light
 
 # Of Ray Tune: its own state of a sweep, which it keeps in the bucket by itself.
 TUNE_STATE = "ray_tune"
@@ -19,43 +18,39 @@ _FROM_WORKERS = frozenset({*WRITTEN_BY_WORKERS, TRIAL_RECORD, f"{FINAL}/{RECORD}
 
 
 @contextmanager
-def working_on(run_directory: Path) -> Iterator[None]:
+def working_on(run: Folder) -> Iterator[None]:
     """Fetch a run from its bucket, and keep the local copy synchronized inside the context.
 
     Raises:
         ConfigError: when the bucket cannot be read.
     """
-    refresh(run_directory)
-    with kept_in_step(run_directory, _by_driver, from_workers):
+    refresh(run)
+    with run.kept_in_step(_by_driver, from_workers):
         yield
-    forget_heavy(run_directory)
+    run.forget_heavy()
 
 
-def refresh(run_directory: Path) -> None:
+def refresh(run: Folder) -> None:
     """Update a local copy from its bucket, except for weights.
 
     Raises:
         ConfigError: when the bucket cannot be read.
     """
     try:
-        fetch_folder(run_directory, _of_interest)
+        run.fetch(_of_interest)
     except OSError as error:
-        raise unusable(run_directory, error) from error
+        raise unusable(run, error) from error
 
 
-def unusable(run_directory: Path, error: OSError) -> ConfigError:
+def unusable(run: Folder, error: OSError) -> ConfigError:
     """The error for a bucket that cannot be used."""
-    place, reason = address(run_directory.parent), one_line(error)
-    return ConfigError([f"output_dir: {place} cannot be used: {reason}"])
+    return ConfigError([f"output_dir: {run.parent} cannot be used: {one_line(error)}"])
 
 
-def in_use(run_directory: Path, driver: str) -> ConfigError:
+def in_use(run: Folder, driver: str) -> ConfigError:
     """The error for a run directory that another driver holds."""
     return ConfigError(
-        [
-            f"run_name: {address(run_directory)} is in use by {driver}; wait for it, or choose "
-            "another run_name"
-        ]
+        [f"run_name: {run.address} is in use by {driver}; wait for it, or choose another run_name"]
     )
 
 

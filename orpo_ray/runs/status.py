@@ -27,15 +27,15 @@ from orpo_ray.runs.files import (
     read_metrics,
 )
 from orpo_ray.runs.lock import Driver, last_driver
-from orpo_ray.runs.manifest import MANIFEST, checkpoint_directories, find_damage
+from orpo_ray.runs.manifest import MANIFEST, checkpoints, find_damage
 from orpo_ray.runs.metrics import (
     EVALUATION_SUMMARY,
     TRAINING_SUMMARY,
     set_name,
 )
 from orpo_ray.runs.mirror import refresh
-from orpo_ray.storage.bucket import address, is_copy
 from orpo_ray.storage.files import read_json
+from orpo_ray.storage.folder import Folder, FolderLike
 
 Line = Mapping[str, Any]
 # A run is quiet when it wrote nothing for this long, and for this many of its usual pauses.
@@ -48,12 +48,13 @@ class RunView:
     """A run directory as it is now.
 
     Args:
-        directory: of the run.
+        folder: the run directory.
         driver: that claimed it last; of a trial, the driver of its sweep.
     """
 
-    def __init__(self, directory: Path, driver: Driver | None) -> None:
-        self.directory, self.driver, self.now = directory, driver, time.time()
+    def __init__(self, folder: Folder, driver: Driver | None) -> None:
+        directory = folder.path
+        self.folder, self.directory, self.driver, self.now = folder, directory, driver, time.time()
         self.lines = read_metrics(directory)
         self.record = read_json(directory / TRIAL_RECORD)
         self.exported = exported_step(directory / FINAL)
@@ -211,31 +212,33 @@ class SweepStatus:
     trials: Sequence[RunStatus]
 
 
-def read_status(directory: Path) -> RunStatus | SweepStatus:
+def read_status(place: FolderLike) -> RunStatus | SweepStatus:
     """The status of the run or the sweep in a directory.
 
     Raises:
         ConfigError: when it is neither.
     """
-    if is_copy(directory):
-        refresh(directory)
+    folder = Folder.at(place)
+    if folder.url is not None:
+        refresh(folder)
+    directory = folder.path
     if not directory.is_dir():
-        raise ConfigError([f"{address(directory)}: no such folder"])
-    directory = directory.resolve()
-    driver = last_driver(directory)
+        raise ConfigError([f"{folder.address}: no such folder"])
+    driver = last_driver(folder)
     if (directory / TRIALS).is_dir():
-        folders = sorted(path.parent for path in (directory / TRIALS).glob(f"*/{TRIAL_RECORD}"))
-        trials = [_status(RunView(folder, driver)) for folder in folders]
+        records = sorted((directory / TRIALS).glob(f"*/{TRIAL_RECORD}"))
+        folders = [folder / TRIALS / record.parent.name for record in records]
+        trials = [_status(RunView(trial, driver)) for trial in folders]
         alive = driver.is_alive if driver else None
         name = driver.name if driver else None
-        return SweepStatus(directory.name, address(directory), name, alive, trials)
+        return SweepStatus(folder.name, folder.address, name, alive, trials)
     marks = (CONFIG, METRICS, DATA_REPORT, TRIAL_RECORD)
     if driver is None and not any((directory / name).exists() for name in marks):
         missing = " nor ".join(marks)
-        raise ConfigError([f"{address(directory)}: not a run directory: it has neither {missing}"])
+        raise ConfigError([f"{folder.address}: not a run directory: it has neither {missing}"])
     if (directory / TRIAL_RECORD).exists() and driver is None:
-        driver = last_driver(directory.parent.parent)
-    return _status(RunView(directory, driver))
+        driver = last_driver(folder.parent.parent)
+    return _status(RunView(folder, driver))
 
 
 def _status(run: RunView) -> RunStatus:
@@ -245,10 +248,10 @@ def _status(run: RunView) -> RunStatus:
     report = read_json(run.directory / DATA_REPORT)
     model = None
     if run.exported is not None:
-        model = {"step": run.exported, "folder": address(run.directory / FINAL)}
+        model = {"step": run.exported, "folder": (run.folder / FINAL).address}
     return RunStatus(
-        name=run.directory.name,
-        directory=address(run.directory),
+        name=run.folder.name,
+        directory=run.folder.address,
         state=state,
         driver=run.driver.name if run.driver else None,
         quiet_s=run.quiet_s() if state in ("training", "starting") else None,
@@ -288,17 +291,17 @@ def _evaluations(run: RunView) -> list[dict[str, Any]]:
 def _checkpoints(run: RunView) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """The newest checkpoint that is whole by its manifest and sizes, and newer ones."""
     passed_over: list[dict[str, Any]] = []
-    for directory in checkpoint_directories(run.directory):
-        step = int(directory.name.removeprefix("step-"))
+    for checkpoint in checkpoints(run.folder):
+        step, manifest = int(checkpoint.name.removeprefix("step-")), checkpoint.path / MANIFEST
         try:
-            damage = find_damage(directory, read_files=False)
-            committed = (directory / MANIFEST).stat().st_mtime if damage is None else None
+            damage = find_damage(checkpoint, read_files=False)
+            committed = manifest.stat().st_mtime if damage is None else None
         except FileNotFoundError:
             continue  # it was deleted just now
         if damage is None:
-            about = {"step": step, "age_s": run.age(committed), "folder": address(directory)}
+            about = {"step": step, "age_s": run.age(committed), "folder": checkpoint.address}
             return about | {"checked": "manifest and sizes"}, passed_over
-        if not (directory / MANIFEST).exists():
+        if not manifest.exists():
             damage = f"it has no {MANIFEST}: it is being written, or its save was cut off"
         passed_over.append({"step": step, "reason": damage})
     return None, passed_over

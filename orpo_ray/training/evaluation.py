@@ -20,6 +20,7 @@ from orpo_ray.models.orpo_model import OrpoModel, OrpoOutput
 from orpo_ray.models.packing_check import check_packing
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.objective.odds_ratio import log_odds
+from orpo_ray.storage.folder import Folder
 from orpo_ray.training.budget import head_chunk, with_plan
 from orpo_ray.training.step import loss_scale
 
@@ -178,7 +179,7 @@ def evaluate_streams(
 
 def run_evaluation(
     config: ORPOConfig,
-    model_path: str,
+    model_path: str | Folder,
     evals: Mapping[str, TokenStream],
     device: torch.device,
     notice: Callable[[str], None],

@@ -9,6 +9,7 @@ import torch
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.pretrained import ModelSource
+from orpo_ray.storage.folder import FolderLike
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -32,7 +33,7 @@ class TrainingJob:
 
     config: ORPOConfig
     model: ModelSource
-    run_directory: str
+    run_directory: FolderLike
     train: TokenStream
     evals: Mapping[str, TokenStream]
     device: torch.device

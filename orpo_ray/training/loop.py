@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +23,7 @@ from orpo_ray.preference.groups import RowId
 from orpo_ray.runs.files import STOP, WRITTEN_BY_WORKERS, RunFiles, read_metrics, summary
 from orpo_ray.runs.resume import decisive_settings
 from orpo_ray.runs.statistics import Scores, estimates
-from orpo_ray.storage.bucket import make_folder
-from orpo_ray.storage.mirror import fetch_folder, forget_heavy, kept_in_step, light
+from orpo_ray.storage.folder import Folder, light
 from orpo_ray.training.budget import with_head_chunk, with_token_budget
 from orpo_ray.training.checkpoint.best import Evaluations, write_final
 from orpo_ray.training.checkpoint.saver import Progress
@@ -56,39 +54,40 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
         # cuBLAS reads it on first use, which is after the model is built.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with _files_in_step(Path(job.run_directory)):
-        loop = _Loop(job)
+    run = Folder.at(job.run_directory)
+    with _files_in_step(run):
+        loop = _Loop(job, run)
         loop.plan_microbatches()  # before restoring: a resumed run has to decide the same
         loop.restore()
         loop.run()
         loop.finish()
-        forget_heavy(Path(job.run_directory))
-    return summary(Path(job.run_directory))
+        run.forget_heavy()
+    return summary(run.path)
 
 
 @contextmanager
-def _files_in_step(directory: Path) -> Iterator[None]:
+def _files_in_step(run: Folder) -> Iterator[None]:
     """Keep a run directory in a bucket in sync with the driver's, on rank 0."""
     if dist.get_rank():
         yield
         return
-    fetch_folder(directory, light)
-    make_folder(directory)
+    run.fetch(light).make()
     written, asked = frozenset(WRITTEN_BY_WORKERS), frozenset({STOP})
-    with kept_in_step(directory, written.__contains__, asked.__contains__):
+    with run.kept_in_step(written.__contains__, asked.__contains__):
         yield
 
 
 @dataclass
 class _Loop:
     job: TrainingJob
+    folder: Folder
     step: int = 0
     skipped_rows: int = 0
 
     def __post_init__(self) -> None:
         job, config = self.job, self.job.config
         self.evaluations = Evaluations.from_config(config.train, list(job.evals))
-        self.files = RunFiles(Path(job.run_directory), is_writer=dist.get_rank() == 0)
+        self.files = RunFiles(self.folder, is_writer=dist.get_rank() == 0)
         self.n_steps = config.total_steps(job.train.steps_per_epoch)
         model = build_model(config, job.model.model, job.device)
         optimizer = build_optimizer(model, config.train)
@@ -122,7 +121,7 @@ class _Loop:
             self.step, self.skipped_rows = progress.step, progress.skipped_rows
             self.log.restore(progress.sums, progress.logged_steps)
         redone = self.files.rewind(self.step if progress is not None else -1)
-        lines = read_metrics(Path(self.job.run_directory))
+        lines = read_metrics(self.folder.path)
         for line in lines:
             self.log.remember(line)
         self.evaluations.restore(lines)

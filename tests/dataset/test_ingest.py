@@ -156,7 +156,7 @@ def test_shards_are_in_the_order_of_the_files(ingested: Ingested) -> None:
     expected = [RowId(source, row) for source, numbers in enumerate(rows) for row in numbers]
     assert [group.row_ids for group in ingested.groups()] == [(row_id,) for row_id in expected]
     for shard in ingested.tokens.shards:
-        groups = read_shard(f"{ingested.tokens.directory}/{shard.name}")
+        groups = read_shard(f"{ingested.tokens.folder.path}/{shard.name}")
         assert len(groups) == shard.n_groups == shard.n_pairs <= SHARD_ROWS
         assert sum(group.n_tokens for group in groups) == shard.n_tokens
 
@@ -201,9 +201,9 @@ def test_every_refused_row_is_in_quarantine(ingested: Ingested, tmp_path: Path) 
 
 def test_the_same_files_give_the_same_bytes(ingested: Ingested, tmp_path: Path) -> None:
     again = ingest(replace(ingested.request, cache_directory=str(tmp_path)), map_tasks)
-    assert again == replace(ingested.tokens, directory=again.directory)
-    assert Path(again.directory).name == Path(ingested.tokens.directory).name
-    old, new = file_bytes(ingested.tokens.directory), file_bytes(again.directory)
+    assert again == replace(ingested.tokens, folder=again.folder)
+    assert again.folder.path.name == ingested.tokens.folder.path.name
+    old, new = file_bytes(ingested.tokens.folder.path), file_bytes(again.folder.path)
     assert old.pop(MANIFEST_NAME) != new.pop(MANIFEST_NAME)  # each names its folder
     assert new == old
 
@@ -212,12 +212,12 @@ def test_an_ingest_that_died_before_its_manifest_is_done_again(
     ingested: Ingested, tmp_path: Path
 ) -> None:
     first = ingest(replace(ingested.request, cache_directory=str(tmp_path)), map_tasks)
-    whole = file_bytes(first.directory)
-    Path(first.directory, MANIFEST_NAME).unlink()
-    Path(first.directory, first.shards[0].name).write_bytes(b"torn")
-    Path(first.directory, first.shards[-1].name).unlink()
+    whole = file_bytes(first.folder.path)
+    Path(first.folder.path, MANIFEST_NAME).unlink()
+    Path(first.folder.path, first.shards[0].name).write_bytes(b"torn")
+    Path(first.folder.path, first.shards[-1].name).unlink()
     assert ingest(replace(ingested.request, cache_directory=str(tmp_path)), map_tasks) == first
-    assert file_bytes(first.directory) == whole
+    assert file_bytes(first.folder.path) == whole
 
 
 CACHED = """
@@ -225,19 +225,19 @@ import json, pickle, sys
 from orpo_ray.dataset.regroup import load_keys
 from orpo_ray.dataset.ingest import ingest, nothing_usable
 tokens = ingest(pickle.loads(bytes.fromhex(sys.argv[1])), None)  # no task is run
-print(json.dumps([tokens.directory, tokens.report, "ray" in sys.modules]))
+print(json.dumps([str(tokens.folder.path), tokens.report, "ray" in sys.modules]))
 """
 
 
 def test_a_second_process_finds_the_tokens_without_ray(ingested: Ingested) -> None:
     """Not even imported, so that a resume or a trial starts at once; no file is touched."""
-    before = {path: path.stat().st_mtime_ns for path in Path(ingested.tokens.directory).rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in ingested.tokens.folder.path.rglob("*")}
     command = [sys.executable, "-c", CACHED, pickle.dumps(ingested.request).hex()]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     directory, report, imported_ray = json.loads(answer.stdout)
-    assert (directory, report) == (ingested.tokens.directory, ingested.tokens.report)
+    assert (directory, report) == (str(ingested.tokens.folder.path), ingested.tokens.report)
     assert imported_ray is False
-    after = {path: path.stat().st_mtime_ns for path in Path(ingested.tokens.directory).rglob("*")}
+    after = {path: path.stat().st_mtime_ns for path in ingested.tokens.folder.path.rglob("*")}
     assert after == before
 
 
@@ -260,11 +260,11 @@ def test_what_changes_the_tokens_changes_the_key(
         replace(base, tokenizer=str(tmp_path / "template")),
         replace(base, tokenizer=str(tmp_path / "other")),
     ]
-    directories = [ingest(request, map_tasks).directory for request in requests]
-    assert ingest(base, map_tasks).directory == directories[0]
+    directories = [ingest(request, map_tasks).folder.path for request in requests]
+    assert ingest(base, map_tasks).folder.path == directories[0]
     (tmp_path / "rows.jsonl").write_text(json.dumps(text_row(2)) + "\n")
     changed = ingest(base, map_tasks)
-    assert len({*directories, changed.directory}) == len(requests) + 1
+    assert len({*directories, changed.folder.path}) == len(requests) + 1
     assert changed.report["rows_kept"] == 1
 
 

@@ -61,7 +61,7 @@ def test_pairs_of_one_prompt_become_one_group_wherever_they_stand(
     assert [group.row_ids[0] for group in together] == [RowId(0, 0), RowId(0, 1), RowId(0, 2)]
     assert tokens.report["rows_kept"] == tokens.n_pairs == 14
     assert tokens.report["prompts"] == 3
-    assert {path.name for path in Path(tokens.directory).glob("*.parquet")} == {
+    assert {path.name for path in tokens.folder.path.glob("*.parquet")} == {
         shard.name for shard in tokens.shards
     }
 
@@ -69,7 +69,7 @@ def test_pairs_of_one_prompt_become_one_group_wherever_they_stand(
 def prompts(tokens: TokenSet, held: bool = False) -> list[str]:
     """The prompt of every pair of a set, in the order of the shards."""
     shards = tokens.held_out if held else tokens.shards
-    groups = [group for s in shards for group in read_shard(f"{tokens.directory}/{s.name}")]
+    groups = [group for s in shards for group in read_shard(f"{tokens.folder.path}/{s.name}")]
     return [bytes(group.prompt.tobytes()).hex() for group in groups for _ in group.pairs]
 
 
@@ -128,7 +128,7 @@ def test_prompts_of_another_set_are_dropped_where_asked(
     )
     evals = ingest(request, map_tasks)
     train = replace(request, files=(write_rows(tmp_path / "train.jsonl", rows),))
-    tokens = ingest(replace(train, other_sets=(evals.directory,)), map_tasks)
+    tokens = ingest(replace(train, other_sets=(evals.folder,)), map_tasks)
     groups = groups_of(tokens)
     assert [group.row_ids[0].row for group in groups] == [0, 1, 3, 5, 6]
     assert tokens.report["refused"] == {"overlap": 2}
@@ -193,5 +193,5 @@ def test_held_out_repeats_are_dropped_too_and_half_written_stats_do_not_matter(
     assert (tokens.n_pairs, held) == (tokens.report["rows_kept"], tokens.report["rows_held_out"])
     assert tokens.n_pairs + held == 40
     assert tokens.report["refused"] == {"duplicate": 80}
-    (Path(tokens.directory) / "stats" / "00000-0000000000.77.tmp").touch()
-    assert len(load_keys(tokens.directory, "pair_keys")) == 120
+    (tokens.folder.path / "stats" / "00000-0000000000.77.tmp").touch()
+    assert len(load_keys(tokens.folder, "pair_keys")) == 120

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from orpo_ray.dataset.shards import MANIFEST_NAME, Shard, TokenSet, read_shard, write_shard
 from orpo_ray.preference.groups import PromptGroup, RowId, TokenIds
+from orpo_ray.storage.folder import Folder
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 ROW_IDS = st.builds(RowId, st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1))
@@ -108,7 +109,7 @@ def test_a_shard_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> No
 
 def test_a_set_exists_once_its_manifest_does(tmp_path: Path) -> None:
     shards = (Shard("a.parquet", 2, 3, 40, "aa"), Shard("b.parquet", 1, 1, 9, "bb"))
-    tokens = TokenSet(str(tmp_path), shards, ("/data/\u00e9.jsonl",), {"rows_read": 4})
+    tokens = TokenSet(Folder.at(tmp_path), shards, ("/data/\u00e9.jsonl",), {"rows_read": 4})
     assert (tokens.n_groups, tokens.n_pairs) == (3, 4)
     assert TokenSet.load(str(tmp_path)) is None
     tokens.save()
@@ -119,14 +120,16 @@ def test_a_set_exists_once_its_manifest_does(tmp_path: Path) -> None:
 def test_a_set_that_was_moved_is_read_where_it_is(tmp_path: Path) -> None:
     """The manifest remembers where it was made; the folder it lies in counts."""
     (tmp_path / "old").mkdir()
-    TokenSet(str(tmp_path / "old"), (), ("s",), {}).save()
+    TokenSet(Folder.at(tmp_path / "old"), (), ("s",), {}).save()
     (tmp_path / "old").rename(tmp_path / "new")
     moved = TokenSet.load(str(tmp_path / "new"))
-    assert moved == TokenSet(str(tmp_path / "new"), (), ("s",), {})
+    assert moved == TokenSet(Folder.at(tmp_path / "new"), (), ("s",), {})
 
 
 def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
-    TokenSet(str(tmp_path), (Shard("a.parquet", 1, 1, 6, "aa"),), ("s",), {"rows_read": 1}).save()
+    TokenSet(
+        Folder.at(tmp_path), (Shard("a.parquet", 1, 1, 6, "aa"),), ("s",), {"rows_read": 1}
+    ).save()
     assert json.loads((tmp_path / MANIFEST_NAME).read_text()) == {
         "directory": str(tmp_path),
         "shards": [

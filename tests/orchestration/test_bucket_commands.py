@@ -12,8 +12,7 @@ import psutil
 import pytest
 
 from orpo_ray.runs.files import count_events
-from orpo_ray.storage.bucket import VIEWS, local
-from orpo_ray.storage.mirror import fetch_folder
+from orpo_ray.storage.folder import VIEWS, Folder
 from tests.conftest import ROOT
 from tests.orchestration.test_train import figures_of, wait_for, workers
 
@@ -32,9 +31,7 @@ def pairs(bucket) -> None:
 
 def found(url: str) -> Path:
     """A run as someone finds it in the bucket."""
-    folder = local(url, VIEWS)
-    shutil.rmtree(folder, ignore_errors=True)
-    return fetch_folder(folder)
+    return Folder.at(url, VIEWS).fetch_again().path
 
 
 def has(bucket, prefix: str, part: str) -> bool:

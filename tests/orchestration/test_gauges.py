@@ -11,6 +11,7 @@ import pytest
 
 from orpo_ray.orchestration import gauges
 from orpo_ray.runs.manifest import checkpoint_directory, fingerprint, write_manifest
+from orpo_ray.storage.folder import Folder
 from tests.conftest import ROOT
 
 BOARD = ROOT / "cluster" / "grafana-dashboard.json"
@@ -59,7 +60,7 @@ def test_a_logged_line_is_served_at_the_nodes_endpoint(ray_cluster, tmp_path):
     step = checkpoint_directory(run, 20)
     step.mkdir(parents=True)
     (step / "tensors").write_bytes(b"1")
-    write_manifest(step, {"step": 20}, {"tensors": fingerprint(step / "tensors")})
+    write_manifest(Folder.at(step), {"step": 20}, {"tensors": fingerprint(step / "tensors")})
     os.utime(step / "MANIFEST.json", (time.time() - 100,) * 2)
     checkpoint_directory(run, 30).mkdir()  # is still being written
     report = {"train": {"rows_read": 9, "refused": {"empty_chosen": 2}}, "eval": {"rows_kept": 1}}

@@ -40,7 +40,7 @@ def files(tmp_path_factory) -> tuple[str, str]:
 def token_set(tasks: MapTasks, files: tuple[str, ...], tokenizer: str, folder: Path, **changes):
     """The files of a token set, without the manifest, which names its folder."""
     tokens = ingest(request_of(files, tokenizer, folder, **changes), tasks)
-    found = file_bytes(tokens.directory)
+    found = file_bytes(tokens.folder.path)
     return found.pop(MANIFEST_NAME) and (tokens.report, found)
 
 

@@ -63,7 +63,7 @@ def request_of(
 
 def groups_of(tokens: TokenSet) -> list[PromptGroup]:
     """All groups, in the order of the shards."""
-    shards = [f"{tokens.directory}/{shard.name}" for shard in tokens.shards]
+    shards = [f"{tokens.folder.path}/{shard.name}" for shard in tokens.shards]
     return [group for shard in shards for group in read_shard(shard)]
 
 

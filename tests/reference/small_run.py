@@ -17,6 +17,7 @@ from orpo_ray.dataset.stream import BatchPlan, TokenStream
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.files import read_metrics
+from orpo_ray.storage.folder import Folder, FolderLike
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.loop import run_training
 from tests.reference.timing import TIMING
@@ -59,7 +60,7 @@ def make_inputs(folder: Path) -> None:
         )
         for shard in range(N_SHARDS)
     )
-    TokenSet(str(folder / "tokens"), shards, ("random",), {}).save()
+    TokenSet(Folder.at(folder / "tokens"), shards, ("random",), {}).save()
 
 
 def token_stream(
@@ -74,7 +75,7 @@ def token_stream(
     return TokenStream(tokens, order, plan, rank, world_size)
 
 
-def train_small(folder: Path, run: Path, changes: dict[str, Any]) -> dict[str, Any]:
+def train_small(folder: Path, run: FolderLike, changes: dict[str, Any]) -> dict[str, Any]:
     """Train on this rank; returns the run's summary.
 
     Args:
@@ -84,7 +85,7 @@ def train_small(folder: Path, run: Path, changes: dict[str, Any]) -> dict[str, A
     """
     changes = dict(changes)
     evaluate = changes.pop("evaluate", True)
-    run.mkdir(parents=True, exist_ok=True)
+    Folder.at(run).make()
     defaults = {
         "max_steps": 24,
         "save_steps": 7,
@@ -102,7 +103,7 @@ def train_small(folder: Path, run: Path, changes: dict[str, Any]) -> dict[str, A
     job = TrainingJob(
         config=config,
         model=ModelSource(str(folder / "model"), str(folder / "model")),
-        run_directory=str(run),
+        run_directory=run,
         train=stream,
         evals={"eval_": evaluation} if evaluate else {},
         device=torch.device("cpu"),

@@ -15,6 +15,7 @@ from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.templates import PairText
 from orpo_ray.reports.data import count_trained, data_lines, refuse_bad_data, write_data_report
+from orpo_ray.storage.folder import Folder
 
 CONFIG = ORPOConfig(per_device_train_batch_size=2, max_bad_fraction=0.3)
 
@@ -56,12 +57,12 @@ def token_set(folder: Path, total: dict[str, Any], *parts: dict[str, Any]) -> To
         longest = n_prompt + max(n_chosen, n_rejected)
         for kind, n in zip(tallies, (n_prompt, n_chosen, n_rejected, longest), strict=True):
             tallies[kind][n] += 1
-    stats.arrays().save(str(folder), "00000-all")
+    stats.arrays().save(Folder.at(folder), "00000-all")
     np.savez(folder / LENGTHS, **tallies)
     sources = {str(index): part for index, part in enumerate(parts)}
     report = total | {"sources": sources, "quarantine": quarantine}
     shard = Shard("0.parquet", total["rows_kept"], total["rows_kept"], 99, "digest", 0)
-    return TokenSet(str(folder), (shard,), tuple(sources), report)
+    return TokenSet(Folder.at(folder), (shard,), tuple(sources), report)
 
 
 def test_counts_and_refused_rows_of_every_set(tmp_path: Path) -> None:
@@ -130,19 +131,19 @@ def test_lengths_and_what_padding_would_cost(tmp_path: Path) -> None:
 def test_too_many_refused_rows_stop_the_run_and_say_which(tmp_path: Path) -> None:
     """4 of 13 are above 0.3 and 3 of 13 are not; rows left out on request do not count."""
     few = token_set(tmp_path / "few", counts(13, 10, 3), counts(13, 10, 3))
-    refuse_bad_data(tmp_path, {"train": few}, CONFIG)
+    refuse_bad_data(Folder.at(tmp_path), {"train": few}, CONFIG)
     many = token_set(tmp_path / "many", counts(13, 9, 4), counts(13, 9, 4))
     line = {"file": "a.jsonl", "row": 7, "reason": "empty_chosen", "detail": "no text"}
     (tmp_path / "many" / "quarantine" / "0.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(DataError) as caught:
-        refuse_bad_data(tmp_path, {"train": many}, CONFIG)
+        refuse_bad_data(Folder.at(tmp_path), {"train": many}, CONFIG)
     assert caught.value.lines == (
         "train data: 4 of 13 rows are refused (4 empty_chosen), more than max_bad_fraction=0.3; "
         f"all in {tmp_path}/quarantine/train.jsonl",
         "a.jsonl:7: empty_chosen: no text",
     )
     many.report["refused"] = {"duplicate": 4}
-    refuse_bad_data(tmp_path, {"train": many}, CONFIG)
+    refuse_bad_data(Folder.at(tmp_path), {"train": many}, CONFIG)
 
 
 def test_prompts_that_are_too_long_stop_the_run_where_they_are_an_error(tmp_path: Path) -> None:
@@ -150,9 +151,9 @@ def test_prompts_that_are_too_long_stop_the_run_where_they_are_an_error(tmp_path
     tokens.report["refused"] = {"prompt_too_long": 1}
     line = {"file": "a.jsonl", "row": 7, "reason": "prompt_too_long", "detail": "9 tokens"}
     (tmp_path / "set" / "quarantine" / "0.jsonl").write_text(json.dumps(line) + "\n")
-    refuse_bad_data(tmp_path, {"train": tokens}, CONFIG)
+    refuse_bad_data(Folder.at(tmp_path), {"train": tokens}, CONFIG)
     with pytest.raises(DataError, match=r"1 prompts are too long(.|\n)*a.jsonl:7"):
-        refuse_bad_data(tmp_path, {"train": tokens}, CONFIG.replace(truncation="error"))
+        refuse_bad_data(Folder.at(tmp_path), {"train": tokens}, CONFIG.replace(truncation="error"))
 
 
 def test_the_ledger_says_what_of_every_file_was_trained(tmp_path: Path) -> None:

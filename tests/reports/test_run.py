@@ -21,6 +21,7 @@ from orpo_ray.reports.card import write_model_card
 from orpo_ray.reports.live import RunWatcher, sparkline
 from orpo_ray.reports.run import write_run_report
 from orpo_ray.runs.files import RunFiles
+from orpo_ray.storage.folder import Folder
 
 CONFIG = ORPOConfig(max_steps=60, model_name_or_path="<b>base</b>", beta=0.25)
 LEARNED = (
@@ -56,7 +57,7 @@ def learned(step: int, prefix: str = "") -> dict[str, float]:
 
 def write_lines(run: Path, prefixes: tuple[str, ...] = (), **broken: int) -> None:
     """Metrics of 60 steps, by the writer of the runs; NaN in place of `broken` at those steps."""
-    files = RunFiles(run, is_writer=True)
+    files = RunFiles(Folder.at(run), is_writer=True)
     for step in sorted({*LOGGED, *(EVALUATED if prefixes else ())}):
         line: dict[str, Any] = {"step": step, "epoch": step / 120}
         if step in LOGGED:
@@ -141,7 +142,7 @@ def test_one_evaluation_set_before_and_after(tmp_path: Path) -> None:
 def test_intervals_stand_beside_the_figures_that_have_them(tmp_path: Path) -> None:
     """At the first step and at the last, of the set that they belong to."""
     write_lines(tmp_path, ("eval_easy_", "eval_hard_"))
-    files = RunFiles(tmp_path, is_writer=True)
+    files = RunFiles(Folder.at(tmp_path), is_writer=True)
     for step, low, high in ((0, 0.41, 0.59), (30, 0.1, 0.2), (60, 0.71, 0.88)):
         figures = {"accuracy": (0.8, low, high), "log_odds": (1.0, math.nan, math.nan)}
         files.evaluation(step, "eval_hard_", 97, figures)
@@ -167,7 +168,7 @@ def test_where_the_time_went_adds_up(tmp_path: Path) -> None:
 def test_samples_before_and_after_and_the_first_suspects(tmp_path: Path) -> None:
     """Of the model in final/, which is not the last one; rows with a positive margin are fine."""
     write_lines(tmp_path)
-    files = RunFiles(tmp_path, is_writer=True)
+    files = RunFiles(Folder.at(tmp_path), is_writer=True)
     for step in (0, 30, 60):
         files.sample(step, "<p>rompt", f"answer at {step}", "preferred")
     (tmp_path / "final").mkdir()
@@ -191,11 +192,11 @@ def test_the_card_has_data_figures_and_curves(tmp_path: Path) -> None:
     (run / "final").mkdir(parents=True)
     (run / "final" / "orpo_ray.json").write_text('{"step": 60}')
     write_lines(run, ("eval_",))
-    files = RunFiles(run, is_writer=True)
+    files = RunFiles(Folder.at(run), is_writer=True)
     files.evaluation(60, "eval_", 97, {"accuracy": (0.8, 0.71, 0.88)})
     write_page(run, "eval")
     report = {"train": data_set(), "eval": {"rows_kept": 97, "pairs": 97}}
-    write_model_card(run, CONFIG.replace(model_name_or_path=str(tmp_path)), report)
+    write_model_card(Folder.at(run), CONFIG.replace(model_name_or_path=str(tmp_path)), report)
     card = ModelCard.load(run / "final" / "README.md")
     assert "base_model" not in card.data.to_dict()
     row = "| evaluation | 97 | 0.500 | 0.800 (0.710 to 0.880) | 0.000 | 1.000 | 0.000 | 0.250 | "
@@ -206,7 +207,7 @@ def test_the_card_has_data_figures_and_curves(tmp_path: Path) -> None:
     assert "- eval: 97 rows held out of the training files" in card.text
     assert "![Curves of the run](curves.png)" in card.text
     assert (run / "final" / "curves.png").read_bytes() == (run / "curves.png").read_bytes()
-    write_model_card(run, CONFIG.replace(model_name_or_path="org/model"), report)
+    write_model_card(Folder.at(run), CONFIG.replace(model_name_or_path="org/model"), report)
     assert ModelCard.load(run / "final" / "README.md").data.base_model == "org/model"
 
 
@@ -266,7 +267,7 @@ def test_figures_that_are_not_finite_are_gaps_and_named(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_was_never_finite_has_no_chart(tmp_path: Path) -> None:
-    files = RunFiles(tmp_path, is_writer=True)
+    files = RunFiles(Folder.at(tmp_path), is_writer=True)
     files.metrics({"step": 10, "epoch": 0.1, "loss": 2.0, "grad_norm": None})
     page = write_page(tmp_path)
     assert page.count("<figure>") == 1
@@ -281,7 +282,9 @@ def test_before_the_first_figures_there_is_a_page_without_curves(tmp_path: Path)
 
 
 def test_under_way_nothing_is_called_after(tmp_path: Path) -> None:
-    RunFiles(tmp_path, is_writer=True).metrics({"step": 0, "epoch": 0.0} | learned(0, "eval_"))
+    RunFiles(Folder.at(tmp_path), is_writer=True).metrics(
+        {"step": 0, "epoch": 0.0} | learned(0, "eval_")
+    )
     page = write_page(tmp_path, "eval")
     assert cells(page, "evaluation")[:3] == ["97", "0.500", "-"]
 
@@ -290,7 +293,7 @@ def test_data_events_config_and_command_are_told_and_escaped(tmp_path: Path) -> 
     run = tmp_path / "<i>a run"
     run.mkdir()
     write_lines(run)
-    files = RunFiles(run, is_writer=True)
+    files = RunFiles(Folder.at(run), is_writer=True)
     files.event("step 3: <script>alert(1)</script> left out", rows_skipped=2)
     files.event("resumed at step 20 of 60", resumed=1)
     page = write_page(run)
@@ -330,7 +333,7 @@ def test_a_page_that_cannot_be_written_is_said_and_the_watch_goes_on(tmp_path: P
         raise OSError("no space\nleft")
 
     text = io.StringIO()
-    files = RunFiles(tmp_path, is_writer=True)
+    files = RunFiles(Folder.at(tmp_path), is_writer=True)
     with RunWatcher(tmp_path, 60, Console(file=text, soft_wrap=True), fail, first_report_s=0):
         files.metrics({"step": 0, "epoch": 0.0} | learned(0, "eval_"))
         wait_for(text, "report.html was not written: OSError: no space left\n")
@@ -341,7 +344,7 @@ def test_a_page_that_cannot_be_written_is_said_and_the_watch_goes_on(tmp_path: P
 def test_the_page_is_written_under_way_and_once_more_when_the_run_fails(tmp_path: Path) -> None:
     """The second time is long before the next one by the clock."""
     steps = []
-    files = RunFiles(tmp_path, is_writer=True)
+    files = RunFiles(Folder.at(tmp_path), is_writer=True)
 
     def note() -> None:
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

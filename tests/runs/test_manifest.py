@@ -14,6 +14,7 @@ from orpo_ray.runs.manifest import (
     read_manifest,
     write_manifest,
 )
+from orpo_ray.storage.folder import Folder
 
 
 def commit(run: Path, step: int, content: bytes = b"tensors") -> Path:
@@ -21,7 +22,9 @@ def commit(run: Path, step: int, content: bytes = b"tensors") -> Path:
     directory.mkdir(parents=True)
     (directory / "__0_0.distcp").write_bytes(content)
     files = {"__0_0.distcp": fingerprint(directory / "__0_0.distcp")}
-    write_manifest(directory, {"step": step, "epoch": 1, "settings": {"beta": 0.1}}, files)
+    write_manifest(
+        Folder.at(directory), {"step": step, "epoch": 1, "settings": {"beta": 0.1}}, files
+    )
     return directory
 
 
@@ -35,24 +38,24 @@ def flip(path: Path, bit: int) -> None:
 def test_every_flipped_bit_of_every_file_is_found(tmp_path, name):
     directory = commit(tmp_path, 7)
     path = directory / name
-    assert find_damage(directory) is None
+    assert find_damage(Folder.at(directory)) is None
     for bit in range(8 * path.stat().st_size):
         flip(path, bit)
-        assert find_damage(directory) is not None, f"bit {bit} of {name}"
+        assert find_damage(Folder.at(directory)) is not None, f"bit {bit} of {name}"
         flip(path, bit)
-    assert find_damage(directory) is None
+    assert find_damage(Folder.at(directory)) is None
 
 
 def test_what_is_wrong_is_said(tmp_path):
     directory = commit(tmp_path, 7)
     (directory / "__0_0.distcp").write_bytes(b"tens")
-    assert find_damage(directory) == "__0_0.distcp has 4 bytes instead of 7"
+    assert find_damage(Folder.at(directory)) == "__0_0.distcp has 4 bytes instead of 7"
     (directory / "__0_0.distcp").unlink()
-    assert find_damage(directory) == "__0_0.distcp is missing"
+    assert find_damage(Folder.at(directory)) == "__0_0.distcp is missing"
     (directory / MANIFEST).write_text("")
-    assert find_damage(directory) == "its MANIFEST.json is damaged"
+    assert find_damage(Folder.at(directory)) == "its MANIFEST.json is damaged"
     (directory / MANIFEST).unlink()
-    assert find_damage(directory) == "it has no MANIFEST.json, so its save never ended"
+    assert find_damage(Folder.at(directory)) == "it has no MANIFEST.json, so its save never ended"
 
 
 def test_the_newest_that_verifies_is_found_and_the_others_are_set_aside(tmp_path):
@@ -61,7 +64,7 @@ def test_the_newest_that_verifies_is_found_and_the_others_are_set_aside(tmp_path
     (checkpoint_directory(tmp_path, 28) / MANIFEST).unlink()
     flip(checkpoint_directory(tmp_path, 21) / "__0_0.distcp", 3)
     said = []
-    assert newest_checkpoint(str(tmp_path), lambda *what: said.append(what)) == 14
+    assert newest_checkpoint(Folder.at(tmp_path), lambda *what: said.append(what)) == 14
     assert said == [
         ("step-00000028", "it has no MANIFEST.json, so its save never ended"),
         ("step-00000021", "__0_0.distcp does not match its checksum"),
@@ -73,16 +76,16 @@ def test_the_newest_that_verifies_is_found_and_the_others_are_set_aside(tmp_path
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert newest_checkpoint(str(tmp_path), lambda name, reason: None) is None
+    assert newest_checkpoint(Folder.at(tmp_path), lambda name, reason: None) is None
 
 
 def test_the_newest_stay_and_half_deleted_ones_go(tmp_path):
     for step in (7, 14, 21, 28):
         commit(tmp_path, step)
     (checkpoint_directory(tmp_path, 7) / MANIFEST).unlink()
-    keep_newest(str(tmp_path), None)
+    keep_newest(Folder.at(tmp_path), None)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
-    keep_newest(str(tmp_path), 2)
+    keep_newest(Folder.at(tmp_path), 2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000021", "step-00000028"]
     assert read_manifest(checkpoint_directory(tmp_path, 28))["step"] == 28
@@ -105,7 +108,7 @@ def test_the_best_that_has_a_checkpoint_stays_among_the_newest(tmp_path, limit, 
     for step in (7, 14, 21, 28):
         commit(tmp_path, step)
     checkpoint_directory(tmp_path, 8).mkdir()  # its save never ended
-    keep_newest(str(tmp_path), limit, ranking)
+    keep_newest(Folder.at(tmp_path), limit, ranking)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [f"step-{step:08d}" for step in kept]
 
@@ -114,6 +117,6 @@ def test_the_best_that_has_a_checkpoint_stays_among_the_newest(tmp_path, limit, 
 def test_what_torch_would_unpickle_has_to_be_covered(tmp_path, name):
     directory = commit(tmp_path, 7)
     (directory / "notes.txt").write_text("of a person")
-    assert find_damage(directory) is None
+    assert find_damage(Folder.at(directory)) is None
     (directory / name).write_bytes(b"planted")
-    assert find_damage(directory) == f"{name} is not in its MANIFEST.json"
+    assert find_damage(Folder.at(directory)) == f"{name} is not in its MANIFEST.json"

@@ -19,6 +19,7 @@ from orpo_ray.runs.files import RunFiles
 from orpo_ray.runs.lock import claimed, last_driver
 from orpo_ray.runs.manifest import checkpoint_directory, fingerprint, write_manifest
 from orpo_ray.runs.status import RunStatus, SweepStatus, read_status
+from orpo_ray.storage.folder import Folder
 from tests.test_cli import imported_by
 
 LONG_AGO_S = 1000.0
@@ -37,7 +38,7 @@ def write_run(run: Path, last_step: int = 30, **settings: Any) -> RunFiles:
     config = ORPOConfig(num_train_epochs=0.5, run_name=run.name, **settings)
     (run / "config.yaml").write_text(to_yaml(config))
     (run / "data_report.json").write_text(json.dumps({"train": DATA}))
-    files = RunFiles(run, is_writer=True)
+    files = RunFiles(Folder.at(run), is_writer=True)
     for step in range(0, last_step + 1, 10):
         line: dict[str, Any] = {"step": step, "epoch": step / 120}
         figures = {"loss": 5.0 - step / 10, "rewards/margins": 0.5, "rewards/accuracies": 0.75}
@@ -57,7 +58,9 @@ def commit(run: Path, step: int) -> Path:
     directory = checkpoint_directory(run, step)
     directory.mkdir(parents=True)
     (directory / "tensors").write_bytes(b"tensors")
-    write_manifest(directory, {"step": step}, {"tensors": fingerprint(directory / "tensors")})
+    write_manifest(
+        Folder.at(directory), {"step": step}, {"tensors": fingerprint(directory / "tensors")}
+    )
     return directory
 
 
@@ -98,7 +101,7 @@ def driver_elsewhere(run: Path) -> None:
 def test_a_run_that_trains(tmp_path):
     """30 steps are left, of 2 s each by the parts of the steps that were logged."""
     run = tmp_path / "first"
-    with claimed(run):
+    with claimed(Folder.at(run)):
         write_run(run)
         status = of_run(run)
     assert (status.name, status.state) == ("first", "training")
@@ -134,16 +137,16 @@ def test_the_last_evaluation_has_the_intervals_that_are_known(tmp_path):
 
 
 def test_starting_is_before_the_first_line_and_after_a_driver_took_it_up_again(tmp_path):
-    with claimed(tmp_path / "new"):
+    with claimed(Folder.at(tmp_path / "new")):
         assert of_run(tmp_path / "new").state == "starting"
     write_run(tmp_path / "old")
-    with claimed(tmp_path / "old"):
+    with claimed(Folder.at(tmp_path / "old")):
         status = of_run(tmp_path / "old")
         assert (status.state, status.step, status.left_s) == ("starting", 30, None)
 
 
 def test_a_live_driver_whose_run_is_silent_is_said(tmp_path):
-    with claimed(tmp_path):
+    with claimed(Folder.at(tmp_path)):
         write_run(tmp_path)
         let_pass(tmp_path, LONG_AGO_S)
         status = of_run(tmp_path)
@@ -169,7 +172,7 @@ def test_finished_is_the_model_of_the_last_step_and_not_of_a_shorter_run(tmp_pat
     assert status.model == {"step": 60, "folder": str(tmp_path / "run" / "final")}
     write_run(tmp_path / "longer", last_step=30)
     export(tmp_path / "longer", 20)
-    with claimed(tmp_path / "longer"):
+    with claimed(Folder.at(tmp_path / "longer")):
         pass
     assert of_run(tmp_path / "longer").state == "stopped"
     write_run(tmp_path / "early", last_step=30, early_stopping_patience=1, eval_steps=10)
@@ -237,7 +240,7 @@ def test_a_sweep_is_a_line_a_trial(tmp_path):
         (trials / name / "trial.json").write_text(json.dumps(record))
     export(trials / "a", 60)
     let_pass(trials / "d", LONG_AGO_S)
-    with claimed(tmp_path):
+    with claimed(Folder.at(tmp_path)):
         status = read_status(tmp_path)
         assert of_run(trials / "b").state == "training"
     assert isinstance(status, SweepStatus)
@@ -275,13 +278,13 @@ def test_a_terminal_gets_it_folded_to_its_width_and_a_file_in_whole_lines(tmp_pa
 
 def test_asking_holds_up_no_driver(tmp_path):
     """A look takes the lock for an instant; a driver that comes in it tries again."""
-    with claimed(tmp_path):
-        driver = last_driver(tmp_path)
+    with claimed(Folder.at(tmp_path)):
+        driver = last_driver(Folder.at(tmp_path))
         assert driver is not None
         assert driver.is_alive
-        with pytest.raises(ConfigError, match="is in use by process"), claimed(tmp_path):
+        with pytest.raises(ConfigError, match="is in use by process"), claimed(Folder.at(tmp_path)):
             pass
-    assert last_driver(tmp_path / "gone") is None
+    assert last_driver(Folder.at(tmp_path / "gone")) is None
     script = (
         "import fcntl, sys, time\n"
         "file = open(sys.argv[1])\n"
@@ -293,7 +296,7 @@ def test_asking_holds_up_no_driver(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as looker:
         assert looker.stdout is not None
         assert looker.stdout.readline() == "held\n"
-        with claimed(tmp_path):
+        with claimed(Folder.at(tmp_path)):
             pass
 
 

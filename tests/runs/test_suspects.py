@@ -9,11 +9,12 @@ import pytest
 from orpo_ray.preference.groups import RowId
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.runs.suspects import write_suspects
+from orpo_ray.storage.folder import Folder
 
 
 def write_run(run: Path, steps: list[dict[int, float]]) -> None:
     """A ledger and its margins, by the writer of the runs; a step is {row from 1: margin}."""
-    files = RunFiles(run, is_writer=True)
+    files = RunFiles(Folder.at(run), is_writer=True)
     for step, margins in enumerate(steps, start=1):
         rows = [RowId(0, row - 1) for row in margins]
         files.ledger(step, 0, rows, ())
@@ -64,7 +65,7 @@ def test_a_step_whose_margins_are_missing_is_passed_over(tmp_path):
 
 def test_rows_of_earlier_other_data_are_left_out(tmp_path):
     """As the ledger of a run holds them that went on with fewer files (resume_changed)."""
-    files = RunFiles(tmp_path, is_writer=True)
+    files = RunFiles(Folder.at(tmp_path), is_writer=True)
     files.ledger(1, 0, [RowId(0, 0), RowId(1, 0)], ())
     files.margins(1, [0.5, -0.5])
     assert [(line["file"], line["row"]) for line in suspects(tmp_path)] == [("pairs.jsonl", 1)]

@@ -8,9 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from orpo_ray.runs.files import count_events
-from orpo_ray.runs.manifest import find_damage, newest_checkpoint
-from orpo_ray.storage.bucket import WORKERS, local
-from orpo_ray.storage.mirror import fetch_folder
+from orpo_ray.runs.manifest import checkpoint, find_damage, newest_checkpoint
+from orpo_ray.storage.folder import WORKERS, Folder
 from tests.reference.small_run import metrics_without_times, train_small
 from tests.training.test_loop import weights_digest
 
@@ -19,14 +18,12 @@ def train_on_own_node(inputs: Path, scratch: Path, url: str) -> None:
     """This rank's share, on a node whose disk no other rank sees."""
     os.environ["ORPO_RAY_SCRATCH"] = str(scratch / f"node-{dist.get_rank()}")
     os.environ["LOCAL_RANK"] = "0"
-    train_small(inputs, local(url, WORKERS), {})
+    train_small(inputs, Folder.at(url, WORKERS), {})
 
 
 def found_in_bucket(url: str) -> Path:
     """A run as someone finds it who has nothing of it yet."""
-    found = local(url)
-    shutil.rmtree(found, ignore_errors=True)
-    return fetch_folder(found)
+    return Folder.at(url).fetch_again().path
 
 
 def objects(bucket, run: str) -> list[str]:
@@ -97,15 +94,16 @@ def test_it_goes_on_where_every_disk_was_lost(run_ranks, bucket, kept, inputs, w
 
 def test_a_damaged_copy_costs_no_checkpoint(bucket, kept):
     """One bit flipped on a node's disk, with the time of the file as it was: fetched again."""
-    run = found_in_bucket(interrupted_copy(bucket, kept, "flipped", last_step=21))
-    shard = run / "checkpoints" / "step-00000021" / "__1_0.distcp"
+    run = Folder.at(interrupted_copy(bucket, kept, "flipped", last_step=21)).fetch_again()
+    damaged = checkpoint(run, 21)
+    shard = damaged.path / "__1_0.distcp"
     content, times = bytearray(shard.read_bytes()), shard.stat()
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert find_damage(shard.parent) == "__1_0.distcp does not match its checksum"
+    assert find_damage(damaged) == "__1_0.distcp does not match its checksum"
     aside = []
-    assert newest_checkpoint(str(run), lambda *about: aside.append(about)) == 21
+    assert newest_checkpoint(run, lambda *about: aside.append(about)) == 21
     assert aside == []
 
 

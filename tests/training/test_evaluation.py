@@ -17,6 +17,7 @@ from orpo_ray.dataset.shards import TokenSet, write_shard
 from orpo_ray.dataset.stream import BatchPlan, TokenStream
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.runs.files import read_metrics
+from orpo_ray.storage.folder import Folder
 from orpo_ray.training.evaluation import SCHEMA, run_evaluation
 from tests.reference.models import odd_groups, tiny_model
 from tests.reference.padded import reference_orpo
@@ -47,7 +48,7 @@ def write_tokens(folder: Path, groups: list[PromptGroup]) -> str:
     half = len(groups) // 2
     parts = (groups[:half], groups[half:])
     shards = tuple(write_shard(str(folder / f"{i}.parquet"), part) for i, part in enumerate(parts))
-    TokenSet(str(folder), shards, ("odd",), {}).save()
+    TokenSet(Folder.at(folder), shards, ("odd",), {}).save()
     return str(folder)
 
 

@@ -257,7 +257,7 @@ def test_rows_whose_loss_is_not_finite_are_left_out_and_counted(run_ranks, input
     groups = [
         group
         for shard in stream.token_set.shards
-        for group in read_shard(f"{stream.token_set.directory}/{shard.name}")
+        for group in read_shard(f"{stream.token_set.folder.path}/{shard.name}")
     ]
     bad = {
         (0, group.row_ids[0].row + 1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ray.tune
@@ -18,9 +17,8 @@ from orpo_ray.orchestration.workers import TrainingError
 from orpo_ray.preference.errors import DataError
 from orpo_ray.runs.files import CONFIG, TRIAL_RECORD, TRIALS
 from orpo_ray.runs.mirror import working_on
-from orpo_ray.storage.bucket import address, make_folder
-from orpo_ray.storage.files import first_line, read_json, write_json
-from orpo_ray.storage.mirror import publish
+from orpo_ray.storage.files import first_line, read_json
+from orpo_ray.storage.folder import Folder
 from orpo_ray.training.errors import StoppedError
 
 
@@ -41,30 +39,29 @@ def run_trial(
 
     Why it failed is written into its folder as well, unless it was ended from outside.
     """
-    directory = start.run_directory / TRIALS / name
-    make_folder(directory)
+    folder = (start.folder / TRIALS / name).make()
     record = {"trial": name, "values": dict(values)}
-    _write(directory, record)
+    folder.write_json(TRIAL_RECORD, record)
     try:
-        with working_on(directory):
-            train_run(_start(start, directory, values), Console(quiet=True), callbacks)
+        with working_on(folder):
+            train_run(_start(start, folder, values), Console(quiet=True), callbacks)
     except (ConfigError, DataError, StoppedError, TrainingError, TrainingFailedError) as error:
-        _write(directory, record | {"failure": first_line(error)})
+        folder.write_json(TRIAL_RECORD, record | {"failure": first_line(error)})
         raise
 
 
-def _start(sweep: Start, directory: Path, values: Mapping[str, Any]) -> Start:
+def _start(sweep: Start, folder: Folder, values: Mapping[str, Any]) -> Start:
     """The sweep's start with a trial's settings; the trial ingests where they change its inputs."""
     config = trial_config(sweep.config, values).replace(
-        run_name=directory.name,
-        output_dir=address(directory.parent),
+        run_name=folder.name,
+        output_dir=folder.parent.address,
         token_cache_dir=sweep.config.data.token_cache_dir
-        or address(sweep.run_directory.parent / "token_cache"),
+        or (sweep.folder.parent / "token_cache").address,
     )
     if settings_that_decide("tokens") & values.keys():
         return start_run(_with_found_inputs(config, sweep, values), make_console())
-    (directory / CONFIG).write_text(to_yaml(config))
-    return dataclasses.replace(sweep, config=config, run_directory=directory)
+    folder.write_text(CONFIG, to_yaml(config))
+    return dataclasses.replace(sweep, config=config, folder=folder)
 
 
 def trial_config(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:
@@ -86,12 +83,7 @@ def _with_found_inputs(config: ORPOConfig, start: Start, values: Mapping[str, An
     return config.replace(**{name: path for name, path in found.items() if name not in values})
 
 
-def record_failure(directory: Path, reason: str) -> None:
+def record_failure(trial: Folder, reason: str) -> None:
     """Say in a trial's folder why it failed, unless it says so itself."""
-    record = read_json(directory / TRIAL_RECORD)
-    _write(directory, {"failure": reason} | record)
-
-
-def _write(directory: Path, record: Mapping[str, Any]) -> None:
-    write_json(directory / TRIAL_RECORD, record)
-    publish(directory / TRIAL_RECORD)
+    record = read_json(trial.path / TRIAL_RECORD)
+    trial.write_json(TRIAL_RECORD, {"failure": reason} | record)

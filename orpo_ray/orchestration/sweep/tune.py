@@ -44,8 +44,7 @@ from orpo_ray.runs.files import FINAL, TRIALS
 from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.mirror import TUNE_STATE, refresh, working_on
 from orpo_ray.runs.sweep import Goal, Trial, goal_problems, read_trials, table_rows
-from orpo_ray.storage.bucket import address
-from orpo_ray.storage.mirror import fetch_folder, publish, remove
+from orpo_ray.storage.folder import Folder
 
 BETA_ZERO = "beta-0"
 CHAMPION, BEST_CONFIG = "champion", "best_config.yaml"
@@ -125,7 +124,7 @@ def _search(config: ORPOConfig, space: Mapping[str, Any], goal: Goal) -> SweepRe
         for result in tuner.fit():
             if result.error is not None:
                 reason = str(result.error).strip().splitlines()[-1]
-                record_failure(start.run_directory / TRIALS / Path(result.path).name, reason)
+                record_failure(start.folder / TRIALS / Path(result.path).name, reason)
     return _conclude(start, goal, console)
 
 
@@ -159,7 +158,7 @@ def _tuner(start: Start, space: Mapping[str, Any], goal: Goal) -> ray_tune.Tuner
     # A trial's actor only waits. A share of a CPU, however small, would be one that no worker
     # could have whole; none at all is refused by Ray; a byte is neither.
     trainable = ray_tune.with_resources(trial_function(start), {"memory": 1})
-    state = address(start.run_directory / TUNE_STATE)
+    state = (start.folder / TUNE_STATE).address
     if ray_tune.Tuner.can_restore(state):
         return ray_tune.Tuner.restore(state, trainable, resume_unfinished=True)
     config = start.config.tune
@@ -176,7 +175,7 @@ def _tuner(start: Start, space: Mapping[str, Any], goal: Goal) -> ray_tune.Tuner
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=ray_tune.RunConfig(
-            name=TUNE_STATE, storage_path=address(start.run_directory), verbose=0
+            name=TUNE_STATE, storage_path=start.folder.address, verbose=0
         ),
     )
 
@@ -230,8 +229,8 @@ def _scheduler(start: Start) -> TrialScheduler:
 
 def _conclude(start: Start, goal: Goal, console: Console) -> SweepResult:
     """The tables, the best trial's model and config, the report."""
-    directory = start.run_directory
-    refresh(directory)
+    folder, directory = start.folder, start.run_directory
+    refresh(folder)
     trials = goal.ranked([t for t in read_trials(directory) if t.name != BETA_ZERO])
     best = goal.best(trials)
     baseline = _beta_zero(start, best, console) if best else None
@@ -244,15 +243,15 @@ def _conclude(start: Start, goal: Goal, console: Console) -> SweepResult:
     if best:
         # With the trial's own resources: as many threads, so the very same additions.
         settings = trial_config(start.config, best.values).replace(run_name=None)
-        (directory / BEST_CONFIG).write_text(to_yaml(settings))
-        champion = directory / CHAMPION
-        remove(champion)
-        shutil.copytree(fetch_folder(best.directory / FINAL), champion)
-        publish(champion)
+        folder.write_text(BEST_CONFIG, to_yaml(settings))
+        champion = folder / CHAMPION
+        champion.remove()
+        shutil.copytree((folder / TRIALS / best.name / FINAL).fetch(), champion)
+        champion.publish_all()
     report = write_sweep_report(directory, trials, goal, baseline)
-    console.print(_end_text(trials, goal, best, directory), markup=False)
-    console.print(f"report: {address(report)}", markup=False)
-    return SweepResult(address(directory), best, trials, address(champion) if champion else None)
+    console.print(_end_text(trials, goal, best, folder), markup=False)
+    console.print(f"report: {folder}/{report.name}", markup=False)
+    return SweepResult(folder.address, best, trials, champion.address if champion else None)
 
 
 def _beta_zero(start: Start, best: Trial, console: Console) -> Trial | None:
@@ -269,14 +268,14 @@ def _plan_text(start: Start, space: Mapping[str, Any], goal: Goal) -> str:
     config = start.config.tune
     at_a_time = _concurrent(start.config)
     return (
-        f"sweep directory: {address(start.run_directory)}\n"
+        f"sweep directory: {start.folder}\n"
         f"searching {', '.join(space)}: {config.num_samples} samples, {at_a_time} at a time, "
         f"by {config.search_algorithm} search and {config.trial_scheduler}; "
         f"best {goal.mode} {goal.metric}"
     )
 
 
-def _end_text(trials: list[Trial], goal: Goal, best: Trial | None, directory: Path) -> str:
+def _end_text(trials: list[Trial], goal: Goal, best: Trial | None, folder: Folder) -> str:
     """The end of a sweep on a few lines."""
     lines = [trial_text(trial, goal) for trial in trials]
     ruled_out = [trial.name for trial in trials if trial.finished and goal.guarded(trial)]
@@ -289,7 +288,7 @@ def _end_text(trials: list[Trial], goal: Goal, best: Trial | None, directory: Pa
         return "\n".join([*lines, "no finished trial is left to choose"])
     lines += [
         f"best: {trial_text(best, goal)}",
-        f"champion: {address(directory / CHAMPION)}",
-        f"next: python jobs/train.py {address(directory / BEST_CONFIG)}",
+        f"champion: {folder / CHAMPION}",
+        f"next: python jobs/train.py {folder}/{BEST_CONFIG}",
     ]
     return "\n".join(lines)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -13,9 +12,8 @@ from orpo_ray.models.export import export_model
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.runs.files import FINAL, RunFiles, exported_step
 from orpo_ray.runs.formatting import format_metric
-from orpo_ray.runs.manifest import checkpoint_directory, find_damage
+from orpo_ray.runs.manifest import checkpoint, find_damage
 from orpo_ray.runs.metrics import EVALUATED
-from orpo_ray.storage.mirror import fetch_folder
 from orpo_ray.training.checkpoint.saver import load_weights
 from orpo_ray.training.errors import EvaluationError
 from orpo_ray.training.job import TrainingJob
@@ -176,9 +174,8 @@ def write_final(
     if exported is None:
         return
     if exported != step:
-        load_weights(job.run_directory, exported, model)
-    final = str(Path(job.run_directory, FINAL))
-    export_model(final, model, job.model, job.config.model, exported)
+        load_weights(files.folder, exported, model)
+    export_model(files.folder / FINAL, model, job.model, job.config.model, exported)
     if evaluations.keep_best:
         files.notice(evaluations.export_text(exported))
 
@@ -194,8 +191,7 @@ def _choose(evaluations: Evaluations, files: RunFiles, step: int) -> int | None:
     for candidate in (*ranking, step):
         damage = None
         if candidate not in (step, done):
-            directory = fetch_folder(checkpoint_directory(files.directory, candidate))
-            damage = find_damage(directory)
+            damage = find_damage(checkpoint(files.folder, candidate).fetch())
         if damage is None:
             break
         lost = lost or f"the checkpoint of the best evaluation, step {candidate}, is lost: {damage}"

@@ -27,15 +27,14 @@ from torch.distributed.checkpoint.state_dict import (
 
 from orpo_ray.runs.files import WRITTEN_BY_WORKERS
 from orpo_ray.runs.manifest import (
-    checkpoint_directories,
-    checkpoint_directory,
+    checkpoint,
+    checkpoints,
     fingerprint,
     keep_newest,
     write_manifest,
 )
-from orpo_ray.storage.bucket import is_copy
 from orpo_ray.storage.files import first_line, one_line, read_json, write_atomic
-from orpo_ray.storage.mirror import fetch_folder, forget_heavy, publish, remove
+from orpo_ray.storage.folder import Folder
 
 # Frozen weights are loaded from the base model again.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -69,12 +68,12 @@ class CheckpointSaver:
     Its collectives have a process group of their own, so they do not mix with those of training.
 
     Args:
-        run_directory: path of the run directory.
+        run: the run directory.
         keep: number of committed checkpoints to keep; None: all.
     """
 
-    def __init__(self, run_directory: str, keep: int | None) -> None:
-        self._run_directory = run_directory
+    def __init__(self, run: Folder, keep: int | None) -> None:
+        self._run = run
         self._keep = keep
         self._group = dist.new_group(backend="gloo")
         # On GPUs into pinned memory that is reused by every save: a step waits for the copy only.
@@ -114,7 +113,7 @@ class CheckpointSaver:
         if self._pending is not None:
             raise AssertionError("a save is in progress")
         staged = self._stager.stage(_tensors(model, optimizer))
-        keep = partial(keep_newest, self._run_directory, self._keep, tuple(ranking))
+        keep = partial(keep_newest, self._run, self._keep, tuple(ranking))
         self._pending = self._thread.submit(
             self._write, staged, progress, dict(about), problem, keep
         )
@@ -140,39 +139,39 @@ class CheckpointSaver:
     ) -> str | None:
         """Write, verify and commit, then delete old checkpoints; in the thread."""
         rank = dist.get_rank()
-        directory = checkpoint_directory(self._run_directory, progress.step)
+        folder = checkpoint(self._run, progress.step)
         files: dict[str, Any] = {}
         try:
             if rank == 0:
-                remove(directory)  # a torn save of the same step
-                directory.mkdir(parents=True)
+                folder.remove()  # a torn save of the same step
+                folder.path.mkdir(parents=True)
                 text = json.dumps(dataclasses.asdict(progress), indent=1)
-                write_atomic(directory / _PROGRESS, text)
+                write_atomic(folder.path / _PROGRESS, text)
         except OSError as error:
             problem = one_line(error)
         problem = self._first_problem(problem)
         if problem is None:
             try:
                 state_dict_saver.save(
-                    staged, checkpoint_id=str(directory), process_group=self._group
+                    staged, checkpoint_id=str(folder.path), process_group=self._group
                 )
-                files = _own_files(directory)
-                publish(*(directory / name for name in files))
+                files = _own_files(folder.path)
+                folder.publish(*files)
             except (CheckpointException, OSError) as error:
                 problem = _reason(error)
             problem = self._first_problem(problem)
         parts: list[dict[str, Any]] = [{}] * dist.get_world_size()
         dist.all_gather_object(parts, files, group=self._group)
         if rank == 0:
-            problem = self._commit(directory, problem, about, parts, keep)
+            problem = self._commit(folder, problem, about, parts, keep)
         problem = self._first_problem(problem)
         if problem is None:
-            _forget_others(directory)
+            self._forget_others(folder)
         return problem
 
     def _commit(
         self,
-        directory: Path,
+        folder: Folder,
         problem: str | None,
         about: dict[str, Any],
         parts: list[dict[str, Any]],
@@ -182,9 +181,8 @@ class CheckpointSaver:
         if problem is None:
             try:
                 files = {name: entry for part in parts for name, entry in part.items()}
-                texts = (Path(self._run_directory, name) for name in WRITTEN_BY_WORKERS)
-                publish(*(path for path in texts if path.exists()))
-                write_manifest(directory, about, files)
+                self._run.publish(*(n for n in WRITTEN_BY_WORKERS if (self._run.path / n).exists()))
+                write_manifest(folder, about, files)
             except OSError as error:
                 problem = one_line(error)
             else:
@@ -192,8 +190,14 @@ class CheckpointSaver:
                     keep()
         if problem is not None:
             with contextlib.suppress(OSError):
-                remove(directory)
+                folder.remove()
         return problem
+
+    def _forget_others(self, folder: Folder) -> None:
+        """Leave the tensors of one checkpoint alone on this node's disk."""
+        for other in checkpoints(self._run):
+            if other != folder:
+                other.forget_heavy()
 
     def _first_problem(self, problem: str | None) -> str | None:
         """The problem of the lowest rank that has one."""
@@ -203,10 +207,10 @@ class CheckpointSaver:
 
 
 def load_checkpoint(
-    run_directory: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
+    run: Folder, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress:
     """Load a verified checkpoint into a sharded model and its optimizer, at any world size."""
-    directory = _on_this_node(checkpoint_directory(run_directory, step))
+    directory = _on_this_node(checkpoint(run, step))
     tensors = _tensors(model, optimizer)
     state_dict_loader.load(tensors, checkpoint_id=str(directory))
     set_state_dict(
@@ -220,21 +224,21 @@ def load_checkpoint(
     return Progress(**fields | {"sums": tuple(map(tuple, fields["sums"]))})
 
 
-def load_weights(run_directory: str, step: int, model: nn.Module) -> None:
+def load_weights(run: Folder, step: int, model: nn.Module) -> None:
     """Load only the weights of a verified checkpoint into a sharded model."""
     weights = _trained(model, get_model_state_dict(model, options=_OPTIONS))
-    directory = _on_this_node(checkpoint_directory(run_directory, step))
+    directory = _on_this_node(checkpoint(run, step))
     state_dict_loader.load({"model": weights}, checkpoint_id=str(directory))
     set_model_state_dict(model, weights, options=_OPTIONS)
 
 
-def _on_this_node(directory: Path) -> Path:
+def _on_this_node(folder: Folder) -> Path:
     """Fetch a whole checkpoint to every node; a collective."""
-    if is_copy(directory):
+    if folder.url is not None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            fetch_folder(directory)
+            folder.fetch()
         dist.barrier()
-    return directory
+    return folder.path
 
 
 def _on_this_gpu() -> Callable[[], None] | None:
@@ -252,13 +256,6 @@ def _on_this_gpu() -> Callable[[], None] | None:
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
     return begin
-
-
-def _forget_others(directory: Path) -> None:
-    """Delete the tensors of other checkpoints from this node's disk."""
-    for other in checkpoint_directories(directory.parent.parent):
-        if other != directory:
-            forget_heavy(other)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class CheckpointSchedule:
         self._state = state
         self._evaluations = evaluations
         self._preemption_notice = preemption_notice
-        self._saver = CheckpointSaver(str(files.directory), config.train.save_total_limit)
+        self._saver = CheckpointSaver(files.folder, config.train.save_total_limit)
         self._saving_step = self._committed_step = -1
         self._retry_at: int | None = None
         self._last_notice: str | None = None
@@ -79,11 +79,11 @@ class CheckpointSchedule:
             ResumeError: when it was made with other settings or data, unless that is wanted.
         """
         found: list[dict[str, Any] | None] = [None]
-        directory = self._files.directory
+        run = self._files.folder
         if self._files.is_writer:
-            step = newest_checkpoint(str(directory), self._set_aside)
+            step = newest_checkpoint(run, self._set_aside)
             if step is not None:
-                found = [read_manifest(checkpoint_directory(directory, step))]
+                found = [read_manifest(checkpoint_directory(run, step))]
         dist.broadcast_object_list(found)
         manifest = found[0]
         if manifest is None:
@@ -92,7 +92,7 @@ class CheckpointSchedule:
         self._committed_step = self._next_poll = manifest["step"]
         self._polled = (self._next_poll, time.perf_counter())
         state = self._state
-        return load_checkpoint(str(directory), manifest["step"], state.model, state.optimizer)
+        return load_checkpoint(run, manifest["step"], state.model, state.optimizer)
 
     def is_due(self, step: int, last: bool) -> bool:
         """Whether to save a checkpoint after a step; finishes a save that is ready.
