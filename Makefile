@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test quick test-commands test-newest test-all faults gpu-dry-run lint docs wheel clean
+.PHONY: demo test quick test-commands test-newest test-all oracle faults gpu-dry-run lint docs wheel clean
 
 demo: .venv/run.installed
 	$(BIN)/python jobs/train.py
@@ -30,8 +30,14 @@ test-newest:
 	build/newest/bin/python tests/newest.py --outside
 	build/newest/bin/python -m pytest -m "not slow and not commands and not ranks and not ray"
 
+# Only here: TRL itself beside its stored trajectory; every window with every number of heads; 5,000
+# random limits instead of 500; other numbers of workers; sweeps, buckets and Ray jobs as commands.
 test-all: .venv/test.installed
 	$(BIN)/python -m pytest
+
+# TRL's trajectory, with which `make test` compares; the data lies beside the checkout.
+oracle: .venv/test.installed
+	$(BIN)/python -m tests.reference.trl_case ../shared/data/hh_rlhf_harmless.jsonl
 
 faults: .venv/test.installed
 	$(BIN)/python -m faults $(ONLY)

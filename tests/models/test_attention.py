@@ -38,10 +38,19 @@ SPANS = (
 eager_flex = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
-@pytest.fixture(autouse=True)
-def compiled_anew():
+@pytest.fixture
+def traced_again():
     """Off a GPU torch traces FlexAttention at every shape, and has a limit for those."""
     torch._dynamo.reset()
+
+
+def windows_by_heads(windows, heads):
+    """Every window with every number of heads; `make test` runs each window once."""
+    return [
+        pytest.param(w, *h, marks=[] if j == i % len(heads) else pytest.mark.slow)
+        for i, w in enumerate(windows)
+        for j, h in enumerate(heads)
+    ]
 
 
 def heads(layout: PackedLayout, n_heads: int, n_kv: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -156,8 +165,9 @@ def varlen_on_cpus(request):
         yield
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 200])
-@pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 2), (3, 3), (6, 1)])
+@pytest.mark.parametrize(
+    ("window", "n_heads", "n_kv"), windows_by_heads([None, 1, 4, 200], [(4, 2), (3, 3), (6, 1)])
+)
 def test_a_row_is_handed_to_varlen_as_flash_attention_wants_it(
     window, n_heads, n_kv, varlen_on_cpus
 ):
@@ -185,8 +195,10 @@ def test_a_model_computes_the_same_with_varlen(name, varlen_on_cpus):
 
 
 @eager_flex
-@pytest.mark.parametrize("window", [None, 4, 200])
-@pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 2), (3, 3), (6, 1)])
+@pytest.mark.usefixtures("traced_again")
+@pytest.mark.parametrize(
+    ("window", "n_heads", "n_kv"), windows_by_heads([None, 4, 200], [(4, 2), (3, 3), (6, 1)])
+)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_flex_equals_attention_by_segment(window, n_heads, n_kv, softcap):
     """In float64; a softcap's softmax is in fp32. Torch has no gradients for it on CPUs."""
@@ -219,6 +231,7 @@ def test_blocks_of_the_mask_are_those_that_are_seen(window):
 
 
 @eager_flex
+@pytest.mark.usefixtures("traced_again")
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
 def test_a_model_computes_the_same_with_flex(name):
     """Through transformers' interface; the mask is built once a window for all layers."""
@@ -237,6 +250,7 @@ def test_a_model_computes_the_same_with_flex(name):
 
 
 @eager_flex
+@pytest.mark.usefixtures("traced_again")
 @pytest.mark.parametrize("kernel", ["varlen", "flex"])
 @pytest.mark.parametrize("varlen_on_cpus", ["CPU"], indirect=True)  # else it would be traced too
 def test_a_compiled_layer_is_traced_once_for_rows_of_any_length(kernel, varlen_on_cpus):
@@ -254,6 +268,7 @@ def test_a_compiled_layer_is_traced_once_for_rows_of_any_length(kernel, varlen_o
 
 
 @pytest.mark.needs_gpu
+@pytest.mark.usefixtures("traced_again")
 @pytest.mark.parametrize("kernel", [varlen, flex], ids=lambda kernel: kernel.__name__)
 @pytest.mark.parametrize("window", [None, 4, 200])
 @pytest.mark.parametrize(("n_heads", "n_kv"), [(4, 2), (3, 3)])
@@ -269,6 +284,7 @@ def test_gpu_kernels_equal_attention_by_segment(kernel, window, n_heads, n_kv):
 
 
 @pytest.mark.needs_gpu
+@pytest.mark.usefixtures("traced_again")
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 200])
 def test_flex_on_a_gpu_equals_attention_by_segment_in_fp32(window, softcap):

@@ -276,8 +276,7 @@ def test_prompt_and_answers_have_limits_of_their_own() -> None:
 LETTER_TEXT = st.text("xyz", max_size=12)
 
 
-@settings(deadline=None, max_examples=5000)
-@given(
+any_pair_and_limits = given(
     texts=st.tuples(LETTER_TEXT, LETTER_TEXT, LETTER_TEXT),
     max_length=st.integers(2, 20),
     max_prompt_length=st.none() | st.integers(1, 19),
@@ -285,7 +284,9 @@ LETTER_TEXT = st.text("xyz", max_size=12)
     truncation=st.sampled_from(["keep_end", "keep_start", "drop", "error"]),
     bos=st.booleans(),
 )
-def test_any_pair_and_any_limits_leave_a_pair_or_a_reason(
+
+
+def leaves_a_pair_or_a_reason(
     texts: tuple[str, str, str],
     max_length: int,
     max_prompt_length: int | None,
@@ -330,6 +331,15 @@ def test_any_pair_and_any_limits_leave_a_pair_or_a_reason(
         "keep_end": whole_inner[len(whole_inner) - n_kept :],
     }
     assert inner == ends.get(truncation, whole_inner)
+
+
+def test_any_pair_and_any_limits_leave_a_pair_or_a_reason() -> None:
+    settings(deadline=None, max_examples=500)(any_pair_and_limits(leaves_a_pair_or_a_reason))()
+
+
+@pytest.mark.slow
+def test_of_many_more_pairs_and_limits_each_leaves_a_pair_or_a_reason() -> None:
+    settings(deadline=None, max_examples=5000)(any_pair_and_limits(leaves_a_pair_or_a_reason))()
 
 
 def test_answers_that_truncation_makes_the_same_are_refused() -> None:
