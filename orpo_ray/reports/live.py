@@ -1,6 +1,7 @@
-"""Showing a run on a terminal while it runs, from its files alone; a thread on the driver."""
+"""Following a run while it runs, from its files alone; a thread on the driver."""
 
 import itertools
+import logging
 import math
 import threading
 import time
@@ -17,6 +18,7 @@ from rich.table import Table
 from orpo_ray.runs.files import LOG, METRICS, read_metrics
 from orpo_ray.runs.metrics import eval_prefixes, figure, set_name
 
+_log = logging.getLogger(__name__)
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
 _CURVES = {"margin": "rewards/margins", "accuracy": "rewards/accuracies"}
@@ -91,12 +93,12 @@ _REFRESH_S, _REFRESH_SHARE = 30.0, 0.02
 
 
 class RunWatcher:
-    """Prints a run's log lines and its progress: a live view on a terminal, else plain lines.
+    """Logs what a run says and its progress; on a terminal the progress is a live view instead.
 
     Args:
         directory: of the run.
         n_steps: optimizer steps of the whole run.
-        console: where to print.
+        console: shows the live view if it is a terminal. Default: progress is only logged.
         write_report: called now and then while there are new figures, and when the run fails.
         log: called with every new line of the metrics.
         first_report_s: how long `write_report` waits. Its first picture takes seconds of the
@@ -116,7 +118,6 @@ class RunWatcher:
         self._write_report, self._log = write_report, log
         self._report_is_old, self._refresh_at = False, time.monotonic() + first_report_s
         self._n_steps = n_steps
-        self._console = console or Console(highlight=False, soft_wrap=True)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="orpo-progress", daemon=True)
         # Only what is new is shown when a run directory goes on.
@@ -125,10 +126,10 @@ class RunWatcher:
         self._metrics_seen = 0
         self._started_at: tuple[int, float] | None = None
         self._view = LiveView(n_steps)
-        self._live = Live(self._view, console=self._console, refresh_per_second=4, transient=True)
+        self._live = live_display(console, self._view, refresh_per_second=4)
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._live:
             self._live.start()
         self._thread.start()
         return self
@@ -143,7 +144,7 @@ class RunWatcher:
         self._thread.join()
         if error is not None and self._shown_step >= 0:
             self._refresh()
-        if self._console.is_terminal:
+        if self._live:
             self._live.stop()
 
     def _watch(self) -> None:
@@ -158,7 +159,7 @@ class RunWatcher:
         if self._write_report is None:
             return
         started = time.monotonic()
-        write_or_say(self._write_report, self._console)
+        write_or_warn(self._write_report)
         now = time.monotonic()
         self._report_is_old = False
         self._refresh_at = now + max(_REFRESH_S, (now - started) / _REFRESH_SHARE)
@@ -168,12 +169,12 @@ class RunWatcher:
         return path.stat().st_size if path.exists() else 0
 
     def _show_new(self) -> None:
-        """Print what was added to the log and the metrics since the last look."""
+        """Take up what was added to the log and the metrics since the last look."""
         if self._size(LOG) > self._log_offset:
             with (self._directory / LOG).open() as file:
                 file.seek(self._log_offset)
                 for text in file.read().splitlines():
-                    self._console.print(text, markup=False)
+                    _log.info(text)
                 self._log_offset = file.tell()
         if self._size(METRICS) == self._metrics_seen:
             return
@@ -188,16 +189,16 @@ class RunWatcher:
     def _show(self, line: dict[str, Any]) -> None:
         for prefix in eval_prefixes(line):
             text = evaluation_text(line, prefix)
-            self._console.print(text, markup=False)
+            _log.info(text)
             self._view.add_evaluation(prefix, text)
         if "loss" not in line:
             return
         text = figures_text(line)
-        if self._console.is_terminal:
+        if self._live:
             self._view.add(line, text)
         else:
             eta = self._eta_text(line["step"])
-            self._console.print(f"step {line['step']}/{self._n_steps}  {text}{eta}", markup=False)
+            _log.info("step %s/%s  %s%s", line["step"], self._n_steps, text, eta)
 
     def _eta_text(self, step: int) -> str:
         """Time left by the pace since the first line that was shown."""
@@ -210,13 +211,22 @@ class RunWatcher:
         return f"  eta {int(left_s) // 60}:{int(left_s) % 60:02d}"
 
 
-def write_or_say(write_report: Callable[[], object], console: Console) -> None:
+def live_display(
+    console: Console | None, content: RenderableType | None, refresh_per_second: float
+) -> Live | None:
+    """A live display on a console that is a terminal; nothing is shown in place elsewhere."""
+    if console is None or not console.is_terminal:
+        return None
+    return Live(content, console=console, refresh_per_second=refresh_per_second, transient=True)
+
+
+def write_or_warn(write_report: Callable[[], object]) -> None:
     """Write a run's page, or say on one line why not: no picture may cost a run its end."""
     try:
         write_report()
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        console.print(f"report.html was not written: {reason}", markup=False)
+        _log.warning("report.html was not written: %s", reason)
 
 
 def figures_text(line: Mapping[str, Any]) -> str:

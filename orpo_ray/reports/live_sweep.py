@@ -1,5 +1,6 @@
-"""Showing a sweep while it goes on, from its trials' files alone; a thread on the driver."""
+"""Following a sweep while it runs, from its trials' files alone; a thread on the driver."""
 
+import logging
 import math
 import threading
 from pathlib import Path
@@ -7,28 +8,34 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
+from orpo_ray.reports.live import live_display
 from orpo_ray.runs.sweep import Goal, Trial, read_trials
 
 _POLL_S = 2.0
+_log = logging.getLogger(__name__)
 
 
 class SweepWatcher:
-    """A live table on a terminal, else a line for every evaluation."""
+    """Logs a line for every evaluation of a trial; a terminal shows a live table instead.
 
-    def __init__(self, directory: Path, goal: Goal, console: Console) -> None:
+    Args:
+        directory: of the sweep.
+        goal: what the trials are ranked by.
+        console: shows the table if it is a terminal. Default: trials are only logged.
+    """
+
+    def __init__(self, directory: Path, goal: Goal, console: Console | None = None) -> None:
         self._directory = directory
         self._goal = goal
-        self._console = console
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="orpo-sweep", daemon=True)
-        self._live = Live(console=console, refresh_per_second=1, transient=True)
+        self._live = live_display(console, None, refresh_per_second=1)
         self._shown: dict[str, str] = {}
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._live:
             self._live.start()
         self._thread.start()
         return self
@@ -41,7 +48,7 @@ class SweepWatcher:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        if self._console.is_terminal:
+        if self._live:
             self._live.stop()
 
     def _watch(self) -> None:
@@ -51,17 +58,17 @@ class SweepWatcher:
 
     def _show(self) -> None:
         trials = read_trials(self._directory)
-        if self._console.is_terminal:
+        if self._live:
             self._live.update(leaderboard(self._goal.ranked(trials), self._goal))
             return
         for trial in trials:
             text = trial_text(trial, self._goal, with_status=False)
             if trial.evaluations(self._goal.metric) and self._shown.get(trial.name) != text:
                 self._shown[trial.name] = text
-                self._console.print(text, markup=False)
+                _log.info(text)
             if trial.failure and self._shown.get(f"{trial.name} failed") is None:
                 self._shown[f"{trial.name} failed"] = trial.failure
-                self._console.print(f"trial {trial.name} failed: {trial.failure}", markup=False)
+                _log.info("trial %s failed: %s", trial.name, trial.failure)
 
 
 def leaderboard(trials: list[Trial], goal: Goal) -> Table:

@@ -23,7 +23,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class StoppedError(RuntimeError):
-    """The run was asked to stop, and has saved; raised on all ranks."""
+    """The run was asked to stop, and has saved a checkpoint; raised on all ranks."""
 
 
 class MicrobatchTooLargeError(MemoryError):

@@ -8,11 +8,10 @@ from typing import Any
 import ray.tune
 from ray.train import TrainingFailedError
 from ray.tune.integration.ray_train import TuneReportCallback
-from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.orchestration.start import Start, make_console, start_run
+from orpo_ray.orchestration.start import Start, start_run
 from orpo_ray.orchestration.train import train_run
 from orpo_ray.orchestration.workers import TrainingError
 from orpo_ray.preference.errors import DataError
@@ -76,7 +75,7 @@ def run_trial(
     _write(directory, record)
     try:
         with working_on(directory):
-            train_run(_start(start, directory, values), Console(quiet=True), callbacks)
+            train_run(_start(start, directory, values), callbacks=callbacks)
     except (ConfigError, DataError, StoppedError, TrainingError, TrainingFailedError) as error:
         _write(directory, record | {"failure": first_line(error)})
         raise
@@ -91,7 +90,7 @@ def _start(sweep: Start, directory: Path, values: Mapping[str, Any]) -> Start:
         or address(sweep.run_directory.parent / "token_cache"),
     )
     if _INPUTS & values.keys():
-        return start_run(_with_found_inputs(config, sweep, values), make_console())
+        return start_run(_with_found_inputs(config, sweep, values))
     (directory / CONFIG).write_text(to_yaml(config))
     return dataclasses.replace(sweep, config=config, run_directory=directory)
 
