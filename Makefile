@@ -70,6 +70,7 @@ wheel: .venv/test.installed
 		from orpo_ray.reports.page import render; \
 		render("data.html.j2", title="", parts=[], columns=[]); \
 		print(orpo_ray.__version__, read_arguments([]).orpo.beta)'
+	cd build/wheel && bin/orpo-ray --help
 
 clean:
 	rm -rf .venv build dist site *.egg-info

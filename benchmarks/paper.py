@@ -8,8 +8,6 @@ on trained ones (as the paper's figures 3 and 7 do): those of an epoch, as their
 """
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import os
@@ -65,8 +63,7 @@ def settings(folder: Path, data: str | None, seed: int) -> ORPOConfig:
 
 def run(config: ORPOConfig) -> dict[str, Curve]:
     """Train; gives every evaluation of held-out pairs, and every epoch of trained ones."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        lines = read_metrics(Path(train(config).run_directory))
+    lines = read_metrics(Path(train(config).run_directory))
     epochs: dict[int, list[Point]] = {}
     for line in lines:
         if "loss" in line:

@@ -1,21 +1,11 @@
-"""Check and tokenize preference pairs, without training: `python jobs/prepare.py [...]`."""
+"""Run `orpo-ray prepare` from a checkout, without installing the package."""
 
 import sys
 from pathlib import Path
 
-# `ray job submit --working-dir .` runs this file without installing the package.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from orpo_ray.cli import run_job
-from orpo_ray.config.schema import ORPOConfig
-
-
-def action(config: ORPOConfig) -> None:
-    """Ingest; imports Ray only once the config is known to be good."""
-    from orpo_ray.orchestration.train import prepare
-
-    prepare(config)
-
+from orpo_ray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(sys.argv[1:], "Check and tokenize preference pairs, on Ray.", action))
+    sys.exit(main(["prepare", *sys.argv[1:]]))

@@ -1,5 +1,6 @@
 """ORPO preference training on Ray: no wasted token, nothing lost, nothing hidden."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
     from orpo_ray.orchestration.sweep.tune import SweepResult, trainable, tune
     from orpo_ray.orchestration.train import TrainResult, prepare, train
     from orpo_ray.orchestration.trainer import ORPOTrainer
+    from orpo_ray.orchestration.workers import TrainingError
     from orpo_ray.preference.errors import DataError
+    from orpo_ray.training.errors import StoppedError
 
 __all__ = [
     "ConfigError",
@@ -19,8 +22,10 @@ __all__ = [
     "EvaluationResult",
     "ORPOConfig",
     "ORPOTrainer",
+    "StoppedError",
     "SweepResult",
     "TrainResult",
+    "TrainingError",
     "__version__",
     "evaluate",
     "prepare",
@@ -29,6 +34,9 @@ __all__ = [
     "tune",
 ]
 
+# The package is silent until an application configures logging; the commands do.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
 # Imported on first use, so that `--help` and a bad config need neither torch nor ray.
 _HOME = {
     "ConfigError": "orpo_ray.config.schema",
@@ -36,8 +44,10 @@ _HOME = {
     "EvaluationResult": "orpo_ray.orchestration.evaluate",
     "ORPOConfig": "orpo_ray.config.schema",
     "ORPOTrainer": "orpo_ray.orchestration.trainer",
+    "StoppedError": "orpo_ray.training.errors",
     "SweepResult": "orpo_ray.orchestration.sweep.tune",
     "TrainResult": "orpo_ray.orchestration.train",
+    "TrainingError": "orpo_ray.orchestration.workers",
     "evaluate": "orpo_ray.orchestration.evaluate",
     "prepare": "orpo_ray.orchestration.train",
     "train": "orpo_ray.orchestration.train",

@@ -1,80 +1,154 @@
-"""The front of every command: arguments in, exit code out, and nothing heavy imported before."""
+"""The commands: arguments in, exit code out, and nothing heavy imported before it is needed."""
 
 import argparse
+import difflib
 import json
+import logging
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from orpo_ray.config.file import load_config, to_yaml
 from orpo_ray.config.schema import SECTIONS, ConfigError, ORPOConfig
 from orpo_ray.config.secrets import hide
 from orpo_ray.preference.errors import DataError
+from orpo_ray.training.errors import StoppedError
+from orpo_ray.version import __version__
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PROGRAM = "orpo-ray"
+DEMO = "demo.yaml"
+DONE, FAILED, REFUSED, INTERRUPTED, STOPPED = 0, 1, 2, 130, 128 + signal.SIGTERM
 # Read when Ray is imported. A sweep's many small processes are no reason for a warning.
 _QUIET_RAY = {"RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started"}
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-DEMO = "demo.yaml"
+_FILE_WIDTH = 160
 
 
-def run_job(argv: Sequence[str], description: str, action: Callable[[ORPOConfig], object]) -> int:
-    """Parse a command line, run `action` on its config, and give the exit code.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `orpo-ray COMMAND [arguments]` and return its exit code.
 
     Args:
-        argv: `[CONFIG.yaml] [key=value ...] [--dry-run] [--print-schema] [--help]`.
-        description: what the command does, for `--help`.
-        action: the one function of the command; may import what it likes.
+        argv: the command and its arguments. Default: those of this process.
 
     Returns:
-        0 done; 2 bad config or bad data, said in one or two lines each; 130 interrupted; 1
-        anything else, with its traceback.
+        0 done; 2 bad usage, config or data, said in one or two lines each; 130 interrupted; 143
+        stopped by SIGTERM with a checkpoint saved; 1 anything else, with its traceback.
     """
-    arguments = _parser(description).parse_args(argv)
+    name, *arguments = [*(sys.argv[1:] if argv is None else argv)] or [""]
+    if name in ("-h", "--help"):
+        print(_overview())
+        return DONE
+    if name == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return DONE
+    if name == "status":
+        return _run_status(arguments)
+    if name in _ACTIONS:
+        return _run_on_config(name, arguments)
+    print(f"error: {_no_such_command(name)}", file=sys.stderr)
+    return REFUSED
+
+
+def _train(config: ORPOConfig, console: "Console") -> None:
+    from orpo_ray.orchestration.train import end_text, train
+
+    result = train(config, console=console)
+    console.print(end_text(result, config, _called("train")), markup=False)
+
+
+def _tune(config: ORPOConfig, console: "Console") -> None:
+    from orpo_ray.orchestration.sweep.tune import end_text, tune
+
+    result = tune(config, console=console)
+    console.print(end_text(result, config, _called("train")), markup=False)
+
+
+def _evaluate(config: ORPOConfig, console: "Console") -> None:
+    from orpo_ray.orchestration.evaluate import evaluate, show_evaluation
+
+    show_evaluation(evaluate(config), console)
+
+
+def _prepare(config: ORPOConfig, console: "Console") -> None:
+    from orpo_ray.orchestration.train import prepare
+
+    prepare(config)
+
+
+def _status(directory: str, as_json: bool) -> None:
+    from orpo_ray.reports.status import show_status
+    from orpo_ray.storage.folder import VIEWS, Folder
+
+    show_status(Folder.at(directory, VIEWS), as_json)
+
+
+_ACTIONS: Mapping[str, Callable[[ORPOConfig, "Console"], None]] = {
+    "train": _train,
+    "tune": _tune,
+    "evaluate": _evaluate,
+    "prepare": _prepare,
+}
+_SUMMARIES = {
+    "train": "Train a model on preference pairs with ORPO.",
+    "tune": "Search beta, the learning rate or any other setting with Ray Tune.",
+    "evaluate": "Evaluate a model on preference pairs.",
+    "prepare": "Check and tokenize preference pairs, without training.",
+    "status": "Print where a run or a sweep stands, from its files alone.",
+}
+
+
+def _run_on_config(name: str, argv: Sequence[str]) -> int:
+    """Run a command that takes `[CONFIG.yaml] [key=value ...]`; returns its exit code."""
+    arguments = _config_parser(name).parse_args(argv)
     if arguments.print_schema:
         print(json.dumps(ORPOConfig.model_json_schema(), indent=2))
         return DONE
-    for name, value in _QUIET_RAY.items():
-        os.environ.setdefault(name, value)
+    for variable, value in _QUIET_RAY.items():
+        os.environ.setdefault(variable, value)
 
     def run() -> None:
         config = read_arguments(arguments.settings)
         if arguments.dry_run:
             _print_plan(config)
-        else:
-            action(config)
+            return
+        with _logging_to_console() as console:
+            _ACTIONS[name](config, console)
 
-    return _exit_code(run)
+    return exit_code(run)
 
 
-def run_directory_job(
-    argv: Sequence[str], description: str, action: Callable[[str, bool], object]
-) -> int:
-    """The same for a command that is about a directory, and may print JSON.
-
-    Args:
-        argv: `RUN_DIR [--json] [--help]`.
-        description: what the command does, for `--help`.
-        action: the one function of the command, given the directory and whether to print JSON.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, usage="python %(prog)s RUN_DIR [options]"
+def _run_status(argv: Sequence[str]) -> int:
+    """Run the command that takes a directory; returns its exit code."""
+    parser = _Parser(
+        prog=_called("status"),
+        description=_SUMMARIES["status"],
+        usage="%(prog)s RUN_DIR [options]",
     )
     parser.add_argument("directory", metavar="RUN_DIR", help="folder or URL of a run or a sweep")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    return _exit_code(lambda: action(arguments.directory, arguments.json))
+    return exit_code(lambda: _status(arguments.directory, arguments.json))
 
 
-def _exit_code(action: Callable[[], object]) -> int:
-    """Run a command's action; what it raises is said on stderr."""
+def exit_code(action: Callable[[], object]) -> int:
+    """Run a command's action; an error that it raises is printed, and becomes the exit code."""
     try:
         action()
     except (ConfigError, DataError) as error:
         for line in error.lines:
             print(f"error: {hide(line)}", file=sys.stderr)
         return REFUSED
+    except StoppedError as error:
+        print(f"{error}; the same command goes on")
+        return STOPPED
     except KeyboardInterrupt:
         print("interrupted; the same command with the same run_name goes on", file=sys.stderr)
         return INTERRUPTED
@@ -82,6 +156,42 @@ def _exit_code(action: Callable[[], object]) -> int:
         print(hide(traceback.format_exc()), end="", file=sys.stderr)
         return FAILED
     return DONE
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints messages as they are on a console, above a live view if it shows one."""
+
+    def __init__(self, console: "Console") -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            mark = "warning: " if record.levelno >= logging.WARNING else ""
+            self._console.print(f"{mark}{record.getMessage()}", markup=False)
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def _logging_to_console() -> Iterator["Console"]:
+    """A console on stdout: unwrapped lines, wide tables in a file, and what the package logs."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    logger, handler = logging.getLogger("orpo_ray"), _ConsoleHandler(console)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a library that configures the root logger would print it again
+    try:
+        yield console
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def read_arguments(settings: Sequence[str]) -> ORPOConfig:
@@ -103,12 +213,20 @@ def read_arguments(settings: Sequence[str]) -> ORPOConfig:
         return load_config(str(demo), overrides)
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=_settings_text(),
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line each."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(REFUSED, f"error: {message}; `{self.prog} --help` shows the arguments\n")
+
+
+def _config_parser(name: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=_called(name),
+        description=_SUMMARIES[name],
+        epilog=_settings_text(name),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python %(prog)s [CONFIG.yaml] [key=value ...] [options]",
+        usage="%(prog)s [CONFIG.yaml] [key=value ...] [options]",
     )
     parser.add_argument(
         "settings", nargs="*", metavar="CONFIG.yaml | key=value", help="none: the embedded demo"
@@ -120,22 +238,53 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _settings_text() -> str:
+def _settings_text(name: str) -> str:
     """Every setting with its default, by section."""
     lines = ["settings, as section.name=value or name=value:"]
     for section, model in SECTIONS.items():
         lines.append(f"\n{section}: {model.__doc__}")
-        for name, field in model.model_fields.items():
+        for setting, field in model.model_fields.items():
             default = json.dumps(field.get_default(), default=list)
-            lines.append(f"  {name} = {default}\n      {field.description}")
+            lines.append(f"  {setting} = {default}\n      {field.description}")
     lines += [
-        "\nsearch: what jobs/tune.py searches, by setting:",
+        f"\nsearch: what {_called('tune')} searches, by setting:",
         "  search.beta='loguniform(0.05, 0.5)'   uniform, randint, choice, grid likewise",
         "\nexamples:",
-        "  python jobs/train.py",
-        "  python jobs/train.py my.yaml beta=0.2 num_workers=4 run_name=first",
+        f"  {_called(name)}",
+        f"  {_called(name)} my.yaml beta=0.2 num_workers=4 run_name=first",
     ]
     return "\n".join(lines).replace("%", "%%")
+
+
+def _overview() -> str:
+    """What `orpo-ray --help` prints."""
+    return "\n".join(
+        [
+            f"usage: {_called('COMMAND')} [arguments]\n",
+            "ORPO preference training on Ray.\n",
+            "commands:",
+            *(f"  {name:<10}{summary}" for name, summary in _SUMMARIES.items()),
+            f"\n`{_called('COMMAND')} --help` shows the arguments of a command.",
+        ]
+    )
+
+
+def _no_such_command(name: str) -> str:
+    known = f"the commands are {', '.join(_SUMMARIES)}"
+    if not name:
+        return f"no command given; {known}"
+    close = difflib.get_close_matches(name, _SUMMARIES, n=1)
+    return f"{name}: no such command; {f'did you mean {close[0]}?' if close else known}"
+
+
+def _called(command: str) -> str:
+    """How to start a command in the way that this process was started."""
+    script = Path(sys.argv[0]).resolve()
+    if script.parent.name == "jobs" and script.suffix == ".py":
+        return f"python jobs/{command}.py"
+    if script.name == "__main__.py":
+        return f"python -m orpo_ray {command}"
+    return f"{PROGRAM} {command}"
 
 
 def _print_plan(config: ORPOConfig) -> None:

@@ -185,14 +185,10 @@ def run_here() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(ROOT / script), *arguments]
-        logger = logging.getLogger("orpo_ray")
         with pytest.MonkeyPatch.context() as patch, StringIO() as out, StringIO() as err:
             patch.chdir(folder)
             patch.setattr(sys, "argv", command)
             patch.setattr(sys, "path", list(sys.path))
-            patch.setattr(logger, "handlers", list(logger.handlers))
-            patch.setattr(logger, "level", logger.level)
-            patch.setattr(logger, "propagate", logger.propagate)
             before = dict(os.environ)
             code: Any = 0
             try:

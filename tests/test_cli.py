@@ -6,11 +6,13 @@ import sys
 
 import pytest
 
-from orpo_ray.cli import read_arguments
+from orpo_ray import StoppedError, __version__
+from orpo_ray.cli import exit_code, main, read_arguments
 from orpo_ray.config.schema import SECTION_OF, ORPOConfig
 from tests.conftest import ROOT
 
 TRAIN = "jobs/train.py"
+COMMANDS = ("train", "tune", "evaluate", "prepare", "status")
 
 
 def imported_by(job: str, *arguments: str) -> tuple[int, set[str]]:
@@ -39,6 +41,74 @@ def test_nothing_heavy_is_imported_before_it_is_needed(arguments, code):
     got, modules = imported_by(TRAIN, *arguments)
     assert got == code
     assert not modules & {"torch", "ray", "transformers", "pyarrow", "datasets"}
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ")
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"orpo-ray {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "no command given; the commands are train, tune, evaluate, prepare, status"),
+        (["trian"], "trian: no such command; did you mean train?"),
+        (
+            ["max_steps=2"],
+            "max_steps=2: no such command; the commands are train, tune, evaluate, prepare, status",
+        ),
+        (
+            ["status"],
+            "the following arguments are required: RUN_DIR; "
+            "`orpo-ray status --help` shows the arguments",
+        ),
+        (
+            ["train", "--dryrun"],
+            "unrecognized arguments: --dryrun; `orpo-ray train --help` shows the arguments",
+        ),
+    ],
+)
+def test_misuse_is_one_line_and_exit_2(arguments, error, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/orpo-ray"])
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert capsys.readouterr() == ("", f"error: {error}\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_job_is_the_command_of_its_name_from_any_folder(name, run_command, tmp_path):
+    done = run_command(tmp_path, f"jobs/{name}.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: python jobs/{name}.py ")
+
+
+def test_the_package_is_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "orpo_ray", "train", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("usage: python -m orpo_ray train [CONFIG.yaml] [key=value ...]")
+
+
+def test_a_stopped_run_is_exit_143_and_a_line_that_says_how_to_resume(capsys):
+    def stop() -> None:
+        raise StoppedError("stopped at step 7 of 20")
+
+    assert exit_code(stop) == 143
+    assert capsys.readouterr() == ("stopped at step 7 of 20; the same command goes on\n", "")
 
 
 def test_a_bad_config_is_two_lines_and_exit_2(run_command, tmp_path):

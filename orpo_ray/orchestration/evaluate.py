@@ -3,6 +3,7 @@
 Workers score the pairs, as in training; the rest is on the driver.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,13 +19,7 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration.inputs import RunInputs, named_model
-from orpo_ray.orchestration.start import (
-    Start,
-    make_console,
-    run_directory_of,
-    start_run,
-    with_run_name,
-)
+from orpo_ray.orchestration.start import Start, run_directory_of, start_run, with_run_name
 from orpo_ray.orchestration.workers import evaluate_worker, run_workers, scores_file
 from orpo_ray.preference.errors import DataError
 from orpo_ray.pretrained import ModelSource
@@ -33,6 +28,7 @@ from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.statistics import Difference, Estimate, Scores, differences, estimates
 from orpo_ray.storage.files import replacing
 
+_log = logging.getLogger(__name__)
 RESULT = "evaluation.json"
 _WORKING = ".evaluation"  # of workers and Ray Train, while they run
 _SHOWN = ("accuracy", "length_controlled_accuracy", "margin", "log_odds", "perplexity")
@@ -93,35 +89,37 @@ def evaluate(config: ORPOConfig, inputs: RunInputs | None = None) -> EvaluationR
         DataError: for missing files or models, no evaluation data, and when no row is usable.
         ray.train.TrainingFailedError: when workers keep failing.
     """
-    console = make_console()
     baseline = _baseline(config)
     config = with_run_name(config)
     with working_on(run_directory_of(config)):
-        start = start_run(config, console, inputs, only_evals=True)
+        start = start_run(config, inputs, only_evals=True)
         if not start.token_sets:
             raise DataError(["eval_files: nothing to evaluate on; name files"])
-        return _evaluate_sets(start, baseline, console)
+        return _evaluate_sets(start, baseline)
 
 
-def _evaluate_sets(
-    start: Start, baseline: ModelSource | None, console: Console
-) -> EvaluationResult:
+def _evaluate_sets(start: Start, baseline: ModelSource | None) -> EvaluationResult:
     """`evaluate` on ingested data."""
-    scored = _score(start, start.inputs.model, "", console)
-    other = _score(start, baseline, "-baseline", console) if baseline else None
+    scored = _score(start, start.inputs.model, "")
+    other = _score(start, baseline, "-baseline") if baseline else None
     sets = {}
     for name, table in scored.tables.items():
         shown = _shown(name)
         against = other.tables[name] if other else None
         sets[shown] = _statistics(table, against, scored.files[name])
-        for text in _tables(shown, sets[shown]):
-            console.print(text)
     result = EvaluationResult(start.folder.address, sets, scored.metrics)
     start.folder.write_json(RESULT, asdict(result), indent=1)
-    console.print(f"evaluation: {start.folder}/{RESULT}", markup=False)
-    for part in sets.values():
-        console.print(f"a row a pair: {part.scores}", markup=False)
     return result
+
+
+def show_evaluation(result: EvaluationResult, console: Console) -> None:
+    """Print the estimates as tables, and where they are kept."""
+    for name, part in result.sets.items():
+        for table in _tables(name, part):
+            console.print(table)
+    console.print(f"evaluation: {result.run_directory}/{RESULT}", markup=False)
+    for part in result.sets.values():
+        console.print(f"a row a pair: {part.scores}", markup=False)
 
 
 @dataclass(frozen=True)
@@ -139,14 +137,14 @@ class _Scored:
     files: dict[str, str]
 
 
-def _score(start: Start, model: ModelSource, suffix: str, console: Console) -> _Scored:
+def _score(start: Start, model: ModelSource, suffix: str) -> _Scored:
     """Let workers score all sets with a model, and write a file a set."""
     folder = start.folder / _WORKING
     folder.remove()
     scoring = replace(start, inputs=replace(start.inputs, model=model), folder=folder)
     answer = run_workers(evaluate_worker, scoring)
     for text in answer.notices:
-        console.print(text, markup=False)
+        _log.info(text)
     folder.fetch()
     tables, files = {}, {}
     for name, tokens in start.token_sets.items():

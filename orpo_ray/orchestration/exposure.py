@@ -17,7 +17,7 @@ def exposure_warning() -> str | None:
     if not reachable or asks_for_token(ray.get_runtime_context().gcs_address):
         return None
     return (
-        f"warning: this Ray cluster asks for no token, and its nodes ({', '.join(reachable[:3])}) "
+        f"this Ray cluster asks for no token, and its nodes ({', '.join(reachable[:3])}) "
         "can be reached from other hosts: whoever reaches them runs code as you; set "
         "RAY_AUTH_MODE=token where Ray is started (SECURITY.md)"
     )

@@ -1,12 +1,11 @@
 """What every command does first: name the run, find its files, join Ray, ingest; on the driver."""
 
 import dataclasses
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import load_config, to_yaml
@@ -27,16 +26,8 @@ from orpo_ray.runs.files import CONFIG
 from orpo_ray.runs.resume import ResumeError, decisive_settings, newest_manifest, refuse_changes
 from orpo_ray.storage.folder import Folder
 
-_FILE_WIDTH = 160
 _EVALUATED_GROUPS = 256
-
-
-def make_console() -> Console:
-    """Where a command prints: plain, unwrapped lines; tables as wide as they want in a file."""
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    return console
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,7 +108,6 @@ def run_directory_of(config: ORPOConfig) -> Folder:
 
 def start_run(
     config: ORPOConfig,
-    console: Console,
     inputs: RunInputs | None = None,
     only_evals: bool = False,
 ) -> Start:
@@ -131,12 +121,12 @@ def start_run(
     config = with_run_name(config)
     folder = run_directory_of(config)
     run_directory, output_directory = folder.path, folder.parent
-    config = _with_batch_size(config, run_directory, console)
+    config = _with_batch_size(config, run_directory)
     inputs = inputs or find_inputs(config, output_directory, only_evals)
     cluster.connect()
     warning = exposure_warning()
     if warning:
-        console.print(warning, markup=False)
+        _log.warning(warning)
     config = cluster.with_cluster(config)
     token_sets = _ingest_all(config, inputs, output_directory, only_evals)
     start = Start(config, inputs, folder, token_sets, {})
@@ -145,12 +135,12 @@ def start_run(
     report = write_data_report(run_directory, token_sets, config, _names(inputs))
     for name, figures in report.items():
         for line in data_lines(name, figures):
-            console.print(line, markup=False)
+            _log.info(line)
     refuse_bad_data(folder, token_sets, config)
     if TRAIN in token_sets:
         tokenizer = _request(config, inputs, (), output_directory).pair_tokenizer().tokenizer
         for line in first_pair_lines(token_sets[TRAIN], tokenizer, config.orpo.nll_scope):
-            console.print(line, markup=False)
+            _log.info(line)
     folder.write_text(CONFIG, to_yaml(config))
     return dataclasses.replace(start, data_report=report)
 
@@ -197,7 +187,7 @@ def _names(inputs: RunInputs) -> dict[str, str]:
     return {source.path: source.name for source in sources if source.name}
 
 
-def _with_batch_size(config: ORPOConfig, run_directory: Path, console: Console) -> ORPOConfig:
+def _with_batch_size(config: ORPOConfig, run_directory: Path) -> ORPOConfig:
     """Settle the pairs of a step; a run that goes on with other workers keeps those it had."""
     earlier = run_directory / CONFIG
     if config.train.global_batch_size is None and earlier.exists():
@@ -205,7 +195,7 @@ def _with_batch_size(config: ORPOConfig, run_directory: Path, console: Console) 
         shares = ("per_device_train_batch_size", "gradient_accumulation_steps")
         same_shares = all(getattr(before.train, n) == getattr(config.train, n) for n in shares)
         if same_shares and before.pairs_per_step != config.pairs_per_step:
-            console.print(f"going on with {before.pairs_per_step} pairs a step, as before")
+            _log.info("going on with %s pairs a step, as before", before.pairs_per_step)
             return config.replace(global_batch_size=before.pairs_per_step)
     return config.replace(global_batch_size=config.pairs_per_step)
 

@@ -6,6 +6,7 @@ tracker that cannot be reached costs a run nothing but its lines there.
 
 import importlib.util
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,9 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from rich.console import Console
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.config.secrets import hide
 from orpo_ray.storage.files import one_line, read_json, write_json
 
 PROJECT = "orpo_ray"
@@ -30,6 +31,7 @@ _MODULES = {
 # MLflow by itself tries for minutes to reach a server that is gone, at every line.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _NOT_LOGGED = ("step", "time")
+_log = logging.getLogger(__name__)
 
 
 class Trackers:
@@ -38,14 +40,12 @@ class Trackers:
     Args:
         config: of the run; `report_to` names them.
         run_directory: of the run.
-        console: told of a tracker that is given up.
 
     Raises:
         ConfigError: for one that is not installed, or cannot be reached now.
     """
 
-    def __init__(self, config: ORPOConfig, run_directory: Path, console: Console) -> None:
-        self._console = console
+    def __init__(self, config: ORPOConfig, run_directory: Path) -> None:
         self._directory = run_directory
         self._state = read_json(run_directory / _STATE)
         self._trackers: dict[str, GeneralTracker] = {}
@@ -137,7 +137,7 @@ class Trackers:
                 act(name, tracker)
             except Exception as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                self._console.print(f"report_to: {name} is given up: {reason}", markup=False)
+                _log.warning("report_to: %s is given up: %s", name, hide(reason))
                 del self._trackers[name]
 
 

@@ -1,5 +1,6 @@
 """Training and preparing: from a config to a trained model or to token shards; on the driver."""
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,7 @@ from rich.console import Console
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.orchestration.inputs import RunInputs
-from orpo_ray.orchestration.start import (
-    Start,
-    make_console,
-    run_directory_of,
-    start_run,
-    with_run_name,
-)
+from orpo_ray.orchestration.start import Start, run_directory_of, start_run, with_run_name
 from orpo_ray.orchestration.trackers import Trackers, refuse_missing
 from orpo_ray.orchestration.workers import run_workers, train_worker
 from orpo_ray.reports.card import write_model_card
@@ -44,9 +39,8 @@ from orpo_ray.runs.metrics import BY_NAME, eval_prefixes, set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.suspects import SUSPECTS, write_suspects
 from orpo_ray.storage.folder import Folder
-from orpo_ray.training.errors import StoppedError
 
-STOPPED = 128 + signal.SIGTERM  # the exit code of a process that ended on this signal
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -96,7 +90,9 @@ class TrainResult:
         return picture(read_metrics(Folder.at(self.run_directory).path))
 
 
-def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
+def train(
+    config: ORPOConfig, inputs: RunInputs | None = None, console: Console | None = None
+) -> TrainResult:
     """Run ORPO as the config says, on the cluster at hand or on this machine.
 
     An existing run directory resumes from its newest checkpoint.
@@ -104,6 +100,8 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
     Args:
         config: the run.
         inputs: files and model, when they are not those that the config names.
+        console: shows progress as a live view if it is a terminal. Default: progress is only
+            logged, by the logger `orpo_ray`.
 
     Raises:
         ConfigError: for settings that the cluster or the run directory cannot meet, and while
@@ -111,37 +109,28 @@ def train(config: ORPOConfig, inputs: RunInputs | None = None) -> TrainResult:
         DataError: for missing files and when no usable row is left.
         TrainingError: for a loss that is not finite.
         ray.train.TrainingFailedError: when workers keep failing.
-        SystemExit: when this process got SIGTERM, once a checkpoint was saved.
+        StoppedError: when this process got SIGTERM, once a checkpoint was saved.
     """
     config = with_run_name(config)
     run_directory = run_directory_of(config)
     refuse_missing(config.output.report_to)
-    console = make_console()
     with claimed(run_directory), working_on(run_directory):
-        start = start_run(config, console, inputs)
-        console.print(
-            f"run directory: {run_directory}\nstarting {_workers_text(start.config)} "
-            f"worker(s) with {start.config.ray.resources_per_worker}",
-            markup=False,
-        )
-        try:
-            with stopping_on_sigterm(run_directory):
-                result = train_run(start, console)
-        except StoppedError as error:
-            console.print(f"{error}; the same command goes on", markup=False)
-            raise SystemExit(STOPPED) from None
-    console.print(end_text(result, start.config), markup=False)
-    return result
+        start = start_run(config, inputs)
+        resources = start.config.ray.resources_per_worker
+        _log.info("run directory: %s", run_directory)
+        _log.info("starting %s worker(s) with %s", _workers_text(start.config), resources)
+        with stopping_on_sigterm(run_directory):
+            return train_run(start, console)
 
 
 def train_run(
-    start: Start, console: Console, callbacks: Sequence[UserCallback] = ()
+    start: Start, console: Console | None = None, callbacks: Sequence[UserCallback] = ()
 ) -> TrainResult:
     """Train on ingested data in a run directory that is ours, and write its reports.
 
     Args:
         start: from `start_run`.
-        console: where the run is shown while it lasts.
+        console: see `train`.
         callbacks: of Ray Train, called at every report.
 
     Raises:
@@ -151,13 +140,13 @@ def train_run(
     config, run_directory, data_report = start.config, start.run_directory, start.data_report
     tokens = start.token_sets[TRAIN]
     refresh = partial(write_run_report, start.folder, config, data_report)
-    with closing(Trackers(config, run_directory, console)) as trackers:
+    with closing(Trackers(config, run_directory)) as trackers:
         with RunWatcher(run_directory, start.n_steps, console, refresh, trackers.log):
             run_workers(train_worker, start, callbacks)
         data_report = count_trained(run_directory, data_report, tokens)
         save_report(run_directory, data_report)
         write_suspects(run_directory, tokens.sources)
-        try_report(partial(write_run_report, start.folder, config, data_report), console)
+        try_report(partial(write_run_report, start.folder, config, data_report))
         card = write_model_card(start.folder, config, data_report)
         texts = (run_directory / CONFIG, run_directory / DATA_REPORT, card)
         trackers.log_texts({path.name: path.read_text() for path in texts})
@@ -181,16 +170,15 @@ def prepare(config: ORPOConfig) -> dict[str, Any]:
     Raises:
         DataError: for missing files and when no usable row is left.
     """
-    console = make_console()
     config = with_run_name(config)
     with working_on(run_directory_of(config)):
-        start = start_run(config, console)
+        start = start_run(config)
         for name, figures in start.data_report.items():
             for line in budget_lines(figures):
-                console.print(f"{name} {line}", markup=False)
+                _log.info("%s %s", name, line)
         page = write_data_page(start.run_directory, start.data_report, start.token_sets)
     shown = f"{start.folder}/{page.name} and {start.folder}/{DATA_REPORT}"
-    console.print(f"data report: {shown}", markup=False)
+    _log.info("data report: %s", shown)
     return start.data_report
 
 
@@ -201,8 +189,14 @@ def _workers_text(config: ORPOConfig) -> str:
     return f"{ray.min_workers} to {ray.max_workers}"
 
 
-def end_text(result: TrainResult, config: ORPOConfig) -> str:
-    """The end of a run on a few lines: what came of it, where it is, what to try next."""
+def end_text(result: TrainResult, config: ORPOConfig, command: str) -> str:
+    """The end of a run on a few lines: what came of it, where it is, what to try next.
+
+    Args:
+        result: of the run.
+        config: of the run, as the user gave it.
+        command: how the user starts a run, such as `orpo-ray train`.
+    """
     before, after = result.metrics_before, result.metrics
     lines = []
     if "loss" in after:
@@ -223,12 +217,12 @@ def end_text(result: TrainResult, config: ORPOConfig) -> str:
     ]
     if config.data.train_files is None:
         lines.append(
-            "next: python jobs/train.py beta=0 run_name=without-odds-ratio   "
+            f"next: {command} beta=0 run_name=without-odds-ratio   "
             "(the same without the odds-ratio term)"
         )
     else:
         lines.append(
-            f"next: python jobs/train.py ... run_name={config.output.run_name} with a higher "
+            f"next: {command} ... run_name={Folder.at(result.run_directory).name} with a higher "
             "max_steps or num_train_epochs resumes from here"
         )
     return "\n".join(lines)

@@ -1,6 +1,7 @@
-"""A run on the terminal while it trains, from its files alone; in a thread on the driver."""
+"""Following a run while it trains, from its files alone; in a thread on the driver."""
 
 import itertools
+import logging
 import math
 import threading
 import time
@@ -24,6 +25,8 @@ from orpo_ray.runs.metrics import (
     set_name,
 )
 
+_log = logging.getLogger(__name__)
+
 _POLL_S = 0.3
 # The page of a run is refreshed at most this often, and for at most this share of the time.
 _REFRESH_S, _REFRESH_SHARE = 30.0, 0.02
@@ -33,21 +36,33 @@ _CURVES = (BY_NAME["rewards/margins"], BY_NAME["rewards/accuracies"])
 
 
 class Watcher:
-    """Polls files in a thread and shows what is new: in place on a terminal, else as lines.
+    """Polls files in a thread and shows what is new: in place on a terminal, else by logging.
 
     Args:
-        console: to print to.
+        console: shows `content` in place if it is a terminal. Default: everything is logged.
+        content: of the live display.
         poll_s: seconds between two polls.
-        live: the display in place.
+        refresh_per_second: of the live display.
     """
 
-    def __init__(self, console: Console, poll_s: float, live: Live) -> None:
-        self._console, self._poll_s, self._live = console, poll_s, live
+    def __init__(
+        self,
+        console: Console | None,
+        content: RenderableType | None,
+        poll_s: float,
+        refresh_per_second: float,
+    ) -> None:
+        self._poll_s = poll_s
+        self._live: Live | None = None
+        if console is not None and console.is_terminal:
+            self._live = Live(
+                content, console=console, refresh_per_second=refresh_per_second, transient=True
+            )
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="orpo-progress", daemon=True)
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._live:
             self._live.start()
         self._thread.start()
         return self
@@ -61,7 +76,7 @@ class Watcher:
         self._ended.set()
         self._thread.join()
         self._close(error)
-        if self._console.is_terminal:
+        if self._live:
             self._live.stop()
 
     def _watch(self) -> None:
@@ -81,12 +96,12 @@ class Watcher:
 
 
 class RunWatcher(Watcher):
-    """Shows the log and the metrics of a run.
+    """Logs what is new in the log and the metrics of a run; a terminal shows a live view instead.
 
     Args:
         directory: of the run.
         n_steps: optimizer steps of the whole run.
-        console: to print to.
+        console: shows the live view if it is a terminal. Default: progress is only logged.
         write_report: called from time to time while there are new metrics, and when the run fails.
         log: called with every new line of the metrics.
         first_report_s: seconds before the first call of `write_report`. Importing matplotlib takes
@@ -102,10 +117,8 @@ class RunWatcher(Watcher):
         log: Callable[[Mapping[str, Any]], None] = lambda line: None,
         first_report_s: float = 60.0,
     ) -> None:
-        console = console or Console(highlight=False, soft_wrap=True)
         self._view = LiveView(n_steps)
-        live = Live(self._view, console=console, refresh_per_second=4, transient=True)
-        super().__init__(console, _POLL_S, live)
+        super().__init__(console, self._view, _POLL_S, refresh_per_second=4)
         self._directory, self._n_steps = directory, n_steps
         self._write_report, self._log = write_report, log
         self._report_is_old, self._refresh_at = False, time.monotonic() + first_report_s
@@ -129,7 +142,7 @@ class RunWatcher(Watcher):
         if self._write_report is None:
             return
         started = time.monotonic()
-        try_report(self._write_report, self._console)
+        try_report(self._write_report)
         now = time.monotonic()
         self._report_is_old = False
         self._refresh_at = now + max(_REFRESH_S, (now - started) / _REFRESH_SHARE)
@@ -143,7 +156,7 @@ class RunWatcher(Watcher):
             with (self._directory / LOG).open() as file:
                 file.seek(self._log_offset)
                 for text in file.read().splitlines():
-                    self._console.print(text, markup=False)
+                    _log.info(text)
                 self._log_offset = file.tell()
         if self._size(METRICS) == self._metrics_seen:
             return
@@ -158,16 +171,16 @@ class RunWatcher(Watcher):
     def _show(self, line: dict[str, Any]) -> None:
         for prefix in eval_prefixes(line):
             text = evaluation_text(line, prefix)
-            self._console.print(text, markup=False)
+            _log.info(text)
             self._view.add_evaluation(prefix, text)
         if "loss" not in line:
             return
         text = training_text(line)
-        if self._console.is_terminal:
+        if self._live:
             self._view.add(line, text)
         else:
             eta = self._eta_text(line["step"])
-            self._console.print(f"step {line['step']}/{self._n_steps}  {text}{eta}", markup=False)
+            _log.info("step %s/%s  %s%s", line["step"], self._n_steps, text, eta)
 
     def _eta_text(self, step: int) -> str:
         """Time left at the pace since the first line that was shown."""
@@ -243,13 +256,13 @@ def _mean(values: Sequence[float | None]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def try_report(write_report: Callable[[], object], console: Console) -> None:
-    """Write the page of a run; an error in plotting is printed, and must not fail the run."""
+def try_report(write_report: Callable[[], object]) -> None:
+    """Write the page of a run; an error in plotting is logged, and must not fail the run."""
     try:
         write_report()
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        console.print(f"report.html was not written: {reason}", markup=False)
+        _log.warning("report.html was not written: %s", reason)
 
 
 def training_text(line: Mapping[str, Any]) -> str:

@@ -1,9 +1,9 @@
-"""A sweep on the terminal while it runs, from its files alone; in a thread on the driver."""
+"""Following a sweep while it runs, from its files alone; in a thread on the driver."""
 
+import logging
 from pathlib import Path
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from orpo_ray.reports.live import Watcher
@@ -11,30 +11,36 @@ from orpo_ray.runs.formatting import format_metric, format_setting, format_setti
 from orpo_ray.runs.sweep import Goal, Trial, read_trials
 
 _POLL_S = 2.0
+_log = logging.getLogger(__name__)
 
 
 class SweepWatcher(Watcher):
-    """Shows the trials of a sweep: a table in place, or a line for every evaluation."""
+    """Logs a line for every evaluation of a trial; a terminal shows a live table instead.
 
-    def __init__(self, directory: Path, goal: Goal, console: Console) -> None:
-        live = Live(console=console, refresh_per_second=1, transient=True)
-        super().__init__(console, _POLL_S, live)
+    Args:
+        directory: of the sweep.
+        goal: what the trials are ranked by.
+        console: shows the table if it is a terminal. Default: trials are only logged.
+    """
+
+    def __init__(self, directory: Path, goal: Goal, console: Console | None = None) -> None:
+        super().__init__(console, None, _POLL_S, refresh_per_second=1)
         self._directory, self._goal = directory, goal
         self._shown: dict[str, str] = {}
 
     def _show_new(self) -> None:
         trials = read_trials(self._directory)
-        if self._console.is_terminal:
+        if self._live:
             self._live.update(leaderboard(self._goal.ranked(trials), self._goal))
             return
         for trial in trials:
             text = trial_text(trial, self._goal, with_status=False)
             if trial.evaluations(self._goal.metric) and self._shown.get(trial.name) != text:
                 self._shown[trial.name] = text
-                self._console.print(text, markup=False)
+                _log.info(text)
             if trial.failure and self._shown.get(f"{trial.name} failed") is None:
                 self._shown[f"{trial.name} failed"] = trial.failure
-                self._console.print(f"trial {trial.name} failed: {trial.failure}", markup=False)
+                _log.info("trial %s failed: %s", trial.name, trial.failure)
 
 
 def leaderboard(trials: list[Trial], goal: Goal) -> Table:

@@ -157,10 +157,10 @@ def test_no_secret_is_shown(folder, run_command, ray_cluster, monkeypatch):
 
 def test_an_error_is_printed_without_secrets(tmp_path):
     script = (
-        "import sys\nfrom orpo_ray.cli import run_job\n"
-        "def action(config):\n    import os\n"
+        "import os, sys\nfrom orpo_ray.cli import exit_code\n"
+        "def action():\n"
         "    raise OSError('401 for ' + os.environ['HF_TOKEN'])\n"
-        "sys.exit(run_job([], 'x', action))\n"
+        "sys.exit(exit_code(action))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -222,4 +222,4 @@ def test_an_open_cluster_is_warned_of(tmp_path_factory):
         head.send_signal(signal.SIGTERM)
         head.wait(30)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("warning: this Ray cluster asks for no token")
+    assert done.stdout.startswith("this Ray cluster asks for no token")

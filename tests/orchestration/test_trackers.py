@@ -1,7 +1,6 @@
 """Trackers read back by their own readers: TensorBoard's files, a server of MLflow."""
 
 import contextlib
-import io
 import math
 import os
 import socket
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
@@ -27,28 +25,27 @@ LINES = [
 ]
 
 
-def console(text: io.StringIO) -> Console:
-    return Console(file=text, soft_wrap=True)
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name.startswith("orpo_ray.")]
 
 
-def log_some(name: str, run: Path, lines: list[dict]) -> str:
+def log_some(name: str, run: Path, lines: list[dict]) -> None:
     """Log lines from another thread, as the watcher of a run does, and a document."""
-    text = io.StringIO()
     run.mkdir(exist_ok=True)
     config = ORPOConfig(report_to=[name], beta=0.25, run_name=run.name)
-    with contextlib.closing(Trackers(config, run, console(text))) as trackers:
+    with contextlib.closing(Trackers(config, run)) as trackers:
         thread = threading.Thread(target=lambda: [trackers.log(line) for line in lines])
         thread.start()
         thread.join()
         trackers.log_texts({"data_report.json": '{"rows": 7}'})
-    return text.getvalue()
 
 
-def test_tensorboard_has_every_metric_at_its_step_also_of_a_run_that_went_on(tmp_path):
+def test_tensorboard_has_every_metric_at_its_step_also_of_a_run_that_went_on(tmp_path, caplog):
     """The figure that is not finite is left out; the second driver adds to the same folder."""
     run = tmp_path / "run"
-    assert log_some("tensorboard", run, LINES[:2]) == ""
-    assert log_some("tensorboard", run, LINES[2:]) == ""
+    log_some("tensorboard", run, LINES[:2])
+    log_some("tensorboard", run, LINES[2:])
+    assert warnings_of(caplog) == []
     read = EventAccumulator(str(run / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in read.Scalars("loss")]
     assert losses == [(0, 3.0), (10, 2.0), (20, 1.0)]
@@ -95,10 +92,13 @@ def server(tmp_path, monkeypatch) -> Iterator[subprocess.Popen]:
     process.wait()
 
 
-def test_mlflow_has_one_run_of_two_drivers_and_a_server_that_is_gone_is_given_up(server, tmp_path):
+def test_mlflow_has_one_run_of_two_drivers_and_a_server_that_is_gone_is_given_up(
+    server, tmp_path, caplog
+):
     run = tmp_path / "run"
-    assert log_some("mlflow", run, LINES[:2]) == ""
-    assert log_some("mlflow", run, LINES[2:]) == ""
+    log_some("mlflow", run, LINES[:2])
+    log_some("mlflow", run, LINES[2:])
+    assert warnings_of(caplog) == []
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("orpo_ray")
     (found,) = client.search_runs([experiment.experiment_id])
@@ -109,11 +109,10 @@ def test_mlflow_has_one_run_of_two_drivers_and_a_server_that_is_gone_is_given_up
     assert found.data.metrics.keys() == {"loss", "eval_rewards/accuracies"}
     artifacts = client.download_artifacts(found.info.run_id, "data_report.json", str(tmp_path))
     assert Path(artifacts).read_text() == '{"rows": 7}'
-    text = io.StringIO()
 
     def lose_the_server() -> None:
         config = ORPOConfig(report_to=["mlflow"])
-        with contextlib.closing(Trackers(config, run, console(text))) as trackers:
+        with contextlib.closing(Trackers(config, run)) as trackers:
             os.killpg(server.pid, 9)
             server.wait()
             for line in LINES:
@@ -123,15 +122,16 @@ def test_mlflow_has_one_run_of_two_drivers_and_a_server_that_is_gone_is_given_up
     thread = threading.Thread(target=lose_the_server)
     thread.start()
     thread.join()
-    assert text.getvalue().count("report_to: mlflow is given up: ") == 1
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("report_to: mlflow is given up: ")
 
 
 def test_a_tracker_that_cannot_be_reached_at_the_start_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match="report_to: mlflow cannot be used: "):
-        Trackers(ORPOConfig(report_to=["mlflow"]), tmp_path, console(io.StringIO()))
+        Trackers(ORPOConfig(report_to=["mlflow"]), tmp_path)
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_its_extra(tmp_path):
     with pytest.raises(ConfigError, match=r"report_to: wandb is not installed: pip install 'orpo"):
-        Trackers(ORPOConfig(report_to=["wandb"]), tmp_path, console(io.StringIO()))
+        Trackers(ORPOConfig(report_to=["wandb"]), tmp_path)

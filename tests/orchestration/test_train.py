@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orpo_ray import ORPOConfig, ORPOTrainer
+from orpo_ray import ORPOConfig, ORPOTrainer, StoppedError, prepare
+from orpo_ray.cli import main
 from orpo_ray.config.schema import ConfigError
 from orpo_ray.orchestration.cluster import with_cluster, workers_that_fit
 from orpo_ray.runs.files import count_events
@@ -114,8 +118,12 @@ def test_a_run_leaves_what_there_is_to_look_at(trained):
     assert "look labelled the wrong way round" not in page or suspects[0]["margin_mean"] < 0
 
 
-def test_a_model_and_tokenizer_in_memory_are_taken(trained, ray_cluster, tmp_path):
-    """The trained model goes in as objects; at a rate of 0 the same model comes out."""
+def test_a_model_and_tokenizer_in_memory_are_taken(trained, ray_cluster, tmp_path, capfd, caplog):
+    """The trained model goes in as objects; at a rate of 0 the same model comes out.
+
+    Nothing is printed: what there is to know of a run is logged, to whoever listens.
+    """
+    caplog.set_level(logging.INFO, "orpo_ray")
     folder = trained[0].result.model_directory
     model = AutoModelForCausalLM.from_pretrained(folder)
     trainer = ORPOTrainer(
@@ -125,11 +133,56 @@ def test_a_model_and_tokenizer_in_memory_are_taken(trained, ray_cluster, tmp_pat
         eval_dataset={"first": PAIRS, "second": PAIRS},
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
+    capfd.readouterr()
     result = trainer.train()
+    assert capfd.readouterr() == ("", "")
+    logged = [r.getMessage() for r in caplog.records if r.name.startswith("orpo_ray.")]
+    assert "train data: 4 rows read, 4 kept; texts (prompt, chosen, rejected)" in logged
+    assert any(line.startswith("evaluation of first at step 0: accuracy ") for line in logged)
+    assert any(line.startswith("step 1/1  loss ") for line in logged)
     assert result.metrics["eval_first_loss"] == result.metrics["eval_second_loss"]
     same = AutoModelForCausalLM.from_pretrained(trainer.save_model())
     for new, old in zip(same.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0)
+
+
+def test_the_command_prints_what_the_function_logs(ray_cluster, tmp_path, capfd):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n' * 3)
+    settings = {"train_files": f"{tmp_path}/pairs.jsonl", "output_dir": f"{tmp_path}/runs"}
+    report = prepare(ORPOConfig(**settings, run_name="python"))
+    assert report["train"]["rows_kept"] == 3
+    assert capfd.readouterr() == ("", "")
+    assert main(["prepare", *(f"{k}={v}" for k, v in settings.items()), "run_name=shell"]) == 0
+    first, *_, last = capfd.readouterr().out.splitlines()
+    assert first == "train data: 3 rows read, 3 kept; texts (prompt, chosen, rejected)"
+    run = tmp_path / "runs" / "shell"
+    assert last == f"data report: {run}/data_report.html and {run}/data_report.json"
+    assert not logging.getLogger("orpo_ray").isEnabledFor(logging.INFO)
+
+
+@pytest.mark.commands
+def test_sigterm_raises_out_of_train_once_a_checkpoint_is_saved(ray_cluster, tmp_path):
+    config = ORPOConfig(
+        output_dir=str(tmp_path),
+        run_name="stopped",
+        max_steps=10_000,
+        logging_steps=1,
+        sample_prompts=0,
+    )
+    run = tmp_path / "stopped"
+
+    def stop_soon() -> None:
+        while not (run / "metrics.jsonl").exists() or lines_of(run)[-1]["step"] < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_soon, daemon=True)
+    thread.start()
+    with pytest.raises(StoppedError, match=r"stopped at step \d+ of 10000"):
+        ORPOTrainer(args=config, train_dataset=PAIRS).train()
+    thread.join()
+    assert list(run.glob("checkpoints/step-*/MANIFEST.json"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_more_workers_than_the_cluster_holds_are_refused(ray_cluster):

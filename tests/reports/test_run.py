@@ -2,11 +2,13 @@
 
 import io
 import json
+import logging
 import math
 import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +251,7 @@ def test_a_terminal_shows_progress_curves_and_the_last_evaluation(tmp_path: Path
     console = Console(file=text, force_terminal=True, width=120, legacy_windows=False)
     with RunWatcher(tmp_path, 60, console):
         write_lines(tmp_path, ("eval_",))
-        wait_for(text, "60/60")
+        wait_for(text.getvalue, "60/60")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue())
     assert re.search(r"60/60 loss 4\.0000 +accuracy 0\.800 +margin 0\.2500", shown)
     assert "margin   ▁▂▄▅▇█ 0.2500" in shown
@@ -347,21 +349,26 @@ def test_the_page_needs_no_network(evaluated: Path) -> None:
     assert not re.findall(r'(?:src|href)="(?!#)[^"]*"|url\((?!#)|@import', page)
 
 
-def test_a_page_that_cannot_be_written_is_said_and_the_watch_goes_on(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_said_and_the_watch_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail() -> None:
         raise OSError("no space\nleft")
 
-    text = io.StringIO()
+    caplog.set_level(logging.INFO, "orpo_ray")
     files = RunFiles(Folder.at(tmp_path), is_writer=True)
-    with RunWatcher(tmp_path, 60, Console(file=text, soft_wrap=True), fail, first_report_s=0):
+    with RunWatcher(tmp_path, 60, write_report=fail, first_report_s=0):
         files.metrics({"step": 0, "epoch": 0.0} | learned(0, "eval_"))
-        wait_for(text, "report.html was not written: OSError: no space left\n")
+        wait_for(lambda: caplog.text, "report.html was not written: OSError: no space left\n")
         files.notice("still there")
-        wait_for(text, "still there")
+        wait_for(lambda: caplog.text, "still there")
 
 
-def test_the_page_is_written_under_way_and_once_more_when_the_run_fails(tmp_path: Path) -> None:
+def test_the_page_is_written_under_way_and_once_more_when_the_run_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The second time is long before the next one by the clock."""
+    caplog.set_level(logging.INFO, "orpo_ray")
     steps = []
     files = RunFiles(Folder.at(tmp_path), is_writer=True)
 
@@ -370,12 +377,11 @@ def test_the_page_is_written_under_way_and_once_more_when_the_run_fails(tmp_path
         steps.append(json.loads(lines[-1])["step"])
 
     def run() -> None:
-        text = io.StringIO()
-        with RunWatcher(tmp_path, 60, Console(file=text, soft_wrap=True), note, first_report_s=0):
+        with RunWatcher(tmp_path, 60, write_report=note, first_report_s=0):
             files.metrics({"step": 0, "epoch": 0.0} | learned(0, "eval_"))
-            wait_for(text, "evaluation at step 0")
+            wait_for(lambda: caplog.text, "evaluation at step 0")
             files.metrics({"step": 30, "epoch": 0.25} | learned(30, "eval_"))
-            wait_for(text, "evaluation at step 30")
+            wait_for(lambda: caplog.text, "evaluation at step 30")
             raise RuntimeError("a worker died")
 
     with pytest.raises(RuntimeError, match="a worker died"):
@@ -383,10 +389,10 @@ def test_the_page_is_written_under_way_and_once_more_when_the_run_fails(tmp_path
     assert steps == [0, 30]
 
 
-def wait_for(text: io.StringIO, part: str) -> None:
+def wait_for(shown: Callable[[], str], part: str) -> None:
     deadline = time.monotonic() + 20
-    while part not in text.getvalue():
-        assert time.monotonic() < deadline, text.getvalue()
+    while part not in shown():
+        assert time.monotonic() < deadline, shown()
         time.sleep(0.02)
 
 

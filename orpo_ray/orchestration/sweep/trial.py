@@ -7,11 +7,10 @@ from typing import Any
 import ray.tune
 from ray.train import TrainingFailedError
 from ray.tune.integration.ray_train import TuneReportCallback
-from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig, settings_that_decide
-from orpo_ray.orchestration.start import Start, make_console, start_run
+from orpo_ray.orchestration.start import Start, start_run
 from orpo_ray.orchestration.train import train_run
 from orpo_ray.orchestration.workers import TrainingError
 from orpo_ray.preference.errors import DataError
@@ -44,7 +43,7 @@ def run_trial(
     folder.write_json(TRIAL_RECORD, record)
     try:
         with working_on(folder):
-            train_run(_start(start, folder, values), Console(quiet=True), callbacks)
+            train_run(_start(start, folder, values), callbacks=callbacks)
     except (ConfigError, DataError, StoppedError, TrainingError, TrainingFailedError) as error:
         folder.write_json(TRIAL_RECORD, record | {"failure": first_line(error)})
         raise
@@ -59,7 +58,7 @@ def _start(sweep: Start, folder: Folder, values: Mapping[str, Any]) -> Start:
         or (sweep.folder.parent / "token_cache").address,
     )
     if settings_that_decide("tokens") & values.keys():
-        return start_run(_with_found_inputs(config, sweep, values), make_console())
+        return start_run(_with_found_inputs(config, sweep, values))
     folder.write_text(CONFIG, to_yaml(config))
     return dataclasses.replace(sweep, config=config, folder=folder)
 

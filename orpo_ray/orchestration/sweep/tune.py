@@ -1,5 +1,6 @@
 """A sweep: Ray Tune over training runs, from one config to a champion; on the driver."""
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,13 +23,7 @@ from rich.console import Console
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.start import (
-    Start,
-    make_console,
-    run_directory_of,
-    start_run,
-    with_run_name,
-)
+from orpo_ray.orchestration.start import Start, run_directory_of, start_run, with_run_name
 from orpo_ray.orchestration.sweep.search_space import search_space
 from orpo_ray.orchestration.sweep.trial import (
     record_failure,
@@ -44,10 +39,10 @@ from orpo_ray.runs.files import FINAL, TRIALS
 from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.mirror import TUNE_STATE, refresh, working_on
 from orpo_ray.runs.sweep import Goal, Trial, goal_problems, read_trials, table_rows
-from orpo_ray.storage.folder import Folder
 
 BETA_ZERO = "beta-0"
 CHAMPION, BEST_CONFIG = "champion", "best_config.yaml"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,12 +54,14 @@ class SweepResult:
         best: the best trial, or None when none is left under the guard.
         trials: all trials, the best first.
         model_directory: the best trial's model.
+        report: path or URL of `sweep_report.html`.
     """
 
     directory: str
     best: Trial | None
     trials: list[Trial]
     model_directory: str | None
+    report: str
 
 
 def trainable(config: ORPOConfig) -> Callable[[dict[str, Any]], None]:
@@ -74,10 +71,12 @@ def trainable(config: ORPOConfig) -> Callable[[dict[str, Any]], None]:
     `<output_dir>/<run_name>/trials/`.
     """
     cluster.connect(dashboard=True)
-    return trial_function(_with_evaluations(start_run(_one_cpu_each(config), make_console())))
+    return trial_function(_with_evaluations(start_run(_one_cpu_each(config))))
 
 
-def tune(config: ORPOConfig, space: Mapping[str, Any] | None = None) -> SweepResult:
+def tune(
+    config: ORPOConfig, space: Mapping[str, Any] | None = None, console: Console | None = None
+) -> SweepResult:
     """Search the settings that `search` names, and keep the best trial's model and config.
 
     The same run name goes on with a sweep that was interrupted: finished trials stay, those that
@@ -86,6 +85,8 @@ def tune(config: ORPOConfig, space: Mapping[str, Any] | None = None) -> SweepRes
     Args:
         config: of every trial, but for what is searched.
         space: domains of `ray.tune` by setting, instead of what `config.search` says.
+        console: shows the trials in a live table if it is a terminal. Default: they are only
+            logged, by the logger `orpo_ray`.
 
     Raises:
         ConfigError: for a search or a goal that makes no sense, and what `train` refuses.
@@ -107,25 +108,26 @@ def tune(config: ORPOConfig, space: Mapping[str, Any] | None = None) -> SweepRes
     config = with_run_name(config)
     run_directory = run_directory_of(config)
     with claimed(run_directory), working_on(run_directory):
-        return _search(config, space, goal)
+        return _search(config, space, goal, console)
 
 
-def _search(config: ORPOConfig, space: Mapping[str, Any], goal: Goal) -> SweepResult:
+def _search(
+    config: ORPOConfig, space: Mapping[str, Any], goal: Goal, console: Console | None
+) -> SweepResult:
     """`tune` in a run directory that is ours."""
-    console = make_console()
     cluster.connect(dashboard=True)
-    start = start_run(_one_cpu_each(config), console)
+    start = start_run(_one_cpu_each(config))
     if len(start.token_sets) < 2:
         raise DataError(["eval_files: a sweep compares trials on held-out pairs; name files"])
     start = _with_evaluations(start)
     tuner = _tuner(start, space, goal)
-    console.print(_plan_text(start, space, goal), markup=False)
+    _log.info(_plan_text(start, space, goal))
     with SweepWatcher(start.run_directory, goal, console):
         for result in tuner.fit():
             if result.error is not None:
                 reason = str(result.error).strip().splitlines()[-1]
                 record_failure(start.folder / TRIALS / Path(result.path).name, reason)
-    return _conclude(start, goal, console)
+    return _conclude(start, goal)
 
 
 def _repeat_problems(config: ORPOConfig, space: Mapping[str, Any]) -> list[str]:
@@ -227,13 +229,13 @@ def _scheduler(start: Start) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def _conclude(start: Start, goal: Goal, console: Console) -> SweepResult:
+def _conclude(start: Start, goal: Goal) -> SweepResult:
     """The tables, the best trial's model and config, the report."""
     folder, directory = start.folder, start.run_directory
     refresh(folder)
     trials = goal.ranked([t for t in read_trials(directory) if t.name != BETA_ZERO])
     best = goal.best(trials)
-    baseline = _beta_zero(start, best, console) if best else None
+    baseline = _beta_zero(start, best) if best else None
     rows = table_rows(trials, goal)
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
@@ -249,17 +251,21 @@ def _conclude(start: Start, goal: Goal, console: Console) -> SweepResult:
         shutil.copytree((folder / TRIALS / best.name / FINAL).fetch(), champion)
         champion.publish_all()
     report = write_sweep_report(directory, trials, goal, baseline)
-    console.print(_end_text(trials, goal, best, folder), markup=False)
-    console.print(f"report: {folder}/{report.name}", markup=False)
-    return SweepResult(folder.address, best, trials, champion.address if champion else None)
+    return SweepResult(
+        directory=folder.address,
+        best=best,
+        trials=trials,
+        model_directory=champion.address if champion else None,
+        report=f"{folder}/{report.name}",
+    )
 
 
-def _beta_zero(start: Start, best: Trial, console: Console) -> Trial | None:
+def _beta_zero(start: Start, best: Trial) -> Trial | None:
     """The best trial's settings without the odds-ratio term, for the figure of the paper."""
     if not start.config.tune.compare_beta_zero:
         return None
     if not (start.run_directory / TRIALS / BETA_ZERO / FINAL).is_dir():
-        console.print("the best trial's settings with beta=0, for comparison", markup=False)
+        _log.info("the best trial's settings with beta=0, for comparison")
         run_trial(start, BETA_ZERO, dict(best.values) | {"beta": 0.0})
     return next(t for t in read_trials(start.run_directory) if t.name == BETA_ZERO)
 
@@ -275,20 +281,28 @@ def _plan_text(start: Start, space: Mapping[str, Any], goal: Goal) -> str:
     )
 
 
-def _end_text(trials: list[Trial], goal: Goal, best: Trial | None, folder: Folder) -> str:
-    """The end of a sweep on a few lines."""
-    lines = [trial_text(trial, goal) for trial in trials]
-    ruled_out = [trial.name for trial in trials if trial.finished and goal.guarded(trial)]
+def end_text(result: SweepResult, config: ORPOConfig, command: str) -> str:
+    """The end of a sweep on a few lines.
+
+    Args:
+        result: of the sweep.
+        config: of the sweep.
+        command: how the user starts a run, such as `orpo-ray train`.
+    """
+    goal = Goal.from_config(config)
+    lines = [trial_text(trial, goal) for trial in result.trials]
+    ruled_out = [trial.name for trial in result.trials if trial.finished and goal.guarded(trial)]
     if ruled_out:
         lines.append(
             f"ruled out, NLL rose by more than max_nll_increase={goal.max_nll_increase}: "
             f"{', '.join(ruled_out)}"
         )
-    if best is None:
-        return "\n".join([*lines, "no finished trial is left to choose"])
-    lines += [
-        f"best: {trial_text(best, goal)}",
-        f"champion: {folder / CHAMPION}",
-        f"next: python jobs/train.py {folder}/{BEST_CONFIG}",
-    ]
-    return "\n".join(lines)
+    if result.best is None:
+        lines.append("no finished trial is left to choose")
+    else:
+        lines += [
+            f"best: {trial_text(result.best, goal)}",
+            f"champion: {result.model_directory}",
+            f"next: {command} {result.directory}/{BEST_CONFIG}",
+        ]
+    return "\n".join([*lines, f"report: {result.report}"])
