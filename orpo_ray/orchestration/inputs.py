@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,9 +245,23 @@ def keep_dataset(dataset: Any, place: FolderLike) -> str:
         )
     name = f"{dataset._fingerprint}.parquet"
     if not (folder.path / name).exists():
-        with folder.replacing(name) as temporary:
+        with folder.replacing(name) as temporary, _no_progress_bars():
             dataset.to_parquet(str(temporary))
     return f"{folder}/{name}"
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """No progress bars of `datasets` on stderr."""
+    import datasets
+
+    were_hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_hidden:
+            datasets.enable_progress_bars()
 
 
 def _keep_ray_dataset(dataset: Any, folder: Folder) -> str:
