@@ -18,6 +18,7 @@ from tests.reference.trl_case import (
     write_case,
 )
 
+pytestmark = pytest.mark.timeout(600)
 METRICS = (
     "loss",
     "rewards/chosen",
@@ -80,7 +81,6 @@ def test_sixteen_steps_equal_those_that_trl_took(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_sixteen_steps_equal_trl(trained):
     """The same beside TRL itself, with all weights."""
     assert_same_trajectory(trained, run_trl(trained))
