@@ -75,7 +75,7 @@ def trial_config(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:
 
 def _with_found_inputs(config: ORPOConfig, start: Start, values: Mapping[str, Any]) -> ORPOConfig:
     """Name what the sweep found by its absolute path: a trial has a working folder of its own."""
-    found: dict[str, Any] = {"model_name_or_path": start.inputs.model.model}
+    found: dict[str, Any] = {"model_name_or_path": str(start.inputs.model.model)}
     if config.data.dataset_name is None:
         evals = [source for sources in start.inputs.eval_files.values() for source in sources]
         found |= {"train_files": start.inputs.train_files, "eval_files": evals or None}
