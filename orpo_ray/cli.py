@@ -147,7 +147,7 @@ def exit_code(action: Callable[[], object]) -> int:
             print(f"error: {hide(line)}", file=sys.stderr)
         return REFUSED
     except StoppedError as error:
-        print(f"{error}; the same command goes on")
+        print(f"{error}; the same command with the same run_name goes on")
         return STOPPED
     except KeyboardInterrupt:
         print("interrupted; the same command with the same run_name goes on", file=sys.stderr)

@@ -108,7 +108,10 @@ def test_a_stopped_run_is_exit_143_and_a_line_that_says_how_to_resume(capsys):
         raise StoppedError("stopped at step 7 of 20")
 
     assert exit_code(stop) == 143
-    assert capsys.readouterr() == ("stopped at step 7 of 20; the same command goes on\n", "")
+    assert capsys.readouterr() == (
+        "stopped at step 7 of 20; the same command with the same run_name goes on\n",
+        "",
+    )
 
 
 def test_a_bad_config_is_two_lines_and_exit_2(run_command, tmp_path):

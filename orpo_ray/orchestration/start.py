@@ -188,14 +188,14 @@ def _names(inputs: RunInputs) -> dict[str, str]:
 
 
 def _with_batch_size(config: ORPOConfig, run_directory: Path) -> ORPOConfig:
-    """Settle the pairs of a step; a run that goes on with other workers keeps those it had."""
+    """Set the pairs per step; a run that resumes with other workers keeps what it had."""
     earlier = run_directory / CONFIG
     if config.train.global_batch_size is None and earlier.exists():
         before = load_config(str(earlier), [])
         shares = ("per_device_train_batch_size", "gradient_accumulation_steps")
         same_shares = all(getattr(before.train, n) == getattr(config.train, n) for n in shares)
         if same_shares and before.pairs_per_step != config.pairs_per_step:
-            _log.info("going on with %s pairs a step, as before", before.pairs_per_step)
+            _log.info("resuming with %s pairs per step, as before", before.pairs_per_step)
             return config.replace(global_batch_size=before.pairs_per_step)
     return config.replace(global_batch_size=config.pairs_per_step)
 

@@ -1,4 +1,4 @@
-"""Errors that a restarted worker would meet again, so that a restart is of no use."""
+"""Errors after which a worker is not restarted: it would end the same way again."""
 
 from collections.abc import Sequence
 

@@ -37,8 +37,8 @@ SCHEMA = pa.schema(
         ("margin", pa.float64()),
     ]
 )
-"""Source and row count from 0, `prompt_key` is equal for pairs of one prompt, `logps_*` are mean
-log-probabilities a token of the two answers in nats, and `margin` is the one less the other."""
+"""`source` and `row` count from 0, `prompt_key` is equal for pairs with the same prompt, `logps_*`
+are mean log-probabilities per token in nats, `margin` is chosen minus rejected, without beta."""
 _KNOWN = 5  # columns that no model is needed for
 
 
@@ -101,11 +101,11 @@ def _prompt_keys(row: PackedRow) -> list[int]:
 
 @dataclass(frozen=True)
 class SetFigures:
-    """An evaluation set through the model's eyes.
+    """Metric sums and pair scores of an evaluation set.
 
     Args:
         sums: (10,) of `batch_sums`, over all ranks.
-        scores: a row a pair, see `SCHEMA`; on rank 0 only.
+        scores: table of `SCHEMA` with one row per pair; on rank 0 only.
     """
 
     sums: Tensor

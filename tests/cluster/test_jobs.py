@@ -166,7 +166,10 @@ def test_a_job_that_is_stopped_saves_and_goes_on_when_it_is_submitted_again(
     saved = int(manifest.parent.name.removeprefix("step-"))
     assert saved >= 20
     logs = job_cluster.ray("job", "logs", "first").stdout
-    assert f"stopped at step {saved} of 100000; the same command goes on" in logs
+    assert (
+        f"stopped at step {saved} of 100000; the same command with the same run_name goes on"
+        in logs
+    )
     steps = re.findall(r"^step (\d+)/100000 ", logs, flags=re.MULTILINE)
     assert steps == [str(step) for step in range(5, 5 * len(steps) + 1, 5)]
     assert "pid=" not in logs

@@ -96,7 +96,7 @@ def test_a_run_is_stopped_and_goes_on(bucket, new_ray_cluster, run_command, tmp_
     process.send_signal(signal.SIGTERM)
     told, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors
-    assert "the same command goes on" in told
+    assert "the same command with the same run_name goes on" in told
     step = max(line["step"] for line in lines(found("s3://bucket/runs/stopped")))
     done = run_command(
         tmp_path, "jobs/train.py", *settings, f"max_steps={step + 20}", ray_address=new_ray_cluster

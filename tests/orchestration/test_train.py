@@ -94,11 +94,11 @@ def test_the_model_is_saved_as_transformers_loads_it(trained, tmp_path):
 
 
 def test_a_run_leaves_what_there_is_to_look_at(trained):
-    """Every chart but the router loss has points; four rows, each seen in twelve steps."""
+    """Every chart but the router loss and MFU has points; four rows, each seen in twelve steps."""
     result = trained[0].result
     figure = result.plot()
     titles = [axis.get_title() for axis in figure.axes if axis.lines]
-    assert len(titles) == 11
+    assert len(titles) == 10
     assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     run = Path(result.run_directory)
     suspects = [json.loads(line) for line in (run / "suspects.jsonl").read_text().splitlines()]
@@ -137,7 +137,8 @@ def test_a_model_and_tokenizer_in_memory_are_taken(trained, ray_cluster, tmp_pat
     result = trainer.train()
     assert capfd.readouterr() == ("", "")
     logged = [r.getMessage() for r in caplog.records if r.name.startswith("orpo_ray.")]
-    assert "train data: 4 rows read, 4 kept; texts (prompt, chosen, rejected)" in logged
+    counts = "train data: 4 rows read, 4 kept, 0 held out, 0 refused; "
+    assert counts + "texts (prompt, chosen, rejected)" in logged
     assert any(line.startswith("evaluation of first at step 0: accuracy ") for line in logged)
     assert any(line.startswith("step 1/1  loss ") for line in logged)
     assert result.metrics["eval_first_loss"] == result.metrics["eval_second_loss"]
@@ -154,7 +155,9 @@ def test_the_command_prints_what_the_function_logs(ray_cluster, tmp_path, capfd)
     assert capfd.readouterr() == ("", "")
     assert main(["prepare", *(f"{k}={v}" for k, v in settings.items()), "run_name=shell"]) == 0
     first, *_, last = capfd.readouterr().out.splitlines()
-    assert first == "train data: 3 rows read, 3 kept; texts (prompt, chosen, rejected)"
+    assert first == (
+        "train data: 3 rows read, 3 kept, 0 held out, 0 refused; texts (prompt, chosen, rejected)"
+    )
     run = tmp_path / "runs" / "shell"
     assert last == f"data report: {run}/data_report.html and {run}/data_report.json"
     assert not logging.getLogger("orpo_ray").isEnabledFor(logging.INFO)

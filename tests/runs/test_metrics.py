@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 PACKAGE = Path(orpo_ray.__file__).parent
 # Where names of metrics have to stand: they are computed, selected, or read by what they mean.
-NAMED = {"objective/metrics.py", "training/metrics.py", "runs/metrics.py", "config/sections.py"}
+NAMED = {"objective/metrics.py", "training/metrics.py", "runs/metrics.py", "config/train.py"}
 
 
 def test_evaluations_have_what_the_objective_computes():

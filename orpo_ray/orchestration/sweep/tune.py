@@ -79,8 +79,8 @@ def tune(
 ) -> SweepResult:
     """Search the settings that `search` names, and keep the best trial's model and config.
 
-    The same run name goes on with a sweep that was interrupted: finished trials stay, those that
-    were running go on from their checkpoints.
+    The same run name resumes a sweep that was interrupted: finished trials are kept, those that
+    were running resume from their checkpoints.
 
     Args:
         config: of every trial, but for what is searched.
@@ -156,9 +156,9 @@ def _with_evaluations(start: Start) -> Start:
 
 
 def _tuner(start: Start, space: Mapping[str, Any], goal: Goal) -> ray_tune.Tuner:
-    """Ray Tune's own state of this sweep, taken up again where there is some."""
-    # A trial's actor only waits. A share of a CPU, however small, would be one that no worker
-    # could have whole; none at all is refused by Ray; a byte is neither.
+    """A tuner of this sweep, restored from Ray Tune's own state if there is one."""
+    # The actor of a trial only waits for its workers. Any share of a CPU would leave one less whole
+    # CPU for workers, and Ray refuses to start an actor with no resource at all: it gets a byte.
     trainable = ray_tune.with_resources(trial_function(start), {"memory": 1})
     state = (start.folder / TUNE_STATE).address
     if ray_tune.Tuner.can_restore(state):
