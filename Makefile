@@ -11,9 +11,9 @@ demo: .venv/run.installed
 test: .venv/test.installed
 	$(BIN)/python -m pytest -m "not slow and not commands"
 
-# What needs neither training processes nor Ray: under a minute, for every save.
+# What needs neither training processes nor Ray nor seconds: under a minute, for every save.
 quick: .venv/test.installed
-	$(BIN)/python -m pytest -m "not slow and not commands and not ranks and not ray"
+	$(BIN)/python -m pytest -m "not slow and not commands and not ranks and not ray and not long"
 
 test-commands: .venv/test.installed
 	$(BIN)/python -m pytest -m "commands and not slow"
@@ -28,7 +28,7 @@ test-newest:
 	build/newest/bin/pip --disable-pip-version-check install --quiet --upgrade \
 		--requirement build/newest/requirements.txt
 	build/newest/bin/python tests/newest.py --outside
-	build/newest/bin/python -m pytest -m "not slow and not commands and not ranks and not ray"
+	build/newest/bin/python -m pytest -m "not slow and not commands and not ranks and not ray and not long"
 
 # Only here: TRL itself beside its stored trajectory; every window with every number of heads; 5,000
 # random limits instead of 500; other numbers of workers; sweeps, buckets and Ray jobs as commands.

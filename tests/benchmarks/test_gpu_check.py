@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 # Imports every module outside `orchestration`, and the parts of the check.
@@ -22,6 +24,7 @@ assert "ray" not in sys.modules
 """
 
 
+@pytest.mark.long
 def test_everything_below_orchestration_is_imported_without_ray(tmp_path):
     (tmp_path / "ray.py").write_text("raise ModuleNotFoundError('there is no Ray here')\n")
     paths = [str(tmp_path), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
@@ -34,6 +37,7 @@ def test_everything_below_orchestration_is_imported_without_ray(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_three_steps_without_ray(tmp_path):
     """One part of the dry run: settings give the losses of fp32, a checkpoint its bytes."""
     command = ["bash", "benchmarks/gpu/check.sh", "first", "--dry-run", "--only", "smoke"]

@@ -229,6 +229,7 @@ print(json.dumps([str(tokens.folder.path), tokens.report, "ray" in sys.modules])
 """
 
 
+@pytest.mark.long
 def test_a_second_process_finds_the_tokens_without_ray(ingested: Ingested) -> None:
     """Not even imported, so that a resume or a trial starts at once; no file is touched."""
     before = {path: path.stat().st_mtime_ns for path in ingested.tokens.folder.path.rglob("*")}

@@ -70,6 +70,7 @@ def own_code(folder, tmp_path) -> tuple[Path, Path]:
     return path, trace
 
 
+@pytest.mark.long
 def test_code_of_a_model_is_not_run(own_code, folder, run_command, run_here, monkeypatch, tmp_path):
     path, trace = own_code
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -92,6 +92,7 @@ def server(tmp_path, monkeypatch) -> Iterator[subprocess.Popen]:
     process.wait()
 
 
+@pytest.mark.long
 def test_mlflow_has_one_run_of_two_drivers_and_a_server_that_is_gone_is_given_up(
     server, tmp_path, caplog
 ):
@@ -126,6 +127,7 @@ def test_mlflow_has_one_run_of_two_drivers_and_a_server_that_is_gone_is_given_up
     assert warning.startswith("report_to: mlflow is given up: ")
 
 
+@pytest.mark.long
 def test_a_tracker_that_cannot_be_reached_at_the_start_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match="report_to: mlflow cannot be used: "):

@@ -425,6 +425,7 @@ def trl_trainer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[Any]
 
 @pytest.mark.skipif(not HARMLESS.exists(), reason="hh_rlhf_harmless.jsonl is not here")
 @pytest.mark.parametrize("max_length", [10_000, 128])
+@pytest.mark.long
 def test_real_rows_have_the_ids_that_trl_gives_them(
     trl_trainer: Callable[[list[Any], Any, int], Any], max_length: int
 ) -> None:

@@ -25,6 +25,8 @@ from orpo_ray.reports.run import write_run_report
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.storage.folder import Folder
 
+pytestmark = pytest.mark.long  # pages with a dozen charts each
+
 CONFIG = ORPOConfig(max_steps=60, model_name_or_path="<b>base</b>", beta=0.25)
 LEARNED = (
     "loss",

@@ -167,6 +167,7 @@ def test_folders_and_files_are_moved(bucket, folder):
     assert (folder.path / "d").read_text() == "1"
 
 
+@pytest.mark.long
 def test_both_sides_keep_up_with_each_other(bucket, folder):
     """Each publishes its own files only; the last round comes when a side ends."""
     theirs = folder.on(WORKERS).make()
