@@ -144,7 +144,7 @@ class Run:
 def write_inputs(folder: Path, long: bool) -> dict[str, Any]:
     """Pairs whose answers say the prompt's number or another one; returns settings for them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, first, count in (("pairs", 0, 6000 if long else N_PAIRS), ("held_out", 10**6, 12)):
+    for name, first, count in (("pairs", 1, 6000 if long else N_PAIRS), ("held_out", 10**6, 12)):
         with (folder / f"{name}.jsonl").open("w") as file:
             for i in range(first, first + count):
                 row = {
