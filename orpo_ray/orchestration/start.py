@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ def start_run(
     inputs: RunInputs | None = None,
     only_evals: bool = False,
     trains: bool = True,
+    refuse: Callable[[str], object] = lambda data_digest: None,
 ) -> Start:
     """Name the run, find its files, join the cluster, ingest, and write down all of it.
 
@@ -118,6 +119,7 @@ def start_run(
         only_evals: nothing is trained, and no training data is ingested.
         trains: whether the run is then trained. A command that does not leaves the config and the
             data report of a run as they are, and writes its own into a folder below.
+        refuse: called with the digest of the training pairs before anything is written.
 
     Raises:
         ConfigError: for settings that the cluster cannot meet, and for settings or data other
@@ -141,6 +143,8 @@ def start_run(
     start = Start(config, inputs, folder, token_sets, {})
     if manifest is not None:
         _refuse_another_run(config, folder, manifest, start.data_digest)
+    if trains:
+        refuse(start.data_digest)
     reports = folder
     if not trains and holds_run(folder.path):
         reports = folder / ("evaluation" if only_evals else "preparation")
