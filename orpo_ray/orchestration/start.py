@@ -135,9 +135,9 @@ def start_run(
     if trains:
         _refuse_unknown_metric(config, eval_names(config, inputs))
     cluster.connect()
-    warning = exposure_warning()
-    if warning:
-        _log.warning(warning)
+    for warning in (cluster.output_warning(folder), exposure_warning()):
+        if warning:
+            _log.warning(warning)
     config = cluster.with_cluster(config)
     token_sets = _ingest_all(config, inputs, folder.parent, only_evals)
     start = Start(config, inputs, folder, token_sets, {})

@@ -190,7 +190,8 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
         dataset_config=PlannedFeed(plans),
     )
     try:
-        answer: WorkerAnswer = trainer.fit().return_value
+        with cluster.reporting_waits(config):
+            answer: WorkerAnswer = trainer.fit().return_value
     except BaseException:
         with contextlib.suppress(OSError):
             folder.fetch(from_workers)
