@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     if name == "status":
         return _run_status(arguments)
+    if name == "doctor":
+        return _run_doctor(arguments)
     if name in _ACTIONS:
         return _run_on_config(name, arguments)
     print(f"error: {_no_such_command(name)}", file=sys.stderr)
@@ -102,6 +104,7 @@ _SUMMARIES = {
     "evaluate": "Evaluate a model on preference pairs.",
     "prepare": "Check and tokenize preference pairs, without training.",
     "status": "Print where a run or a sweep stands, from its files alone.",
+    "doctor": "Print what a bug report needs: versions, cluster, limits, storage, model and data.",
 }
 
 
@@ -136,6 +139,29 @@ def _run_status(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     return exit_code(lambda: _status(arguments.directory, arguments.json))
+
+
+def _run_doctor(argv: Sequence[str]) -> int:
+    """Run the command that examines machine, cluster and config; returns its exit code."""
+    arguments = _config_parser("doctor").parse_args(argv)
+    found: list[int] = []
+
+    def run() -> None:
+        from orpo_ray.orchestration.doctor import examine
+
+        with _logging_to_console() as console:
+            examination = examine(
+                lambda: read_arguments(arguments.settings),
+                lambda text: console.print(hide(text), markup=False),
+            )
+        for line in (*examination.problems, *examination.config_problems):
+            print(f"error: {hide(line)}", file=sys.stderr)
+        if examination.problems:
+            found.append(FAILED)
+        elif examination.config_problems:
+            found.append(REFUSED)
+
+    return exit_code(run) or (found or [DONE])[0]
 
 
 def exit_code(action: Callable[[], object]) -> int:

@@ -17,7 +17,7 @@ from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.ingest import ingest
-from orpo_ray.dataset.request import TRAIN, IngestRequest
+from orpo_ray.dataset.request import TRAIN, IngestRequest, MapTasks
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.exposure import exposure_warning
@@ -139,7 +139,7 @@ def start_run(
         if warning:
             _log.warning(warning)
     config = cluster.with_cluster(config)
-    token_sets = _ingest_all(config, inputs, folder.parent, only_evals)
+    token_sets = ingest_all(config, inputs, folder.parent, only_evals)
     start = Start(config, inputs, folder, token_sets, {})
     if manifest is not None:
         _refuse_another_run(config, folder, manifest, start.data_digest)
@@ -219,13 +219,17 @@ def _report_data(start: Start, place: Folder) -> dict[str, Any]:
     return report
 
 
-def _ingest_all(
-    config: ORPOConfig, inputs: RunInputs, output_directory: Folder, only_evals: bool
+def ingest_all(
+    config: ORPOConfig,
+    inputs: RunInputs,
+    output_directory: Folder,
+    only_evals: bool,
+    run_tasks: MapTasks = map_tasks,
 ) -> dict[str, TokenSet]:
     """The token set of every data set, by its name in the feed; the training set comes first."""
     data = config.data
     evals = {
-        name: ingest(_request(config, inputs, sources, output_directory), map_tasks)
+        name: ingest(_request(config, inputs, sources, output_directory), run_tasks)
         for name, sources in inputs.eval_files.items()
     }
     if only_evals:
@@ -237,7 +241,7 @@ def _ingest_all(
         drop_duplicates=data.drop_duplicates,
         other_sets=tuple(t.folder for t in evals.values()) if data.drop_overlap else (),
     )
-    train = ingest(request, map_tasks)
+    train = ingest(request, run_tasks)
     if data.val_set_size:
         evals[_held_out_name(evals)] = _held_out(train)
     return {TRAIN: train} | evals
