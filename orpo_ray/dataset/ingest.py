@@ -22,6 +22,7 @@ from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.dataset.tokenize import DONE, QUARANTINE, SplitFile, TokenizeSplit, make_folders
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.sources import file_fingerprint
+from orpo_ray.preference.templates import uses_clock
 from orpo_ray.storage.files import locked, one_line
 from orpo_ray.storage.folder import Folder
 
@@ -89,6 +90,8 @@ def _cache_key(request: IngestRequest) -> str:
     settings = dataclasses.asdict(request)
     for name in ("tokenizer", "revision", "cache_directory", "files"):
         del settings[name]
+    if not uses_clock(tokenizer):
+        del settings["template_date"]
     parts = [
         CODE_VERSION,
         [(path, *file_fingerprint(path)) for path in request.files],

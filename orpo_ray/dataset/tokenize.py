@@ -299,7 +299,7 @@ class _ShardContents:
             (text.prompt + text.chosen + text.rejected).encode()
         except UnicodeEncodeError:
             return Refusal(Reason.BAD_SURROGATE, "the rendered text contains an unpaired surrogate")
-        return empty_answer(text, tokenizer.eos_token) or text
+        return empty_answer(text, tokenizer) or text
 
 
 def _too_large(n_characters: int, most: int) -> Refusal:

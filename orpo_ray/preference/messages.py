@@ -38,9 +38,7 @@ _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
 class JsonObject(dict[str, Any]):
-    """Arguments of a tool call that were JSON text.
-
-    An object to templates that expect one; printed, it is the text that the row has.
+    """Arguments of a tool call that were JSON text, which a template may want back.
 
     Args:
         values: the decoded object.
@@ -50,10 +48,6 @@ class JsonObject(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any], text: str) -> None:
         super().__init__(values)
         self.text = text
-
-    def __str__(self) -> str:
-        """The text that the row has."""
-        return self.text
 
 
 def role_of(message: Message) -> str:

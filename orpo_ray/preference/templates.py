@@ -1,7 +1,9 @@
 """Rendering pairs of messages as text with the chat template."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
@@ -33,6 +35,7 @@ from orpo_ray.preference.special_tokens import (
 TEMPLATE_DATE = "2024-07-26"
 """Default date for templates that ask for today's: the one that Llama 3's falls back to."""
 _CLOCK = "strftime_now"
+_CLOCK_CALL = re.compile(_CLOCK + r"""\(\s*(["'])(.*?)\1\s*\)""")
 _STANDARD = {"developer": SYSTEM, "ipython": TOOL, "function": TOOL, "model": ASSISTANT}
 
 
@@ -102,9 +105,8 @@ def render(record: Record, tokenizer: Any, date: str = TEMPLATE_DATE) -> PairTex
     except Exception as error:
         # Templates raise on purpose, for roles that the model does not support, and by accident:
         # some add the arguments of a tool call to a text, and fail for an object.
-        plain = _with_plain_arguments(record)
-        if plain is not None:
-            return render(plain, tokenizer, date)
+        if any(_calls(record)):
+            return render(_with_text_arguments(record), tokenizer, date)
         return Refusal(Reason.TEMPLATE_REFUSED, f"the chat template raised: {error}")
 
 
@@ -120,9 +122,10 @@ class _Rendering:
     """One pair of messages and what the template makes of it."""
 
     def __init__(self, record: Record, tokenizer: Any, date: str) -> None:
-        self.record, self.tokenizer = record, tokenizer
+        self.record, self.tokenizer, self.date = record, tokenizer, date
         self.eos: str = tokenizer.eos_token
-        self.arguments = {**record.template, **clock_argument(tokenizer, date)}
+        self.arguments = dict(record.template)
+        self.template = dated_template(tokenizer, date, record.template.get("tools"))
         self.prompt: tuple[Message, ...] = tuple(record.prompt)  # type: ignore[arg-type]
         sides = (record.chosen, record.rejected)
         self.answers = [without_last_end(side, self.eos) for side in sides]
@@ -133,6 +136,14 @@ class _Rendering:
             return wrong
         asking = self._apply(self.prompt, answered=False) if self.prompt else ""
         wholes = [self._apply(_joined(self.prompt, side)) for side in self.answers]
+        if any(
+            call["arguments"] and str(dict(call["arguments"])) in whole
+            for call in _calls(self.record)
+            for whole in wholes
+        ):
+            # The template prints what it gets, which is meant to be text.
+            texts = _with_text_arguments(self.record)
+            return render(texts, self.tokenizer, self.date)
         shared = shared_length(asking, *wholes)
         notes = set(self.record.notes)
         if shared < len(asking):
@@ -167,6 +178,7 @@ class _Rendering:
         open_turn = not answered and role_of(messages[-1]) == ASSISTANT
         text: str = self.tokenizer.apply_chat_template(
             [_with_known_role(message, self.tokenizer) for message in messages],
+            chat_template=self.template,
             tokenize=False,
             add_generation_prompt=not answered and not open_turn,
             continue_final_message=open_turn,
@@ -204,7 +216,12 @@ class _Rendering:
                 )
             places = [mark.end() if mark else len(tails[0].rstrip())] * 2
         else:
-            return list(answers), False
+            marks = [special_tokens(self.tokenizer).search(tail) for tail in tails]
+            places = [mark.end() if mark else 0 for mark in marks]
+            if not all(marks) or any(
+                tail[n:].strip() for tail, n in zip(tails, places, strict=True)
+            ):
+                return list(answers), False
         rests = {tail[place:].strip() for tail, place in zip(tails, places, strict=True)}
         if len(rests) > 1:
             return list(answers), False
@@ -233,7 +250,7 @@ class _Rendering:
         if "tools" in self.record.template and self.prompt:
             bare = self._apply(self.prompt, answered=False, tools=None)
             notes |= {Note.DROPS_TOOLS} if bare == asking else set()
-        if uses_clock(self.tokenizer):
+        if any(date in text.prompt for date in _written_dates(_source(self.tokenizer), self.date)):
             notes.add(Note.TEMPLATE_DATE)
         return notes
 
@@ -265,12 +282,31 @@ def uses_clock(tokenizer: Any) -> bool:
     return _CLOCK in _source(tokenizer)
 
 
-def clock_argument(tokenizer: Any, date: str) -> dict[str, Any]:
-    """The template argument that sets today's date to another, where the template asks for it."""
+def dated_template(tokenizer: Any, date: str, tools: Any = None) -> str | None:
+    """The chat template with a date in place of its calls for today's; None if it has none.
+
+    Args:
+        tokenizer: with the chat template.
+        date: YYYY-MM-DD.
+        tools: of the conversation, which may have a template of their own.
+    """
     if not uses_clock(tokenizer):
-        return {}
+        return None
+    template: str = tokenizer.get_chat_template(None, tools)
+    return _with_date(template, date)
+
+
+@lru_cache(maxsize=8)
+def _written_dates(template: str, date: str) -> tuple[str, ...]:
+    """A date in each form in which a template writes today's."""
     today = datetime.fromisoformat(date)
-    return {_CLOCK: lambda form: today.strftime(form)}  # Jinja calls no method of a datetime
+    return tuple(today.strftime(found[2]) for found in _CLOCK_CALL.finditer(template))
+
+
+@lru_cache(maxsize=8)
+def _with_date(template: str, date: str) -> str:
+    today = datetime.fromisoformat(date)
+    return _CLOCK_CALL.sub(lambda found: repr(today.strftime(found[2])), template)
 
 
 def _source(tokenizer: Any) -> str:
@@ -286,22 +322,36 @@ def _with_known_role(message: Message, tokenizer: Any) -> Message:
     return {**message, "role": _STANDARD[role]}
 
 
-def _with_plain_arguments(record: Record) -> Record | None:
-    """The record with arguments of tool calls as the texts that they were; None without any."""
-    found = [False]
+def _calls(record: Record) -> Iterator[Mapping[str, Any]]:
+    """Yield the functions of all tool calls with arguments that are an object."""
+    for messages in (record.prompt, record.chosen, record.rejected):
+        for message in messages if isinstance(messages, tuple) else ():
+            for call in message.get("tool_calls") or ():
+                function = call.get("function", call)
+                if isinstance(function, Mapping) and isinstance(function.get("arguments"), dict):
+                    yield function
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, JsonObject):
-            found[0] = True
-            return str(value)
+
+def _with_text_arguments(record: Record) -> Record:
+    """The record with the arguments of its tool calls as JSON text."""
+
+    def as_text(value: Any, key: str = "") -> Any:
+        if key == "arguments" and isinstance(value, dict):
+            return value.text if isinstance(value, JsonObject) else json.dumps(value)
         if isinstance(value, Mapping):
-            return {key: plain(part) for key, part in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(plain(part) for part in value)
-        return value
+            return {name: as_text(part, name) for name, part in value.items()}
+        return [as_text(part) for part in value] if isinstance(value, list) else value
 
-    sides = {name: plain(getattr(record, name)) for name in ("prompt", "chosen", "rejected")}
-    return replace(record, **sides) if found[0] else None
+    sides: dict[str, Any] = {
+        name: tuple(
+            {**message, "tool_calls": as_text(message["tool_calls"])}
+            if message.get("tool_calls")
+            else message
+            for message in getattr(record, name)
+        )
+        for name in ("prompt", "chosen", "rejected")
+    }
+    return replace(record, **sides)
 
 
 def _reserved_argument(arguments: Mapping[str, Any], tokenizer: Any) -> Refusal | None:
@@ -323,10 +373,11 @@ def _reserved_arguments(tokenizer: Any) -> frozenset[str]:
     return frozenset(own | set(names) - {"documents"})
 
 
-def empty_answer(text: PairText, eos: str) -> Refusal | None:
-    """Refuse a pair if an answer has no text besides the end-of-sequence token."""
+def empty_answer(text: PairText, tokenizer: Any) -> Refusal | None:
+    """Refuse a pair if an answer has no text besides special tokens."""
     for name, reason in (("chosen", Reason.EMPTY_CHOSEN), ("rejected", Reason.EMPTY_REJECTED)):
         answer: str = getattr(text, name)
-        if not answer.strip().removesuffix(eos).strip():
+        # Most answers are longer than all special tokens that could stand in one without text.
+        if len(answer) < 100 and not special_tokens(tokenizer).sub("", answer).strip():
             return Refusal(reason, f"{name} has no text before its end-of-sequence token")
     return None
