@@ -62,8 +62,8 @@ def test_the_version_is_printed(capsys):
         (["trian"], "trian: no such command; did you mean train?"),
         (
             ["max_steps=2"],
-            "max_steps=2: no such command; the commands are train, tune, evaluate, prepare, status, "
-            "doctor",
+            "max_steps=2: no such command; the commands are train, tune, evaluate, prepare, "
+            "status, doctor",
         ),
         (
             ["status"],
