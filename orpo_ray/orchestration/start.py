@@ -204,18 +204,19 @@ def _report_data(start: Start, place: Folder) -> dict[str, Any]:
     Raises:
         DataError: for what `refuse_bad_data` refuses.
     """
+    problem: DataError | None = None
     refused = place / "refused" if holds_run(start.run_directory) else place
     try:
         refuse_bad_data(refused, start.token_sets, start.config)
-    except DataError:
-        place = refused
-        raise
-    finally:
-        path, names = place.make().path, _names(start.inputs)
-        report = write_data_report(path, start.token_sets, start.config, names)
-        for name, figures in report.items():
-            for line in data_lines(name, figures):
-                _log.info(line)
+    except DataError as error:
+        place, problem = refused, error
+    names = _names(start.inputs)
+    report = write_data_report(place.make().path, start.token_sets, start.config, names)
+    for name, figures in report.items():
+        for line in data_lines(name, figures):
+            _log.info(line)
+    if problem is not None:
+        raise problem
     return report
 
 
