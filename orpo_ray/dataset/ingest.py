@@ -21,15 +21,16 @@ from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.dataset.tokenize import DONE, QUARANTINE, SplitFile, TokenizeSplit, make_folders
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.sources import file_fingerprint
+from orpo_ray.preference.records import Reason
 from orpo_ray.storage.folder import Folder
 
 # Part of the cache key; increased whenever the same input would give other tokens or reports.
-CODE_VERSION = 5
+CODE_VERSION = 6
 LENGTHS = "lengths.npz"
 _COUNTS = (
     *("rows_read", "rows_kept", "rows_held_out", "pairs_left_out"),
     *("truncated_pairs", "truncated_prompts", "truncated_completions", "duplicate_pairs"),
-    "tokens",
+    *("contradicting_pairs", "tokens"),
 )
 
 
@@ -174,13 +175,15 @@ def nothing_usable(tokens: TokenSet) -> list[str]:
     if tokens.n_pairs:
         return []
     report = tokens.report
-    counts = ", ".join(f"{count} {reason}" for reason, count in report["refused"].items())
-    if report["rows_held_out"]:
-        counts = f"{report['rows_held_out']} held out"
-    lines = [
-        f"no usable row in {', '.join(tokens.sources)}: {counts or 'the files contain no rows'}"
-    ]
-    return lines + first_refused(tokens, 3)
+    ends = [(report["rows_held_out"], "held out")] if report["rows_held_out"] else []
+    ends += [(count, reason) for reason, count in report["refused"].items()]
+    counts = ", ".join(f"{count} {end}" for count, end in ends)
+    text = f"no usable row in {', '.join(tokens.sources)}: {counts or 'the files contain no rows'}"
+    if report["refused"].get(Reason.OVERLAP):
+        text += (
+            "; drop_overlap leaves out all prompts of the evaluation sets: name other eval_files"
+        )
+    return [text, *first_refused(tokens, 3)]
 
 
 def first_refused(

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import load_config, to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.ingest import ingest
+from orpo_ray.dataset.regroup import load_keys
 from orpo_ray.dataset.request import TRAIN, IngestRequest
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration import cluster
@@ -132,7 +135,9 @@ def start_run(
     start = Start(config, inputs, folder, token_sets, {})
     start.refuse_another_run()
     folder.make()
-    report = write_data_report(run_directory, token_sets, config, _names(inputs))
+    report = write_data_report(
+        run_directory, token_sets, config, _names(inputs), inputs.passed_over
+    )
     for name, figures in report.items():
         for line in data_lines(name, figures):
             _log.info(line)
@@ -166,19 +171,33 @@ def _ingest_all(
     train = ingest(request, map_tasks)
     if data.val_set_size:
         free = [name for name in ("eval_", "eval_held_out_", "eval_val_set_") if name not in evals]
-        evals[free[0]] = _held_out(train)
+        evals[free[0]] = _held_out(train, data.val_set_size)
     return {TRAIN: train} | evals
 
 
-def _held_out(train: TokenSet) -> TokenSet:
+def _held_out(train: TokenSet, share: float) -> TokenSet:
     """The pairs of the training files that are not trained on, as a set of their own.
 
     Raises:
-        DataError: where there are none.
+        DataError: where there are none, or none that are.
     """
-    if not train.held_out:
-        raise DataError(["val_set_size: no prompt falls into so small a share of the data"])
-    return dataclasses.replace(train, shards=train.held_out, held_out=())
+    held = load_keys(train.folder, "held").astype(bool)
+    n_prompts = len(np.unique(load_keys(train.folder, "prompt_keys")))
+    problem = ""
+    if n_prompts == 1:
+        problem = (
+            f"all {len(held)} pairs have one prompt, and prompts are held out whole: "
+            "name eval_files instead"
+        )
+    elif len(held) and (held.all() or not held.any()):
+        what, change = ("all", "lower") if held.all() else ("none", "raise")
+        problem = (
+            f"{what} of the {n_prompts} prompts would be held out, as a hash of each decides; "
+            f"{change} it from {share}, or name eval_files instead"
+        )
+    if problem:
+        raise DataError([f"val_set_size: {problem}"])
+    return dataclasses.replace(train, shards=train.held_out, held_out=(), is_held_out=True)
 
 
 def _names(inputs: RunInputs) -> dict[str, str]:

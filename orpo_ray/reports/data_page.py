@@ -37,6 +37,8 @@ def budget_lines(counts: Mapping[str, Any]) -> list[str]:
         f"({counts['truncated_prompts']} prompts, {counts['truncated_completions']} with an "
         "answer cut)",
         f"repeated: {_share(counts['duplicate_pairs'], read)} of the pairs occurred before; "
+        f"{_share(counts.get('contradicting_pairs', 0), read)} contradict another pair, whose "
+        f"answers are theirs swapped; "
         f"{_share(counts.get('overlapping_pairs', 0), read)} share a prompt with an evaluation "
         "set",
         f"length bias: the chosen answer is the longer one in "

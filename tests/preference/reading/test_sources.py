@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.reading.finding import find_files
 from orpo_ray.preference.reading.readers import count_rows, read_split, split_file
 from orpo_ray.preference.reading.rows import RawRow, Split
-from orpo_ray.preference.reading.sources import file_fingerprint, find_files
+from orpo_ray.preference.reading.sources import file_fingerprint
 from orpo_ray.preference.records import Reason
 
 BOM = b"\xef\xbb\xbf"
