@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from orpo_ray.dataset.regroup import find_dropped_pairs, iter_stats, rewrite_part
+from orpo_ray.dataset.regroup import find_dropped_pairs, iter_stats, load_keys, rewrite_part
 from orpo_ray.dataset.request import IngestRequest, MapTasks
 from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.dataset.tokenize import DONE, QUARANTINE, SplitFile, TokenizeSplit, make_folders
@@ -168,6 +168,35 @@ def _length_statistics(
     with tokens.replacing(LENGTHS) as path, path.open("wb") as file:
         np.savez(file, allow_pickle=False, **tallies)
     return {"pairs_chosen_longer": longer, "pairs_equally_long": equal}
+
+
+def held_out_set(train: TokenSet, share: float) -> TokenSet:
+    """The pairs of the training files that are not trained on, as a set of their own.
+
+    Args:
+        train: the training set.
+        share: of the prompts, as it was asked for.
+
+    Raises:
+        DataError: where none or all of the prompts are held out.
+    """
+    held = load_keys(train.folder, "held").astype(bool)
+    n_prompts = len(np.unique(load_keys(train.folder, "prompt_keys")))
+    problem = ""
+    if n_prompts == 1:
+        problem = (
+            f"all {len(held)} pairs have one prompt, and prompts are held out whole: "
+            "name eval_files instead"
+        )
+    elif len(held) and (held.all() or not held.any()):
+        what, change = ("all", "lower") if held.all() else ("none", "raise")
+        problem = (
+            f"{what} of the {n_prompts} prompts would be held out, as a hash of each decides: "
+            f"{change} it from {share}, or name eval_files instead"
+        )
+    if problem:
+        raise DataError([f"val_set_size: {problem}"])
+    return dataclasses.replace(train, shards=train.held_out, held_out=(), is_held_out=True)
 
 
 def nothing_usable(tokens: TokenSet) -> list[str]:

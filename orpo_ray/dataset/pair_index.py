@@ -59,6 +59,15 @@ class PairStats:
         return [path.stem for path in (tokens / STATS).fetch().path.glob("*.npz")]
 
 
+def are_among(keys: Keys, ordered: Keys) -> npt.NDArray[np.bool_]:
+    """Whether each key is one of `ordered`, which must be sorted; `np.isin` would sort it again."""
+    if not len(ordered):
+        return np.zeros(len(keys), dtype=bool)
+    places = np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)
+    found: npt.NDArray[np.bool_] = ordered[places] == keys
+    return found
+
+
 @dataclass
 class PairStatsBuilder:
     """Collects the pairs of a shard, and their `PairStats`, one pair at a time.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from orpo_ray.dataset.pair_index import PairStats
+from orpo_ray.dataset.pair_index import PairStats, are_among
 from orpo_ray.dataset.request import IngestRequest, MapTasks
 from orpo_ray.dataset.shards import Shard, read_shard, write_shard
 from orpo_ray.dataset.tokenize import QUARANTINE
@@ -138,8 +138,8 @@ def find_dropped_pairs(
         here = repeated[first : first + len(stats.rows)]
         first += len(stats.rows)
         summary["duplicate_pairs"] = int(here.sum())
-        summary["contradicting_pairs"] = int(np.isin(stats.swapped_keys, distinct).sum())
-        overlaps = np.isin(stats.prompt_keys, elsewhere) & ~stats.held
+        summary["contradicting_pairs"] = int(are_among(stats.swapped_keys, distinct).sum())
+        overlaps = are_among(stats.prompt_keys, elsewhere) & ~stats.held
         doubles = here & ~overlaps if request.drop_duplicates else np.zeros_like(here)
         mask = doubles | overlaps
         masks.append(mask)

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import load_config, to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.dataset.ingest import ingest
-from orpo_ray.dataset.regroup import load_keys
+from orpo_ray.dataset.ingest import held_out_set, ingest
 from orpo_ray.dataset.request import TRAIN, IngestRequest
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration import cluster
@@ -21,7 +18,6 @@ from orpo_ray.orchestration.exposure import exposure_warning
 from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
 from orpo_ray.orchestration.tasks import map_tasks
-from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits
 from orpo_ray.reports.data import data_lines, first_pair_lines, refuse_bad_data, write_data_report
@@ -171,39 +167,16 @@ def _ingest_all(
     train = ingest(request, map_tasks)
     if data.val_set_size:
         free = [name for name in ("eval_", "eval_held_out_", "eval_val_set_") if name not in evals]
-        evals[free[0]] = _held_out(train, data.val_set_size)
+        evals[free[0]] = held_out_set(train, data.val_set_size)
     return {TRAIN: train} | evals
 
 
-def _held_out(train: TokenSet, share: float) -> TokenSet:
-    """The pairs of the training files that are not trained on, as a set of their own.
-
-    Raises:
-        DataError: where there are none, or none that are.
-    """
-    held = load_keys(train.folder, "held").astype(bool)
-    n_prompts = len(np.unique(load_keys(train.folder, "prompt_keys")))
-    problem = ""
-    if n_prompts == 1:
-        problem = (
-            f"all {len(held)} pairs have one prompt, and prompts are held out whole: "
-            "name eval_files instead"
-        )
-    elif len(held) and (held.all() or not held.any()):
-        what, change = ("all", "lower") if held.all() else ("none", "raise")
-        problem = (
-            f"{what} of the {n_prompts} prompts would be held out, as a hash of each decides; "
-            f"{change} it from {share}, or name eval_files instead"
-        )
-    if problem:
-        raise DataError([f"val_set_size: {problem}"])
-    return dataclasses.replace(train, shards=train.held_out, held_out=(), is_held_out=True)
-
-
 def _names(inputs: RunInputs) -> dict[str, str]:
-    """What the user calls a file, where that is not its path."""
-    sources = [*inputs.train_files, *(s for part in inputs.eval_files.values() for s in part)]
-    return {source.path: source.name for source in sources if source.name}
+    """What the user calls a file, where that is not its path, and one name in all data sets."""
+    names: dict[str, set[str]] = {}
+    for source in (*inputs.train_files, *(s for part in inputs.eval_files.values() for s in part)):
+        names.setdefault(source.path, set()).add(source.name or "")
+    return {path: min(given) for path, given in names.items() if len(given) == 1 and all(given)}
 
 
 def _with_batch_size(config: ORPOConfig, run_directory: Path) -> ORPOConfig:

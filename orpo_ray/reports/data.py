@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.ingest import LENGTHS, first_refused, nothing_usable
-from orpo_ray.dataset.pair_index import PairStats
+from orpo_ray.dataset.pair_index import PairStats, are_among
 from orpo_ray.dataset.regroup import load_keys
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.shards import TokenSet
@@ -155,7 +155,7 @@ def _overlaps(token_sets: Mapping[str, TokenSet]) -> int:
         return 0
     elsewhere = np.unique(np.concatenate([load_keys(other, "prompt_keys") for other in others]))
     parts = (PairStats.load(train, name) for name in PairStats.names(train))
-    return sum(int(np.isin(part.prompt_keys[~part.held], elsewhere).sum()) for part in parts)
+    return sum(int(are_among(part.prompt_keys[~part.held], elsewhere).sum()) for part in parts)
 
 
 def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:

@@ -178,13 +178,13 @@ def _read_table(path: str, delimiter: str) -> Iterator[RawRow]:
     with open_file(path) as raw:
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header = next(reader, [])
+        header = next((cells for cells in reader if any(map(str.strip, cells))), [])
         if len(set(header)) < len(header):
             raise DataError([f"{path}: the header has a duplicate column: {', '.join(header)}"])
         number = reader.line_num
         try:
             for cells in reader:
-                if cells:
+                if len(cells) > 1 or any(map(str.strip, cells)):  # else a blank line
                     yield _table_row(number, header, cells)
                 number = reader.line_num
         except csv.Error as error:

@@ -4,7 +4,7 @@ import glob
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from orpo_ray.preference.reading.sources import COMPRESSIONS, KINDS, is_supported
@@ -57,19 +57,21 @@ def find_splits(names: Sequence[str]) -> dict[str, list[str]]:
             splits_of_rest[part.rest].add(part.split)
         for rest in () if name in sure else _plain_rests(name):
             splits_of_rest[rest].add("")
-    sure_splits = {part.split for part in sure.values()}
+    known = {part.split for part in sure.values()}.union(
+        *filter(are_mixed, splits_of_rest.values())
+    ) - {""}
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for name in names:
         accepted = [sure[name]] if name in sure else []
         for part in doubtful.get(name, ()):
-            if (splits_of_rest[part.rest] | sure_splits) - {part.split}:
+            if are_mixed(splits_of_rest[part.rest]) or known - {part.split}:
                 accepted.append(part)
         split, path = (accepted[0].split, accepted[0].path) if accepted else ("", name)
         found[split][path] = None
     return {split: list(paths) for split, paths in found.items()}
 
 
-def are_mixed(splits: Mapping[str, Sequence[str]]) -> bool:
+def are_mixed(splits: Collection[str]) -> bool:
     """Whether files of several splits, or of one for evaluation and of none, are together."""
     return len(splits) > 1 and set(splits) != {TRAIN_SPLIT, ""}
 
