@@ -74,15 +74,22 @@ def write_data_report(
             for path, part in counts["sources"].items()
         }
         report[shown] = counts | {"sources": sources} | _lengths(tokens, config)
-        report[shown]["passed_over"] = {
-            reason: {"files": number, "first": list(first)}
-            for reason, (number, first) in (passed_over or {}).get(name, {}).items()
-        }
+        report[shown]["passed_over"] = _passed_over(sources, (passed_over or {}).get(name, {}))
         _list_refused(run_directory, shown, tokens)
     if train is not None:
         report[TRAIN]["overlapping_pairs"] = _overlaps(token_sets)
     save_report(run_directory, report)
     return report
+
+
+def _passed_over(sources: Mapping[str, Any], found: PassedOver) -> dict[str, Any]:
+    """What was passed over by reason, and the files that turned out to have no row."""
+    names = [PurePosixPath(path).name for path, part in sources.items() if not part["rows_read"]]
+    merged = merge_passed_over([found, {EMPTY: (len(names), tuple(names))} if names else {}])
+    return {
+        reason: {"files": number, "first": list(first)}
+        for reason, (number, first) in merged.items()
+    }
 
 
 def source_label(path: str, part: Mapping[str, Any]) -> str:
@@ -183,25 +190,17 @@ def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
     if counts["ignored_columns"]:
         notes.append(f"columns ignored: {', '.join(counts['ignored_columns'])}")
     lines = [text, f"{name} data: {'; '.join(notes)}"] if notes else [text]
-    passed_over = _passed_over_with_empty(counts)
-    if passed_over:
-        lines.append(f"{name} data: passed over: {passed_over_text(passed_over)}")
+    if counts.get("passed_over"):
+        lines.append(f"{name} data: {passed_over_line(counts)}")
     return lines
 
 
-def _passed_over_with_empty(counts: Mapping[str, Any]) -> PassedOver:
-    """What was passed over, with the files that turned out to have no row."""
+def passed_over_line(counts: Mapping[str, Any]) -> str:
+    """What was passed over in the folders and globs of a data set."""
     passed_over = {
-        reason: (part["files"], tuple(part["first"]))
-        for reason, part in counts.get("passed_over", {}).items()
+        reason: (part["files"], part["first"]) for reason, part in counts["passed_over"].items()
     }
-    names = [
-        PurePosixPath(path).name
-        for path, part in counts.get("sources", {}).items()
-        if not part["rows_read"]
-    ]
-    found = {EMPTY: (len(names), tuple(names))} if names else {}
-    return merge_passed_over([passed_over, found])
+    return f"passed over: {passed_over_text(passed_over)}"
 
 
 def first_pair_lines(tokens: TokenSet, tokenizer: Any, nll_scope: str) -> list[str]:

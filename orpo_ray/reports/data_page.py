@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 
 from orpo_ray.dataset.shards import TokenSet
-from orpo_ray.reports.data import QUARANTINE, Tally, length_tallies, source_label
+from orpo_ray.reports.data import (
+    QUARANTINE,
+    Tally,
+    length_tallies,
+    passed_over_line,
+    source_label,
+)
 from orpo_ray.reports.page import make_axes, render, svg_of
 from orpo_ray.runs.formatting import format_rows
 from orpo_ray.storage.files import write_atomic
@@ -71,6 +77,7 @@ def write_data_page(
     parts = []
     for name, counts in report.items():
         whole = "rows_read" in counts
+        passed_over = [passed_over_line(counts)] if counts.get("passed_over") else []
         sources = [
             [source_label(path, part), *(part[c] for c in _COLUMNS)]
             for path, part in counts.get("sources", {}).items()
@@ -78,7 +85,7 @@ def write_data_page(
         parts.append(
             {
                 "name": name,
-                "lines": [format_rows(counts), *budget_lines(counts)],
+                "lines": [format_rows(counts), *passed_over, *budget_lines(counts)],
                 "sources": sources,
                 "svg": _histograms(length_tallies(by_name[name])) if whole else "",
                 "refused": _examples(run_directory, name, counts.get("refused", {})),

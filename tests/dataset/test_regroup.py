@@ -248,7 +248,7 @@ def test_one_prompt_cannot_be_divided(tokenizer_folder: str, tmp_path: Path, sha
     rows = [text_row(1) | {"chosen": f"yes{i}"} for i in range(9)]
     path = write_rows(tmp_path / "a.jsonl", rows)
     request = request_of((path,), tokenizer_folder, tmp_path, val_set_size=share)
-    with pytest.raises(DataError, match="val_set_size: all 9 pairs have one prompt, and .*whole"):
+    with pytest.raises(DataError, match=r"all 9 pairs have one prompt, and .* held out whole"):
         held_out_set(ingest(request, map_tasks), share)
 
 
@@ -293,5 +293,5 @@ def test_dropping_the_overlap_with_the_same_file_leaves_nothing_and_says_why(
     for share in (0.0, 0.5):
         again = replace(request, other_sets=(evals.folder,), val_set_size=share)
         first, *_ = nothing_usable(ingest(again, map_tasks))
-        assert "overlap; drop_overlap leaves out every prompt of an evaluation set" in first
+        assert "overlap; drop_overlap leaves out all prompts of the evaluation sets" in first
         assert ("held out" in first) == bool(share)

@@ -108,7 +108,7 @@ def test_files_that_were_passed_over_are_in_the_report_and_said(tmp_path: Path) 
     written = write_data_report(tmp_path, {"train": tokens}, CONFIG, {}, passed_over)["train"]
     assert json.loads((tmp_path / "data_report.json").read_text())["train"]["passed_over"] == {
         "hidden": {"files": 4, "first": [".a", "_b/", ".c", ".d"]},
-        "empty": {"files": 1, "first": ["e.csv"]},
+        "empty": {"files": 2, "first": ["e.csv", "1"]},
     }
     notes = dict.fromkeys(("truncated_prompts", "truncated_completions", "pairs_left_out"), 0)
     figures = written | notes | {"duplicate_pairs": 0, "shapes": {}, "ignored_columns": []}

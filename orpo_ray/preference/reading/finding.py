@@ -30,7 +30,7 @@ _METADATA_NAMES = {STATE, "dataset_infos.json", "dataset_info.json", "dataset_di
 _ABOUT_NAMES = ("readme", "license", "licence", "citation", ".gitattributes", ".gitignore")
 _NO_WILDCARDS: tuple[str, ...] = ()
 _SHOWN_NAMES, _KEPT_NAMES = 3, 20
-PassedOver = Mapping[str, tuple[int, tuple[str, ...]]]
+PassedOver = Mapping[str, tuple[int, Sequence[str]]]
 """By reason: how many files (or whole folders, ending in `/`), and the names of the first."""
 
 
@@ -90,7 +90,7 @@ def search_files(patterns: Sequence[str]) -> FoundFiles:
     return FoundFiles(tuple(found.values()), _first_names(reasons), frozenset(splits))
 
 
-def merge_passed_over(parts: Iterable[PassedOver]) -> dict[str, tuple[int, tuple[str, ...]]]:
+def merge_passed_over(parts: Iterable[PassedOver]) -> PassedOver:
     """Add up what several searches passed over."""
     merged: dict[str, tuple[int, tuple[str, ...]]] = {}
     for part in parts:
