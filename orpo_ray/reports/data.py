@@ -22,7 +22,7 @@ from orpo_ray.preference.reading.finding import (
     merge_passed_over,
     passed_over_text,
 )
-from orpo_ray.preference.records import ON_REQUEST, Reason
+from orpo_ray.preference.records import NOTE_TEXTS, ON_REQUEST, Note, Reason
 from orpo_ray.runs.files import DATA_REPORT, LEDGER
 from orpo_ray.runs.formatting import format_rows
 from orpo_ray.storage.files import write_json
@@ -190,6 +190,10 @@ def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
     if counts["ignored_columns"]:
         notes.append(f"columns ignored: {', '.join(counts['ignored_columns'])}")
     lines = [text, f"{name} data: {'; '.join(notes)}"] if notes else [text]
+    for note, found in counts.get("notes", {}).items():
+        lines.append(
+            f"{name} data: {found['rows']} {NOTE_TEXTS[Note(note)]} (first: {found['first']})"
+        )
     if counts.get("passed_over"):
         lines.append(f"{name} data: {passed_over_line(counts)}")
     return lines
