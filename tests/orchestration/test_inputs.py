@@ -54,6 +54,24 @@ def test_every_name_is_an_evaluation_set_of_its_own(files: Path) -> None:
     assert names == {"eval_": ["a.jsonl"], "eval_x_": ["b.jsonl", "c.jsonl"]}
 
 
+def test_what_is_passed_over_is_kept_for_every_data_set(
+    files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file may be in two evaluation sets; a folder of another split than expected is said."""
+    (files / "dev").mkdir()
+    for name in ("dev.jsonl", "_d.jsonl", "d.txt"):
+        (files / "dev" / name).write_text((files / "a.jsonl").read_text())
+    evals = ["dev", {"path": "dev/*.jsonl", "name": "x"}]
+    inputs = find_inputs(config(train_files=["a.jsonl", "dev"], eval_files=evals), files / "runs")
+    assert inputs.passed_over == {
+        "train": {"hidden": (1, ("_d.jsonl",)), "of other types": (1, ("d.txt",))},
+        "eval_": {"hidden": (1, ("_d.jsonl",)), "of other types": (1, ("d.txt",))},
+        "eval_x_": {"hidden": (1, ("_d.jsonl",))},
+    }
+    assert list(inputs.eval_files) == ["eval_", "eval_x_"]
+    assert caplog.messages == ["train_files: all files of dev are of the split validation"]
+
+
 def test_a_file_under_two_weights_is_refused(files: Path) -> None:
     entries = ["*.jsonl", {"path": "b.jsonl", "weight": 2}]
     with pytest.raises(DataError) as caught:
