@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.regroup import find_dropped_pairs, iter_stats, rewrite_part
 from orpo_ray.dataset.request import IngestRequest, MapTasks
 from orpo_ray.dataset.shards import Shard, TokenSet
@@ -24,7 +25,7 @@ from orpo_ray.preference.reading.sources import file_fingerprint
 from orpo_ray.storage.folder import Folder
 
 # Part of the cache key; increased whenever the same input would give other tokens or reports.
-CODE_VERSION = 5
+CODE_VERSION = 6
 LENGTHS = "lengths.npz"
 _COUNTS = (
     *("rows_read", "rows_kept", "rows_held_out", "pairs_left_out"),
@@ -113,6 +114,7 @@ def _build_token_set(request: IngestRequest, tokens: Folder, map_tasks: MapTasks
         "pairs": sum(shard.n_pairs for shard in pairs),
         "tokens": sum(shard.n_tokens for shard in pairs),
         "longest_group_tokens": longest,
+        "largest_token": _largest_token(summaries, request.files),
         **statistics,
         "sources": by_source,
         "quarantine": [s["quarantine"] for s in summaries if s["quarantine"]],
@@ -122,6 +124,17 @@ def _build_token_set(request: IngestRequest, tokens: Folder, map_tasks: MapTasks
     if some_dropped:
         report["quarantine"].append(f"{QUARANTINE}/dropped.jsonl")
     return TokenSet(tokens, pairs, request.files, report, shards["held_shard"])
+
+
+def _largest_token(
+    summaries: Sequence[Mapping[str, Any]], files: Sequence[str]
+) -> dict[str, Any] | None:
+    """The largest token id of all pairs and a row that has it; None without pairs."""
+    found = [(*s["largest_token"], s["source"]) for s in summaries if s["largest_token"][1]]
+    if not found:
+        return None
+    token, row, source = max(found)
+    return {"id": token, "file": files[source], "row": row}
 
 
 def _sum_counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -167,6 +180,31 @@ def _length_statistics(
     with tokens.replacing(LENGTHS) as path, path.open("wb") as file:
         np.savez(file, allow_pickle=False, **tallies)
     return {"pairs_chosen_longer": longer, "pairs_equally_long": equal}
+
+
+def pairs_longer_than(tokens: TokenSet, n_tokens: int, held_out: bool = False) -> tuple[int, int]:
+    """Count the pairs whose prompt and longest answer together exceed a length.
+
+    Args:
+        tokens: a token set.
+        n_tokens: the length.
+        held_out: count the pairs that are held out, instead of all others.
+
+    Returns:
+        How many, and the tokens of the longest pair.
+    """
+    if held_out:
+        tally = np.zeros(1, dtype=np.int64)
+        for name in PairStats.names(tokens.folder):
+            stats = PairStats.load(tokens.folder, name)
+            prompt, chosen, rejected = stats.lengths[stats.held].T
+            counts = np.bincount(prompt + np.maximum(chosen, rejected), minlength=len(tally))
+            counts[: len(tally)] += tally
+            tally = counts
+    else:
+        with np.load(tokens.folder.fetch_file(LENGTHS, once=True)) as arrays:
+            tally = arrays["longest"]
+    return int(tally[n_tokens + 1 :].sum()), int(tally.nonzero()[0].max(initial=0))
 
 
 def nothing_usable(tokens: TokenSet) -> list[str]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
-from orpo_ray.pretrained import ModelSource, load_tokenizer
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_tokenizer
 from orpo_ray.storage.folder import Folder, FolderLike
 
 MapTasks = Callable[[list[dict[str, Any]], Any], list[dict[str, Any]]]
@@ -83,7 +84,11 @@ def _load_tokenizer(
     """Load the tokenizer; `files` is there for the cache key.
 
     Raises:
-        DataError: if it cannot tokenize pairs.
+        DataError: if it cannot be loaded, or cannot tokenize pairs.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a data task has one CPU
-    return PairTokenizer(load_tokenizer(source), limits)
+    try:
+        tokenizer = load_tokenizer(source)
+    except UnsupportedModelError as error:
+        raise DataError([f"model_name_or_path: {error}"]) from error
+    return PairTokenizer(tokenizer, limits)
