@@ -129,7 +129,7 @@ def start_run(
     if warning:
         _log.warning(warning)
     config = cluster.with_cluster(config)
-    token_sets = _ingest_all(config, inputs, output_directory, only_evals)
+    token_sets = ingest_all(config, inputs, output_directory, only_evals)
     start = Start(config, inputs, folder, token_sets, {})
     start.refuse_another_run()
     check_model(config, inputs.model, token_sets)
@@ -147,7 +147,7 @@ def start_run(
     return dataclasses.replace(start, data_report=report)
 
 
-def _ingest_all(
+def ingest_all(
     config: ORPOConfig, inputs: RunInputs, output_directory: Folder, only_evals: bool
 ) -> dict[str, TokenSet]:
     """The token set of every data set, by its name in the feed; the training set comes first."""
