@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.model import ModelSection
-from orpo_ray.storage.files import first_line
+from orpo_ray.storage.files import first_line, one_line
 from orpo_ray.storage.folder import Folder, Names, everything, light
 
 
@@ -78,6 +78,11 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise
     except Exception as error:  # whatever transformers, tokenizers and JSON say of such files
         raise UnsupportedModelError(_no_tokenizer(source.tokenizer, folder, error)) from error
+    if not source.trust_remote_code and Path(folder).is_dir():
+        # transformers makes an empty vocabulary for a class whose files are missing.
+        files = {"tokenizer.json", "tekken.json", *tokenizer.vocab_files_names.values()}
+        if not any(Path(folder, name).is_file() for name in files):
+            raise UnsupportedModelError(_no_tokenizer(source.tokenizer, folder))
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
     return tokenizer
@@ -87,12 +92,20 @@ def load_model_config(source: ModelSource) -> Any:
     """Load the base model's config.
 
     Raises:
-        UnsupportedModelError: for custom code that is not trusted.
+        UnsupportedModelError: for custom code that is not trusted, and for a config that
+            transformers cannot load.
     """
     from transformers import AutoConfig
 
-    with _as_refusals(source.model):
-        return AutoConfig.from_pretrained(on_this_node(source.model, light), **source.options)
+    folder = on_this_node(source.model, light)
+    try:
+        with _as_refusals(source.model):
+            return AutoConfig.from_pretrained(folder, **source.options)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # configs are checked by code of every family
+        problem = f"{source.model}: its config.json cannot be loaded: {one_line(error)}"
+        raise UnsupportedModelError(problem) from error
 
 
 def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
@@ -311,9 +324,9 @@ def _not_convertible(name: str | Folder) -> str:
     )
 
 
-def _no_tokenizer(name: str | Folder, folder: str, error: Exception) -> str:
+def _no_tokenizer(name: str | Folder, folder: str, error: Exception | None = None) -> str:
     path = Path(folder)
-    if not path.is_dir() or (path / "tokenizer.json").is_file():
+    if error and (not path.is_dir() or (path / "tokenizer.json").is_file()):
         return f"{name}: its tokenizer cannot be loaded: {first_line(error)}"
     return (
         f"{name} holds no tokenizer (tokenizer.json) that can be loaded; save the base model's "

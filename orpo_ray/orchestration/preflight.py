@@ -44,7 +44,7 @@ def check_model(
         base, _ = base_of(source)
         model = outline(base)
         unused = unused_weights(base, model)
-    except (OSError, ValueError) as error:  # transformers' own are one or the other
+    except (OSError, ValueError, KeyError) as error:  # also what transformers says of a config
         text = first_line(error).removeprefix(f"{setting}: ")
         raise ConfigError([f"{setting}: {text}"]) from error
     if unused:
