@@ -1,6 +1,7 @@
 """Comparing a base model with the data before workers start; on the driver."""
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -49,14 +50,15 @@ def check_model(
         raise ConfigError([f"{setting}: {text}"]) from error
     if unused:
         _log.warning(
-            "%s: %d tensors of %s are not part of the model and are not used: %s",
-            *(setting, len(unused), base.model, some_of(unused)),
+            "%s: %s has weights that the model does not have and that are not used: %s",
+            *(setting, base.model, some_of(unused)),
         )
     problems = _tokens_without_embedding(model, source, token_sets, setting)
     problems += _beyond_positions(model, token_sets, setting)
     if TRAIN in token_sets and config.model.lora_r:
         try:
-            add_adapters(model, config.model, config.train.seed)
+            with warnings.catch_warnings(action="ignore"):  # of peft, for whoever uses it directly
+                add_adapters(model, config.model, config.train.seed)
         except UnsupportedModelError as error:
             problems += str(error).splitlines()
     if problems:
@@ -112,9 +114,9 @@ def _beyond_positions(
         if not n_longer:
             continue
         text = (
-            f"{setting}: {n_longer} pairs of the {name.rstrip('_')} data are longer than the "
-            f"model's {limit.n} positions (max_position_embeddings), the longest has {longest} "
-            "tokens"
+            f"{setting}: {n_longer} of {tokens.n_pairs} pairs of the {name.rstrip('_')} data are "
+            f"longer than the model's {limit.n} positions (max_position_embeddings), the longest "
+            f"has {longest} tokens"
         )
         if limit.is_table:
             problems.append(f"{text}: set max_length={limit.n} or less")
