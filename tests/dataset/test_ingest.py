@@ -24,8 +24,9 @@ from orpo_ray.dataset.tokenize import TokenizeSplit
 from orpo_ray.demo.model import CHAT_TEMPLATE, train_tokenizer
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.preference.pairing import normalise
 from orpo_ray.preference.reading.readers import split_file
-from orpo_ray.preference.records import Reason, Record, normalise
+from orpo_ray.preference.records import Reason, Record
 from orpo_ray.preference.templates import render
 from orpo_ray.preference.tokenization import Limits, PairTokenizer, TokenizedPair
 from orpo_ray.reports.data import write_data_report

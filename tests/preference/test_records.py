@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from orpo_ray.preference.records import Reason, Record, Refusal, excerpt, normalise
+from orpo_ray.preference.pairing import normalise
+from orpo_ray.preference.records import Reason, Record, Refusal, excerpt
 
 HARMLESS = Path(__file__).parents[2] / "../shared/data/hh_rlhf_harmless.jsonl"
 

@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerFast
 from orpo_ray.demo.model import train_tokenizer
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import Message, Reason, Record, Refusal
+from orpo_ray.preference.special_tokens import special_token_in
 from orpo_ray.preference.templates import (
     PairText,
     empty_answer,
     render,
     shared_length,
-    special_token_in,
     template_text,
 )
 
