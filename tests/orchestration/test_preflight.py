@@ -15,6 +15,7 @@ from orpo_ray.dataset.ingest import ingest, pairs_longer_than
 from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.shards import TokenSet
+from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.preflight import check_model
 from orpo_ray.preference.tokenization import Limits
 from orpo_ray.pretrained import ModelSource
@@ -183,3 +184,16 @@ def test_missing_weights_and_unused_ones(tmp_path, caplog):
     (line,) = problems(source, sets)
     assert line.startswith(f"model_name_or_path: {tmp_path}: 1 of the model's weights are missing")
     assert "model.norm.weight" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"load_in_4bit": True, "lora_r": 2}, "load_in_4bit"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+    ],
+)
+def test_what_needs_gpus_is_refused_where_workers_have_none(ray_cluster, settings, named):
+    with pytest.raises(ConfigError, match=f"{named}: .* on GPUs only"):
+        cluster.with_cluster(ORPOConfig(**settings))
+    assert not cluster.with_cluster(ORPOConfig(use_liger_kernel=False)).ray.use_gpu
