@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.regroup import find_dropped_pairs, iter_stats, load_keys, rewrite_part
 from orpo_ray.dataset.request import IngestRequest, MapTasks
 from orpo_ray.dataset.shards import Shard, TokenSet
@@ -118,6 +119,7 @@ def _build_token_set(request: IngestRequest, tokens: Folder, map_tasks: MapTasks
         "pairs": sum(shard.n_pairs for shard in pairs),
         "tokens": sum(shard.n_tokens for shard in pairs),
         "longest_group_tokens": longest,
+        "largest_token": _largest_token(summaries, request.files),
         **statistics,
         "sources": by_source,
         "quarantine": [s["quarantine"] for s in summaries if s["quarantine"]],
@@ -127,6 +129,17 @@ def _build_token_set(request: IngestRequest, tokens: Folder, map_tasks: MapTasks
     if some_dropped:
         report["quarantine"].append(f"{QUARANTINE}/dropped.jsonl")
     return TokenSet(tokens, pairs, request.files, report, shards["held_shard"])
+
+
+def _largest_token(
+    summaries: Sequence[Mapping[str, Any]], files: Sequence[str]
+) -> dict[str, Any] | None:
+    """The largest token id of all pairs and a row that has it; None without pairs."""
+    found = [(*s["largest_token"], s["source"]) for s in summaries if s["largest_token"][1]]
+    if not found:
+        return None
+    token, row, source = max(found)
+    return {"id": token, "file": files[source], "row": row}
 
 
 def _sum_counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -213,6 +226,31 @@ def held_out_set(train: TokenSet, share: float) -> TokenSet:
     if problem:
         raise DataError([f"val_set_size: {problem}"])
     return dataclasses.replace(train, shards=train.held_out, held_out=(), is_held_out=True)
+
+
+def pairs_longer_than(tokens: TokenSet, n_tokens: int, held_out: bool = False) -> tuple[int, int]:
+    """Count the pairs whose prompt and longest answer together exceed a length.
+
+    Args:
+        tokens: a token set.
+        n_tokens: the length.
+        held_out: count the pairs that are held out, instead of all others.
+
+    Returns:
+        How many, and the tokens of the longest pair.
+    """
+    if held_out:
+        tally = np.zeros(1, dtype=np.int64)
+        for name in PairStats.names(tokens.folder):
+            stats = PairStats.load(tokens.folder, name)
+            prompt, chosen, rejected = stats.lengths[stats.held].T
+            counts = np.bincount(prompt + np.maximum(chosen, rejected), minlength=len(tally))
+            counts[: len(tally)] += tally
+            tally = counts
+    else:
+        with np.load(tokens.folder.fetch_file(LENGTHS, once=True)) as arrays:
+            tally = arrays["longest"]
+    return int(tally[n_tokens + 1 :].sum()), int(tally.nonzero()[0].max(initial=0))
 
 
 def nothing_usable(tokens: TokenSet) -> list[str]:

@@ -21,7 +21,7 @@ from orpo_ray.preference.reading.splits import TRAIN_SPLIT
 from orpo_ray.preference.templates import template_text
 from orpo_ray.pretrained import ModelSource, refuse_unsafe
 from orpo_ray.storage.bucket import URLS
-from orpo_ray.storage.files import first_line, one_line, read_lines
+from orpo_ray.storage.files import first_line, one_line, read_json, read_lines
 from orpo_ray.storage.folder import Folder, FolderLike, light
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400
@@ -68,7 +68,7 @@ def find_inputs(
     passed_over: dict[str, PassedOver] = {}
     train_files = _found("train_files", data.train_files, problems, passed_over)
     eval_files = eval_sets(_found("eval_files", data.eval_files, problems, passed_over))
-    model = _base_model(config, problems)
+    model = _base_model(config, problems, trains=not only_evals)
     if problems:
         raise DataError(problems)
     needs_demo_data = data.train_files is None and not (only_evals and model is not None)
@@ -144,10 +144,21 @@ def _found(
     return tuple(found.values())
 
 
-def _base_model(config: ORPOConfig, problems: list[str]) -> ModelSource | None:
-    """The base model that the config names, if it does."""
+def _base_model(config: ORPOConfig, problems: list[str], trains: bool) -> ModelSource | None:
+    """The base model that the config names, if it does; adapters are one for evaluation only."""
     name = config.model.model_name_or_path
-    return None if name is None else named_model("model_name_or_path", name, config, problems)
+    if name is None:
+        return None
+    source = named_model("model_name_or_path", name, config, problems)
+    if trains and Path(source.model, "adapter_config.json").is_file():
+        adapters = read_json(Path(source.model, "adapter_config.json"))
+        base = adapters.get("base_model_name_or_path")
+        problems.append(
+            f"model_name_or_path: {name} holds LoRA adapters (adapter_config.json), which are not "
+            f"trained further: name their base model ({base}), or one with the adapters merged "
+            "into it (merge_adapter=true)"
+        )
+    return source
 
 
 def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]) -> ModelSource:

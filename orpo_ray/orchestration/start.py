@@ -17,6 +17,7 @@ from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.exposure import exposure_warning
 from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
+from orpo_ray.orchestration.preflight import check_model
 from orpo_ray.orchestration.tasks import map_tasks
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits
@@ -113,8 +114,8 @@ def start_run(
     """Name the run, find its files, join the cluster, ingest, and write down all of it.
 
     Raises:
-        ConfigError: for settings that the cluster cannot meet, and for settings or data other
-            than those of the run's checkpoint.
+        ConfigError: for settings that the cluster cannot meet, for settings or data other than
+            those of the run's checkpoint, and for a model that cannot be trained on the data.
         DataError: for missing files and when no usable row is left.
     """
     config = with_run_name(config)
@@ -127,9 +128,10 @@ def start_run(
     if warning:
         _log.warning(warning)
     config = cluster.with_cluster(config)
-    token_sets = _ingest_all(config, inputs, output_directory, only_evals)
+    token_sets = ingest_all(config, inputs, output_directory, only_evals)
     start = Start(config, inputs, folder, token_sets, {})
     start.refuse_another_run()
+    check_model(config, inputs.model, token_sets)
     folder.make()
     report = write_data_report(
         run_directory, token_sets, config, _names(inputs), inputs.passed_over
@@ -146,7 +148,7 @@ def start_run(
     return dataclasses.replace(start, data_report=report)
 
 
-def _ingest_all(
+def ingest_all(
     config: ORPOConfig, inputs: RunInputs, output_directory: Folder, only_evals: bool
 ) -> dict[str, TokenSet]:
     """The token set of every data set, by its name in the feed; the training set comes first."""

@@ -139,3 +139,18 @@ def test_a_block_of_nothing_but_null_does_not_set_the_type(
 def test_anything_else_in_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train_dataset: a set cannot be read"):
         keep_dataset({1}, tmp_path)
+
+
+def test_adapters_are_a_model_for_evaluation_only(files: Path) -> None:
+    settings = json.dumps({"base_model_name_or_path": "someone/base", "peft_type": "LORA"})
+    (files / "adapters").mkdir()
+    (files / "adapters" / "adapter_config.json").write_text(settings)
+    named = ORPOConfig(model_name_or_path="adapters", train_files="a.jsonl", eval_files="b.jsonl")
+    assert find_inputs(named, files / "runs", only_evals=True).model.model == str(
+        files / "adapters"
+    )
+    with pytest.raises(DataError) as caught:
+        find_inputs(named, files / "runs")
+    (line,) = caught.value.lines
+    assert line.startswith("model_name_or_path: adapters holds LoRA adapters")
+    assert "someone/base" in line
