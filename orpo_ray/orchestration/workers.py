@@ -7,8 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
+import ray
 import ray.train
 import ray.train.torch
+from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -23,16 +25,21 @@ from orpo_ray.pretrained import ModelSource, UnsupportedModelError
 from orpo_ray.runs.formatting import format_time
 from orpo_ray.runs.mirror import from_workers
 from orpo_ray.runs.resume import ResumeError
+from orpo_ray.storage.files import first_line
 from orpo_ray.storage.folder import WORKERS, Folder
 from orpo_ray.training.errors import (
     EvaluationError,
     MicrobatchTooLargeError,
     NonFiniteError,
+    NotSavedError,
     StoppedError,
+    TrainingError,
 )
 
 if TYPE_CHECKING:
     import torch
+
+_ABORT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def train_worker(
         return WorkerAnswer(refusal=str(error))
     except StoppedError as error:
         return WorkerAnswer(stopped=str(error))
-    except NonFiniteError as error:
+    except (NonFiniteError, NotSavedError) as error:
         return WorkerAnswer(failure=str(error))
     except MicrobatchTooLargeError as error:
         if ray.train.get_context().get_world_size() > 1:
@@ -157,8 +164,23 @@ Work = Callable[[ORPOConfig, ModelSource, Folder, Sequence[str]], WorkerAnswer]
 see it, and the names of the evaluation sets in the feed."""
 
 
-class TrainingError(RuntimeError):
-    """Training stopped for a reason of its own, which another attempt would meet again."""
+class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray is not typed
+    """A trainer that leaves SIGINT to those who handle it, and can end what it started."""
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Keep the controller, in place of Ray Train's handler, after which Ctrl-C exits with 0."""
+        self._controller = controller
+
+    def abort(self) -> None:
+        """End the workers at once, as far as Ray can be asked to."""
+        if self._controller is None:
+            return
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.kill(self._controller)
 
 
 def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()) -> WorkerAnswer:
@@ -172,13 +194,15 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
     Raises:
         ConfigError: for what the workers refuse.
         StoppedError: when training was asked to stop, once a checkpoint was saved.
-        TrainingError: for what another attempt would meet again.
+        KeyboardInterrupt: when a signal ends the workers at once.
+        TrainingError: for what another attempt would meet again, when the checkpoint of a stop
+            was not saved, and when Ray Train's controller dies.
         ray.train.TrainingFailedError: when workers keep failing.
     """
     config, folder, plans = start.config, start.folder, start.plans()
     evals = tuple(name for name in plans if name != TRAIN)
     cluster.ask_for_timeouts(config)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         partial(work, config, start.inputs.model, folder.on(WORKERS), evals),
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
@@ -191,9 +215,16 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
     )
     try:
         answer: WorkerAnswer = trainer.fit().return_value
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            trainer.abort()
         with contextlib.suppress(OSError):
             folder.fetch(from_workers)
+        if isinstance(error, RayActorError):  # workers' own deaths are a TrainingFailedError
+            raise TrainingError(
+                f"Ray Train's controller died: {first_line(error)}; "
+                "the same command with the same run_name goes on"
+            ) from error
         raise
     folder.fetch(from_workers)
     if answer.refusal:
