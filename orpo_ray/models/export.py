@@ -81,10 +81,10 @@ def _write_adapted(
 
 def _restore_config(path: Path, base: PreTrainedConfig) -> None:
     """Training changed dropout and caching settings; the model's own are exported."""
-    exported = json.loads(path.read_text())
+    exported = json.loads(path.read_text(encoding="utf-8"))
     exported |= {
         name: value
         for name, value in base.to_diff_dict().items()
         if name in exported and name not in ("dtype", "transformers_version")
     }
-    path.write_text(json.dumps(exported, indent=2) + "\n")
+    path.write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")

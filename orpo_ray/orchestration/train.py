@@ -159,7 +159,7 @@ def train_run(
         try_report(partial(write_run_report, start.folder, config, data_report))
         card = write_model_card(start.folder, config, data_report)
         texts = (run_directory / CONFIG, run_directory / DATA_REPORT, card)
-        trackers.log_texts({path.name: path.read_text() for path in texts})
+        trackers.log_texts({path.name: path.read_text(encoding="utf-8") for path in texts})
     figures = summary(run_directory)
     return TrainResult(
         run_directory=start.folder.address,
