@@ -7,25 +7,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
-import ray
 import ray.train
 import ray.train.torch
-from ray.exceptions import RayActorError
 from ray.train import UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.orchestration import cluster
+from orpo_ray.orchestration.controller import Trainer, fit
 from orpo_ray.orchestration.feed import PlannedFeed
 from orpo_ray.orchestration.gauges import RunGauges
 from orpo_ray.orchestration.start import Start
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
+from orpo_ray.runs.files import STOP
 from orpo_ray.runs.formatting import format_time
 from orpo_ray.runs.mirror import from_workers
 from orpo_ray.runs.resume import ResumeError
-from orpo_ray.storage.files import first_line
 from orpo_ray.storage.folder import WORKERS, Folder
 from orpo_ray.training.errors import (
     EvaluationError,
@@ -38,8 +37,6 @@ from orpo_ray.training.errors import (
 
 if TYPE_CHECKING:
     import torch
-
-_ABORT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -164,25 +161,6 @@ Work = Callable[[ORPOConfig, ModelSource, Folder, Sequence[str]], WorkerAnswer]
 see it, and the names of the evaluation sets in the feed."""
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray is not typed
-    """A trainer that leaves SIGINT to those who handle it, and can end what it started."""
-
-    _controller: Any = None
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Keep the controller, in place of Ray Train's handler, after which Ctrl-C exits with 0."""
-        self._controller = controller
-
-    def abort(self) -> None:
-        """End the workers at once, as far as Ray can be asked to."""
-        if self._controller is None:
-            return
-        with contextlib.suppress(ray.exceptions.RayError, ValueError):
-            ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
-        with contextlib.suppress(ray.exceptions.RayError, ValueError):
-            ray.kill(self._controller)
-
-
 def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()) -> WorkerAnswer:
     """Run `work` on every rank; returns rank 0's answer.
 
@@ -196,35 +174,31 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
         StoppedError: when training was asked to stop, once a checkpoint was saved.
         KeyboardInterrupt: when a signal ends the workers at once.
         TrainingError: for what another attempt would meet again, when the checkpoint of a stop
-            was not saved, and when Ray Train's controller dies.
+            was not saved, and when Ray Train's controller keeps dying.
         ray.train.TrainingFailedError: when workers keep failing.
     """
     config, folder, plans = start.config, start.folder, start.plans()
     evals = tuple(name for name in plans if name != TRAIN)
     cluster.ask_for_timeouts(config)
-    trainer = _Trainer(
-        partial(work, config, start.inputs.model, folder.on(WORKERS), evals),
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
-            timeout_s=int(config.ray.process_group_timeout_s),
-        ),
-        scaling_config=cluster.scaling(config),
-        run_config=cluster.run_settings(config, folder, list(callbacks)),
-        datasets={name: plan.shard_list() for name, plan in plans.items()},
-        dataset_config=PlannedFeed(plans),
-    )
+
+    def trainer() -> Trainer:
+        return Trainer(
+            partial(work, config, start.inputs.model, folder.on(WORKERS), evals),
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
+                timeout_s=int(config.ray.process_group_timeout_s),
+            ),
+            scaling_config=cluster.scaling(config),
+            run_config=cluster.run_settings(config, folder, list(callbacks)),
+            datasets={name: plan.shard_list() for name, plan in plans.items()},
+            dataset_config=PlannedFeed(plans),
+        )
+
     try:
-        answer: WorkerAnswer = trainer.fit().return_value
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            trainer.abort()
+        answer: WorkerAnswer = fit(trainer, config.ray.max_failures, (folder.path / STOP).exists)
+    except BaseException:
         with contextlib.suppress(OSError):
             folder.fetch(from_workers)
-        if isinstance(error, RayActorError):  # workers' own deaths are a TrainingFailedError
-            raise TrainingError(
-                f"Ray Train's controller died: {first_line(error)}; "
-                "the same command with the same run_name goes on"
-            ) from error
         raise
     folder.fetch(from_workers)
     if answer.refusal:
