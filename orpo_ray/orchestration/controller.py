@@ -70,7 +70,7 @@ def fit(make: Callable[[], Trainer], max_failures: int, stops: Callable[[], bool
             if stops():
                 raise
             n_deaths += 1
-            reason = f"Ray Train's controller died: {first_line(error)}"
+            reason = f"Ray Train's controller died: {first_line(error).rstrip('.')}"
             if 0 <= max_failures < n_deaths:
                 goes_on = "the same command with the same run_name goes on"
                 raise TrainingError(f"{reason}; {goes_on}") from error

@@ -239,7 +239,8 @@ class LiveView:
                 last = format_metric(values[-1], metric.form)
                 table.add_row(metric.label, sparkline(values, _WIDTH), last)
         first = f"step {self._step}/{self._n_steps}  {self._left} left  {self._text}"
-        bar = ProgressBar(self._n_steps, self._step, width=_WIDTH)
+        bar = Table.grid()  # which ends the line, as a bar alone does not
+        bar.add_row(ProgressBar(self._n_steps, self._step, width=_WIDTH))
         return Group(_cut(first), bar, table, *map(_cut, self._evaluations.values()))
 
 

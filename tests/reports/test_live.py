@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,11 +49,13 @@ def test_step_time_left_and_loss_are_shown_at_every_width(width: int) -> None:
     view = LiveView(750)
     view.add(LINE, left_s=754.0)
     view.add_evaluation("eval_", "evaluation at step 120: " + "accuracy 0.875  " * 12)
-    text = io.StringIO()
-    Console(file=text, width=width, legacy_windows=False).print(view)
-    lines = text.getvalue().splitlines()
+    text = Terminal()
+    console = Console(file=text, width=width, color_system="standard", legacy_windows=False)
+    console.print(view)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue()).splitlines()
     assert lines[0].startswith("step 120/750  0:12:34 left  loss 1.1")
     assert max(map(len, lines)) <= width
+    assert [line.split()[0] for line in lines[2:]] == ["margin", "accuracy", "evaluation"]
     assert ("5317 tokens/s" in lines[0]) == (width == 200)
 
 

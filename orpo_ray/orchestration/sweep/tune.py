@@ -141,18 +141,19 @@ def _search(
                 reason = str(result.error).strip().splitlines()[-1]
                 record_failure(start.folder / TRIALS / Path(result.path).name, reason)
         if asked_to_stop.is_set():
-            raise StoppedError(_unfinished_text(start, space, goal))
+            _log_unfinished(start, space, goal)
+            raise StoppedError("the sweep is not finished")
     with stopping_on_signals(start.folder / TRIALS / BETA_ZERO):
         return _conclude(start, goal)
 
 
-def _unfinished_text(start: Start, space: Mapping[str, Any], goal: Goal) -> str:
-    """How far a sweep came that was stopped; its trials so far are logged."""
+def _log_unfinished(start: Start, space: Mapping[str, Any], goal: Goal) -> None:
+    """Log how far a sweep came that was stopped."""
     refresh(start.folder)
     trials = [t for t in read_trials(start.run_directory) if t.name != BETA_ZERO]
     cut = [trial.name for trial in trials if trial.status == "unfinished"]
     n_samples = _n_samples(start.config, space)
-    _log.info("the sweep is not finished; its trials so far, of which none is chosen yet:")
+    _log.info("the trials so far, of which none is chosen yet:")
     for trial in goal.ranked(trials):
         _log.info(trial_text(trial, goal))
     parts = [f"the sweep stopped with {len(trials) - len(cut)} of {n_samples} samples done"]
@@ -162,9 +163,7 @@ def _unfinished_text(start: Start, space: Mapping[str, Any], goal: Goal) -> str:
         n_left = n_samples - len(trials)
         last = f"samples {len(trials) + 1} to {n_samples}" if n_left > 1 else f"sample {n_samples}"
         parts.append(f"not begun: {last}")
-    text = "; ".join(parts)
-    _log.info(text)
-    return text
+    _log.info("; ".join(parts))
 
 
 def _n_samples(config: ORPOConfig, space: Mapping[str, Any]) -> int:
