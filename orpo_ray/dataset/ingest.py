@@ -21,10 +21,11 @@ from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.dataset.tokenize import DONE, QUARANTINE, SplitFile, TokenizeSplit, make_folders
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.sources import file_fingerprint
+from orpo_ray.preference.templates import uses_clock
 from orpo_ray.storage.folder import Folder
 
 # Part of the cache key; increased whenever the same input would give other tokens or reports.
-CODE_VERSION = 5
+CODE_VERSION = 6
 LENGTHS = "lengths.npz"
 _COUNTS = (
     *("rows_read", "rows_kept", "rows_held_out", "pairs_left_out"),
@@ -63,6 +64,8 @@ def _cache_key(request: IngestRequest) -> str:
     settings = dataclasses.asdict(request)
     for name in ("tokenizer", "revision", "cache_directory", "files"):
         del settings[name]
+    if not uses_clock(tokenizer):
+        del settings["template_date"]
     parts = [
         CODE_VERSION,
         [(path, *file_fingerprint(path)) for path in request.files],
@@ -110,6 +113,7 @@ def _build_token_set(request: IngestRequest, tokens: Folder, map_tasks: MapTasks
     }
     pairs = shards["shard"]
     report = _sum_counts(summaries) | {
+        "notes": _sum_notes(request, summaries),
         "pairs": sum(shard.n_pairs for shard in pairs),
         "tokens": sum(shard.n_tokens for shard in pairs),
         "longest_group_tokens": longest,
@@ -140,6 +144,18 @@ def _sum_counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "shapes": dict(shapes.most_common()),
         "ignored_columns": sorted(ignored),
     }
+
+
+def _sum_notes(
+    request: IngestRequest, summaries: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Number of rows and the first row of every note, summed over shards in order."""
+    found: dict[str, dict[str, Any]] = {}
+    for summary in summaries:
+        for note, (n_rows, first) in summary["notes"].items():
+            place = f"{request.files[summary['source']]}:{first + 1}"
+            found.setdefault(note, {"rows": 0, "first": place})["rows"] += n_rows
+    return dict(sorted(found.items()))
 
 
 def _length_statistics(

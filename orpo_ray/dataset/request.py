@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.preference.shapes import RowReader
+from orpo_ray.preference.templates import TEMPLATE_DATE
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
 from orpo_ray.pretrained import ModelSource, load_tokenizer
 from orpo_ray.storage.folder import Folder, FolderLike
@@ -37,6 +38,8 @@ class IngestRequest:
         reader: reads a row as pairs.
         chat_template: Jinja template that replaces the tokenizer's.
         special_tokens: `refuse` or `allow` rows whose text contains special tokens.
+        template_drops: `warn` of or `refuse` rows of which the chat template leaves out a part.
+        template_date: the date that chat templates which ask for today's get, as YYYY-MM-DD.
         group_by_prompt: whether all pairs of one prompt become one group.
         val_set_size: share of prompts, in [0, 1), whose pairs are held out.
         drop_duplicates: whether repeats of an earlier pair are dropped.
@@ -54,6 +57,8 @@ class IngestRequest:
     reader: RowReader = field(default_factory=RowReader)
     chat_template: str | None = None
     special_tokens: str = "refuse"
+    template_drops: str = "warn"
+    template_date: str = TEMPLATE_DATE
     group_by_prompt: bool = False
     val_set_size: float = 0.0
     drop_duplicates: bool = False
@@ -73,12 +78,12 @@ class IngestRequest:
             self.chat_template,
             self.trust_remote_code,
         )
-        return _load_tokenizer(source, self.limits, files)
+        return _load_tokenizer(source, self.limits, self.special_tokens, files)
 
 
 @functools.lru_cache(maxsize=8)
 def _load_tokenizer(
-    source: ModelSource, limits: Limits, files: tuple[tuple[int, int], ...]
+    source: ModelSource, limits: Limits, special_tokens: str, files: tuple[tuple[int, int], ...]
 ) -> PairTokenizer:
     """Load the tokenizer; `files` is there for the cache key.
 
@@ -86,4 +91,4 @@ def _load_tokenizer(
         DataError: if it cannot tokenize pairs.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a data task has one CPU
-    return PairTokenizer(load_tokenizer(source), limits)
+    return PairTokenizer(load_tokenizer(source), limits, special_tokens)

@@ -220,6 +220,8 @@ def _request(
         reader=RowReader(tuple((data.column_mapping or {}).items()), data.min_score_gap),
         chat_template=inputs.model.chat_template,
         special_tokens=data.special_tokens_in_text,
+        template_drops=data.template_drops,
+        template_date=data.template_date,
         group_by_prompt=data.group_by_prompt,
         subset_column=data.eval_subset_column,
         trust_remote_code=inputs.model.trust_remote_code,

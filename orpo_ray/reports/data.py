@@ -16,7 +16,7 @@ from orpo_ray.dataset.regroup import load_keys
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.records import ON_REQUEST, Reason
+from orpo_ray.preference.records import NOTE_TEXTS, ON_REQUEST, Note, Reason
 from orpo_ray.runs.files import DATA_REPORT, LEDGER
 from orpo_ray.runs.formatting import format_rows
 from orpo_ray.storage.files import write_json
@@ -165,7 +165,12 @@ def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
     notes = [f"{count} {what}" for count, what in found if count]
     if counts["ignored_columns"]:
         notes.append(f"columns ignored: {', '.join(counts['ignored_columns'])}")
-    return [text, f"{name} data: {'; '.join(notes)}"] if notes else [text]
+    lines = [text, f"{name} data: {'; '.join(notes)}"] if notes else [text]
+    for note, found in counts.get("notes", {}).items():
+        lines.append(
+            f"{name} data: {found['rows']} {NOTE_TEXTS[Note(note)]} (first: {found['first']})"
+        )
+    return lines
 
 
 def first_pair_lines(tokens: TokenSet, tokenizer: Any, nll_scope: str) -> list[str]:
