@@ -91,13 +91,13 @@ def _write_adapted(
 
 def _restore_config(path: Path, base: PreTrainedConfig) -> None:
     """Training changed dropout and caching settings; the model's own are exported."""
-    exported = json.loads(path.read_text())
+    exported = json.loads(path.read_text(encoding="utf-8"))
     exported |= {
         name: value
         for name, value in base.to_diff_dict().items()
         if name in exported and name not in ("dtype", "transformers_version")
     }
-    path.write_text(json.dumps(exported, indent=2) + "\n")
+    path.write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")
 
 
 def _stop_at(end: int, folder: Path, source: ModelSource, base: PreTrainedConfig) -> None:
@@ -119,13 +119,13 @@ def _stop_at(end: int, folder: Path, source: ModelSource, base: PreTrainedConfig
         revision=source.revision,
         _raise_exceptions_for_missing_entries=False,
     )
-    generation = json.loads(Path(own).read_text()) if own else read_json(path)
+    generation = json.loads(Path(own).read_text(encoding="utf-8")) if own else read_json(path)
     generation["eos_token_id"] = _with_end(end, generation.get("eos_token_id"))
-    path.write_text(json.dumps(generation, indent=2) + "\n")
+    path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     if hasattr(base, "eos_token_id"):  # else it is part of a config within the config
         config = read_json(folder / CONFIG_NAME)
         config["eos_token_id"] = _with_end(end, base.eos_token_id)
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _with_end(end: int, own: int | list[int] | None) -> int | list[int]:

@@ -3,7 +3,10 @@
 import logging
 import math
 import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 from ray.train import (
@@ -16,11 +19,13 @@ from ray.train import (
 from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.orchestration.stopping import interrupted_by, kept_handlers
 from orpo_ray.pretrained import UnsupportedModelError
 from orpo_ray.storage.folder import Folder
 from orpo_ray.training.allocator import memory_settings
 
 _KIND = "accelerator_type:"
+_connected: list[object] = []  # the contexts of what `connect` joined or started
 _LOOK_S = 1.0
 # Read by Ray where `fit` is called and passed on. The poll sets how fast a report is taken up.
 _RAY_SETTINGS = {
@@ -48,9 +53,34 @@ def connect(dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": dashboard}
-    context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    with kept_handlers(), _no_hangup():
+        try:
+            context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+        except SystemExit as end:  # by the handler of SIGTERM that Ray installs
+            raise interrupted_by(signal.SIGTERM) from end
+    _connected.append(context)
     if not local and context.dashboard_url:
         os.environ.setdefault(*_TRAIN_PAGE)
+
+
+@contextmanager
+def _no_hangup() -> Iterator[None]:
+    """Block SIGHUP for what is started inside: of a terminal that is closed only the driver learns.
+
+    A Ray of this machine would end on it at once, and a run could not save a checkpoint.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def disconnect() -> None:
+    """Leave the cluster, or end the Ray of this machine, if `connect` joined or started it."""
+    if _connected:
+        _connected.clear()
+        ray.shutdown()
 
 
 def with_cluster(config: ORPOConfig) -> ORPOConfig:

@@ -265,7 +265,7 @@ def count_trained(
     A ledger of earlier, other data may name rows that are not in the set: those are not counted.
     """
     ends = {"rows": _RowMarks(train), "skipped": _RowMarks(train)}
-    with (run_directory / LEDGER).open() as file:
+    with (run_directory / LEDGER).open(encoding="utf-8") as file:
         for text in file:
             line = json.loads(text)
             for key, marks in ends.items():
