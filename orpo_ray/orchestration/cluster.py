@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,11 +22,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.address import LOCAL, cluster_address
+from orpo_ray.orchestration.stopping import interrupted_by, kept_handlers
+from orpo_ray.pretrained import UnsupportedModelError
 from orpo_ray.storage.files import one_line
 from orpo_ray.storage.folder import Folder
 from orpo_ray.training.allocator import memory_settings
 
 _KIND = "accelerator_type:"
+_connected: list[object] = []  # the contexts of what `connect` joined or started
 _LOOK_S, _SAY_S = 1.0, 60.0
 # Read by Ray where `fit` is called and passed on. The poll sets how fast a report is taken up.
 _RAY_SETTINGS = {
@@ -61,14 +65,38 @@ def connect(dashboard: bool = False) -> None:
     address = cluster_address()
     is_local = address == LOCAL
     local = {"include_dashboard": dashboard} if is_local else {}
-    try:
-        context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
-    except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
-        what = "started on this machine" if is_local else f"joined at {address}"
-        hint = "; set RAY_TMPDIR to a short path that can be written" if is_local else ""
-        raise ConfigError([f"Ray cannot be {what}: {one_line(error)}{hint}"]) from error
+    with kept_handlers(), _no_hangup():
+        try:
+            context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        except SystemExit as end:  # by the handler of SIGTERM that Ray installs
+            raise interrupted_by(signal.SIGTERM) from end
+        except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
+            what = "started on this machine" if is_local else f"joined at {address}"
+            hint = "; set RAY_TMPDIR to a short path that can be written" if is_local else ""
+            raise ConfigError([f"Ray cannot be {what}: {one_line(error)}{hint}"]) from error
+    _connected.append(context)
     if not is_local and context.dashboard_url:
         os.environ.setdefault(*_TRAIN_PAGE)
+
+
+@contextmanager
+def _no_hangup() -> Iterator[None]:
+    """Block SIGHUP for what is started inside: of a terminal that is closed only the driver learns.
+
+    A Ray of this machine would end on it at once, and a run could not save a checkpoint.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def disconnect() -> None:
+    """Leave the cluster, or end the Ray of this machine, if `connect` joined or started it."""
+    if _connected:
+        _connected.clear()
+        ray.shutdown()
 
 
 def output_warning(run: Folder) -> str | None:
@@ -87,7 +115,8 @@ def with_cluster(config: ORPOConfig) -> ORPOConfig:
     Waits up to `cluster_wait_s` for nodes that are still to come.
 
     Raises:
-        ConfigError: when the cluster cannot hold the workers, with what is asked and what is there.
+        ConfigError: when the cluster cannot hold the workers, with what is asked and what is there;
+            and for settings that need GPUs where workers have none.
     """
     asked = config.ray.resources_per_worker
     if asked is not None and not any(asked.values()):
@@ -108,10 +137,28 @@ def with_cluster(config: ORPOConfig) -> ORPOConfig:
         settled = config.replace(use_gpu=use_gpu, resources_per_worker=resources)
         n_fit = workers_that_fit(settled)
         if n_fit >= config.ray.min_workers:
+            _refuse_without_gpus(settled)
             return settled
         if time.monotonic() >= deadline:
             raise ConfigError([_what_is_missing(settled, n_fit)])
         time.sleep(min(_LOOK_S, max(0.0, deadline - time.monotonic())))
+
+
+def _refuse_without_gpus(config: ORPOConfig) -> None:
+    """Refuse what needs GPUs where no worker of a settled config has one."""
+    if config.ray.use_gpu or not (config.model.load_in_4bit or config.model.use_liger_kernel):
+        return
+    import torch
+
+    from orpo_ray.models.liger import refuse_off_gpus
+    from orpo_ray.models.quantized import refuse_quantization
+
+    try:
+        if config.model.load_in_4bit:
+            refuse_quantization(torch.device("cpu"))
+        refuse_off_gpus(torch.device("cpu"))
+    except UnsupportedModelError as error:
+        raise ConfigError([str(error)]) from error
 
 
 def workers_that_fit(config: ORPOConfig) -> int:

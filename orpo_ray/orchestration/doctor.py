@@ -21,6 +21,7 @@ from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.ingest import first_refused
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.inputs import find_inputs
+from orpo_ray.orchestration.preflight import check_model
 from orpo_ray.orchestration.start import ingest_all
 from orpo_ray.preference.errors import DataError
 from orpo_ray.storage.files import one_line
@@ -184,6 +185,7 @@ def _config(config: ORPOConfig, found: Examination) -> Iterator[str]:
             only_evals = few.data.train_files is None
             inputs = find_inputs(few, Folder.at(few.output.output_dir), only_evals)
             sets = ingest_all(few, inputs, Folder.at(cache), only_evals, _map_a_few)
+            check_model(few, inputs.model, sets)
             for name, tokens in sets.items():
                 report, shown = tokens.report, name.rstrip("_")
                 yield (

@@ -16,13 +16,14 @@ from typing import Any
 from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.dataset.ingest import ingest
+from orpo_ray.dataset.ingest import held_out_set, ingest
 from orpo_ray.dataset.request import TRAIN, IngestRequest, MapTasks
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.exposure import exposure_warning
 from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
+from orpo_ray.orchestration.preflight import check_model
 from orpo_ray.orchestration.tasks import map_tasks
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
@@ -122,8 +123,8 @@ def start_run(
         refuse: called with the digest of the training pairs before anything is written.
 
     Raises:
-        ConfigError: for settings that the cluster cannot meet, and for settings or data other
-            than those of the run's checkpoint.
+        ConfigError: for settings that the cluster cannot meet, for settings or data other than
+            those of the run's checkpoint, and for a model that cannot be trained on the data.
         DataError: for missing files and when no usable row is left.
     """
     config = with_run_name(config)
@@ -145,6 +146,7 @@ def start_run(
         _refuse_another_run(config, folder, manifest, start.data_digest)
     if trains:
         refuse(start.data_digest)
+    check_model(config, inputs.model, token_sets)
     reports = folder
     if not trains and holds_run(folder.path):
         reports = folder / ("evaluation" if only_evals else "preparation")
@@ -210,8 +212,10 @@ def _report_data(start: Start, place: Folder) -> dict[str, Any]:
         refuse_bad_data(refused, start.token_sets, start.config)
     except DataError as error:
         place, problem = refused, error
-    names = _names(start.inputs)
-    report = write_data_report(place.make().path, start.token_sets, start.config, names)
+    inputs, path = start.inputs, place.make().path
+    report = write_data_report(
+        path, start.token_sets, start.config, _names(inputs), inputs.passed_over
+    )
     for name, figures in report.items():
         for line in data_lines(name, figures):
             _log.info(line)
@@ -244,7 +248,7 @@ def ingest_all(
     )
     train = ingest(request, run_tasks)
     if data.val_set_size:
-        evals[_held_out_name(evals)] = _held_out(train)
+        evals[_held_out_name(evals)] = held_out_set(train, data.val_set_size)
     return {TRAIN: train} | evals
 
 
@@ -260,21 +264,12 @@ def _held_out_name(others: Container[str]) -> str:
     return next(name for name in names if name not in others)
 
 
-def _held_out(train: TokenSet) -> TokenSet:
-    """The pairs of the training files that are not trained on, as a set of their own.
-
-    Raises:
-        DataError: where there are none.
-    """
-    if not train.held_out:
-        raise DataError(["val_set_size: no prompt falls into so small a share of the data"])
-    return dataclasses.replace(train, shards=train.held_out, held_out=())
-
-
 def _names(inputs: RunInputs) -> dict[str, str]:
-    """What the user calls a file, where that is not its path."""
-    sources = [*inputs.train_files, *(s for part in inputs.eval_files.values() for s in part)]
-    return {source.path: source.name for source in sources if source.name}
+    """What the user calls a file, where that is not its path, and one name in all data sets."""
+    names: dict[str, set[str]] = {}
+    for source in (*inputs.train_files, *(s for part in inputs.eval_files.values() for s in part)):
+        names.setdefault(source.path, set()).add(source.name or "")
+    return {path: min(given) for path, given in names.items() if len(given) == 1 and all(given)}
 
 
 def _request(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,12 +18,14 @@ from orpo_ray.orchestration.evaluate import evaluate
 from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
 from orpo_ray.orchestration.start import run_directory_of, with_run_name
 from orpo_ray.orchestration.train import TrainResult, train
-from orpo_ray.preference.reading.sources import find_files
+from orpo_ray.preference.reading.finding import passed_over_text, search_files
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.files import FINAL
 from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.manifest import fingerprint
 from orpo_ray.storage.folder import Folder
+
+_log = logging.getLogger(__name__)
 
 
 class ORPOTrainer:
@@ -168,4 +171,7 @@ def _named_dataset(name: str, directory: Folder) -> tuple[str, ...]:
         from datasets import load_dataset
 
         return (keep_dataset(load_dataset(name, split="train"), directory),)
-    return tuple(find_files([name]))
+    found = search_files([name])
+    if found.passed_over:
+        _log.info("%s: passed over: %s", name, passed_over_text(found.passed_over))
+    return found.files

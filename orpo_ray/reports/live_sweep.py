@@ -49,13 +49,12 @@ def leaderboard(trials: list[Trial], goal: Goal) -> Table:
     columns = [goal.metric, f"{goal.prefix}nll_loss"]
     table = Table(*["trial", *settings, "step", *columns, "status"])
     for trial in trials:
-        running = not trial.finished and trial.failure is None
         table.add_row(
             trial.name,
             *[format_setting(trial.values.get(name)) for name in settings],
             str(_step(trial)),
             *[format_metric(trial.last(name), ".4g") for name in columns],
-            "" if running else trial.status,
+            "" if trial.status == "unfinished" else trial.status,
         )
     return table
 
