@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.templates import TEMPLATE_DATE
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
-from orpo_ray.pretrained import ModelSource, load_tokenizer
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_tokenizer
 from orpo_ray.storage.folder import Folder, FolderLike
 
 MapTasks = Callable[[list[dict[str, Any]], Any], list[dict[str, Any]]]
@@ -88,7 +89,11 @@ def _load_tokenizer(
     """Load the tokenizer; `files` is there for the cache key.
 
     Raises:
-        DataError: if it cannot tokenize pairs.
+        DataError: if it cannot be loaded, or cannot tokenize pairs.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a data task has one CPU
-    return PairTokenizer(load_tokenizer(source), limits, special_tokens)
+    try:
+        tokenizer = load_tokenizer(source)
+    except UnsupportedModelError as error:
+        raise DataError([f"model_name_or_path: {error}"]) from error
+    return PairTokenizer(tokenizer, limits, special_tokens)

@@ -12,7 +12,7 @@ from orpo_ray.dataset.pair_index import STATS, PairStatsBuilder
 from orpo_ray.dataset.request import IngestRequest
 from orpo_ray.dataset.shards import write_shard
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.groups import RowId
+from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.reading.readers import read_split, split_file
 from orpo_ray.preference.reading.rows import RawRow, Split
 from orpo_ray.preference.records import (
@@ -135,6 +135,7 @@ class TokenizeSplit:
             "rows_held_out": len(kept_rows[1]),
             "refused": Counter(str(refusal.reason) for _, refusal in rows.refused),
             "longest_group_tokens": max((group.n_tokens for group in parts[""]), default=0),
+            "largest_token": max(map(_largest_token, rows.kept.groups), default=(0, 0)),
             **rows.counts,
             "shapes": rows.shapes,
             "notes": rows.notes,
@@ -163,6 +164,12 @@ class TokenizeSplit:
         text = ("\n".join(lines) + "\n").encode(errors="backslashreplace")
         with tokens.replacing(f"{QUARANTINE}/{name}.jsonl") as target:
             target.write_bytes(text)
+
+
+def _largest_token(pair: PromptGroup) -> tuple[int, int]:
+    """The largest token id of a pair, and its row from 1."""
+    largest = max(int(ids.max(initial=0)) for ids in (pair.prompt, *pair.completions))
+    return largest, pair.row_ids[0].row + 1
 
 
 @dataclass(frozen=True)

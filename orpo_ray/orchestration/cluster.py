@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.stopping import interrupted_by, kept_handlers
+from orpo_ray.pretrained import UnsupportedModelError
 from orpo_ray.storage.folder import Folder
 from orpo_ray.training.allocator import memory_settings
 
@@ -88,7 +89,8 @@ def with_cluster(config: ORPOConfig) -> ORPOConfig:
     Waits up to `cluster_wait_s` for nodes that are still to come.
 
     Raises:
-        ConfigError: when the cluster cannot hold the workers, with what is asked and what is there.
+        ConfigError: when the cluster cannot hold the workers, with what is asked and what is there;
+            and for settings that need GPUs where workers have none.
     """
     deadline = time.monotonic() + config.ray.cluster_wait_s
     while True:
@@ -100,10 +102,28 @@ def with_cluster(config: ORPOConfig) -> ORPOConfig:
         settled = config.replace(use_gpu=use_gpu, resources_per_worker=resources)
         n_fit = workers_that_fit(settled)
         if n_fit >= config.ray.min_workers:
+            _refuse_without_gpus(settled)
             return settled
         if time.monotonic() >= deadline:
             raise ConfigError([_what_is_missing(settled, n_fit)])
         time.sleep(min(_LOOK_S, max(0.0, deadline - time.monotonic())))
+
+
+def _refuse_without_gpus(config: ORPOConfig) -> None:
+    """Refuse what needs GPUs where no worker of a settled config has one."""
+    if config.ray.use_gpu or not (config.model.load_in_4bit or config.model.use_liger_kernel):
+        return
+    import torch
+
+    from orpo_ray.models.liger import refuse_off_gpus
+    from orpo_ray.models.quantized import refuse_quantization
+
+    try:
+        if config.model.load_in_4bit:
+            refuse_quantization(torch.device("cpu"))
+        refuse_off_gpus(torch.device("cpu"))
+    except UnsupportedModelError as error:
+        raise ConfigError([str(error)]) from error
 
 
 def workers_that_fit(config: ORPOConfig) -> int:

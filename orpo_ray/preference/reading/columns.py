@@ -74,8 +74,10 @@ def read_parquet(split: Split) -> Iterator[RawRow]:
 def read_arrow(path: str) -> Iterator[RawRow]:
     """Read a file of Arrow's IPC stream format, as `datasets` writes it, or IPC file format."""
     with open_file(path) as file:
-        is_file_format = file.read(6) == b"ARROW1"
-    if is_file_format:
+        start = file.read(6)
+    if not start:  # an archive of nothing
+        return
+    if start == b"ARROW1":
         with open_file(path, seekable=True) as file:
             reader = pa.ipc.open_file(file)
             yield from _records(map(reader.get_batch, range(reader.num_record_batches)))
