@@ -235,8 +235,7 @@ def test_an_interrupted_sweep_goes_on(number, tmp_path):
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, number)
     assert process.wait() == (130 if number == signal.SIGINT else -number)
-    workers = [child for child in children if "RayTrainWorker" in child.name()]
-    psutil.wait_procs(workers, timeout=60)
+    assert not psutil.wait_procs(children, timeout=60)[1]
     before = {path: path.stat().st_mtime_ns for path in sweep.glob("trials/*/final/*.safetensors")}
     assert 1 <= len(before) < 4
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
