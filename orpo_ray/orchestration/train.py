@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray.train import UserCallback
@@ -39,6 +38,7 @@ from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.metrics import BY_NAME, eval_prefixes, set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.suspects import SUSPECTS, write_suspects
+from orpo_ray.storage.bucket import stamp
 from orpo_ray.storage.folder import Folder
 
 _log = logging.getLogger(__name__)
@@ -55,12 +55,15 @@ def stopping_on_signals(run: Folder) -> Iterator[None]:
     """
     run.remove(STOP)
     ledger, request = run.path / LEDGER, run.path / STOP
-    size = _size(ledger)
+    before = stamp(ledger) if ledger.exists() else None
 
     def ask() -> bool:
-        if _size(ledger) == size:
+        try:
+            if stamp(ledger) == before:
+                return False
+            request.touch()
+        except OSError:  # there is no ledger yet, or no room for a request
             return False
-        request.touch()
         return True
 
     try:
@@ -68,10 +71,6 @@ def stopping_on_signals(run: Folder) -> Iterator[None]:
             yield
     finally:
         run.remove(STOP)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 @dataclass(frozen=True)

@@ -247,8 +247,13 @@ def test_a_line_of_blocks_goes_from_the_least_to_the_greatest() -> None:
     assert sparkline([], 8) == ""
 
 
-def test_a_terminal_shows_progress_curves_and_the_last_evaluation(tmp_path: Path) -> None:
+def test_a_terminal_shows_progress_curves_and_the_last_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was last drawn, once the escape sequences are taken away."""
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     text = Terminal()
     console = Console(file=text, force_terminal=True, width=120, legacy_windows=False)
     with RunWatcher(tmp_path, 60, console):
