@@ -14,7 +14,8 @@ from orpo_ray.cli import read_arguments
 from orpo_ray.config.file import load_config
 from orpo_ray.config.schema import SECTION_OF
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
-from orpo_ray.preference.shapes import ParsedRow, RowReader, Shape
+from orpo_ray.preference.layouts import Shape
+from orpo_ray.preference.shapes import ParsedRow, RowReader
 from tests.conftest import ROOT
 
 README = ROOT / "README.md"

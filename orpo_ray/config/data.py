@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from orpo_ray.config.fields import Place, PositiveInt, Section, Share, setting
-from orpo_ray.preference.shapes import COLUMN_NAMES
+from orpo_ray.preference.layouts import COLUMN_NAMES
 from orpo_ray.preference.templates import TEMPLATE_DATE
 
 

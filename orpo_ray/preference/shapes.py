@@ -1,24 +1,32 @@
-"""The layouts of columns (shapes) in which preference data comes, each read as pairs."""
+"""Reading a row as pairs, whatever its layout of columns."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any
 
+from orpo_ray.preference.layouts import (
+    ANSWERS,
+    CONVERSATIONS,
+    OPENAI,
+    QUESTIONS,
+    REJECTED,
+    SCORES,
+    SIDES,
+    SYSTEMS,
+    TEMPLATE,
+    Shape,
+)
 from orpo_ray.preference.messages import (
     decode_messages,
     missing_field,
     parse_content,
     role_of,
 )
-from orpo_ray.preference.pairing import as_messages, has_dialogues, make_pair
+from orpo_ray.preference.pairing import make_pair
+from orpo_ray.preference.prompts import find_fields, system_text, with_system
 from orpo_ray.preference.records import (
     ASSISTANT,
-    SYSTEM,
-    USER,
-    Content,
-    Message,
     Note,
     Reason,
     Record,
@@ -33,46 +41,7 @@ from orpo_ray.preference.scores import (
     scored_answers,
 )
 
-ANSWERS = ("completions", "responses", "answers")
-SCORES = ("scores", "ratings", "ranks", "ranking")
-# Columns of a prompt: of messages, of the user's question, and of what belongs to the question.
-_CONVERSATIONS = ("messages", "conversations", "conversation", "context", "history", "dialogue")
-_QUESTIONS = ("instruction", "question", "query", "problem")
-_INPUTS = ("input", "context")
-_SYSTEMS = ("system", "system_prompt")
-_TEMPLATE = ("tools", "chat_template_kwargs")
-_SIDES = ("chosen", "rejected")
-_OPENAI = ("preferred_output", "non_preferred_output")
-_REJECTED = ("rejected_response", "rejected_messages")
 _BLANKS = " \t\ufeff"  # around the names of a table's header
-
-
-class Shape(StrEnum):
-    """Layout of a row's columns; the values are the names in reports."""
-
-    TEXT = "texts (prompt, chosen, rejected)"
-    DIALOGUES = "dialogues in text (chosen, rejected)"
-    MESSAGES = "messages (prompt, chosen, rejected)"
-    CONVERSATIONS = "messages (chosen, rejected)"
-    PROMPTED = "messages (chosen, rejected) with the prompt beside them"
-    SHAREGPT = "ShareGPT turns (conversations, chosen, rejected)"
-    BESIDE = "answers (chosen, rejected) beside messages"
-    ALPACA = "Alpaca (instruction, input, chosen, rejected)"
-    QUESTION = "chat texts (question, system, chosen, rejected)"
-    OPENAI = "OpenAI preferences (input, preferred_output, non_preferred_output)"
-    REJECTED = "conversations with a second answer (messages, rejected_response)"
-    COMPARISON = "two answers and which one is preferred"
-    RANKING = "rankings (one prompt, scored answers)"
-
-
-COLUMN_NAMES = frozenset(
-    {
-        *("prompt", *_SIDES, *ANSWERS, *SCORES, *_CONVERSATIONS, *_QUESTIONS, *_INPUTS, *_SYSTEMS),
-        *(*_TEMPLATE, *_OPENAI, *_REJECTED, *(n for names in SCORE_COLUMNS for n in names)),
-        *(name for form in COMPARISONS for name in (*form.answers, form.column)),
-    }
-)
-"""Every column that some shape reads, and which `column_mapping` may name."""
 
 
 @dataclass(frozen=True)
@@ -103,25 +72,6 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Fields:
-    """The parts of a row once its shape is known.
-
-    Args:
-        shape: the layout.
-        used: columns that the parts come from.
-        prompt: None if the row has none of its own.
-        chosen: the preferred answer, or the conversation that ends with it.
-        rejected: the other one.
-    """
-
-    shape: Shape
-    used: frozenset[str]
-    prompt: Content | None
-    chosen: Content
-    rejected: Content
-
-
-@dataclass(frozen=True)
 class RowReader:
     """Reads rows as pairs, detecting the shape of each row from its columns.
 
@@ -138,10 +88,10 @@ class RowReader:
         named = self._named(row)
         if isinstance(named, Refusal):
             return named
-        is_openai = _OPENAI[0] in named and "chosen" not in named
+        is_openai = OPENAI[0] in named and "chosen" not in named
         if is_openai:
             named = _openai(named)
-        found = decode_messages(named, _SIDES) or self._found(named)
+        found = decode_messages(named, SIDES) or self._found(named)
         if isinstance(found, Refusal):
             return found
         used, records = found.used, found.records
@@ -149,7 +99,7 @@ class RowReader:
         if isinstance(template, Refusal):
             return template
         if not isinstance(records[0].chosen, str):  # texts take no template
-            used |= set(_TEMPLATE)
+            used |= set(TEMPLATE)
             if template:
                 records = tuple(replace(record, template=template) for record in records)
         ignored = frozenset(map(str, named.keys() - used))
@@ -160,7 +110,7 @@ class RowReader:
         """The row's columns by the names that shapes have; columns of null are left out."""
         if any(name != name.strip(_BLANKS) for name in map(str, row)):
             row = {str(name).strip(_BLANKS): value for name, value in row.items()}
-        named = {name: v for name, v in row.items() if v is not None or name in ("prompt", *_SIDES)}
+        named = {name: v for name, v in row.items() if v is not None or name in ("prompt", *SIDES)}
         if not self.column_mapping:
             return named
         taken = {column for _, column in self.column_mapping}
@@ -177,7 +127,7 @@ class RowReader:
                 return _comparison(row, form)
             if any(isinstance(row.get(name), list) for name in ANSWERS):
                 return self._ranking(row)
-            name = next((name for name in _REJECTED if name in row and "messages" in row), None)
+            name = next((name for name in REJECTED if name in row and "messages" in row), None)
             if name is not None:
                 return _with_rejected(row, name)
         return self._pair(row)
@@ -186,7 +136,7 @@ class RowReader:
         notes = self._compared_scores(row)
         if isinstance(notes, Refusal):
             return notes
-        fields = _fields(row)
+        fields = find_fields(row)
         if isinstance(fields, Refusal):
             return fields
         record = make_pair(fields.prompt, fields.chosen, fields.rejected)
@@ -222,15 +172,15 @@ class RowReader:
         if isinstance(scored, Refusal):
             return scored
         prompt = next(
-            (n for n in ("prompt", *_QUESTIONS, *_CONVERSATIONS) if row.get(n) is not None),
+            (n for n in ("prompt", *QUESTIONS, *CONVERSATIONS) if row.get(n) is not None),
             "prompt",
         )
         asked = parse_content(row, prompt)
         if isinstance(asked, Refusal):
             return asked
         used = {name, prompt, *SCORES}
-        if _system_text(row):
-            asked, used = _with_system(row, asked), used | set(_SYSTEMS)
+        if system_text(row):
+            asked, used = with_system(row, asked), used | set(SYSTEMS)
         records, left_out, too_near = [], 0, False
         problem: Refusal | None = None
         for better, worse, gap in scored.pairs():
@@ -255,8 +205,8 @@ def _openai(row: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's preference lines as prompt, chosen, rejected and tools."""
     inner = row.get("input")
     inner = inner if isinstance(inner, Mapping) else {}
-    found = {name: value for name, value in row.items() if name not in ("input", *_OPENAI)}
-    found |= {"chosen": row[_OPENAI[0]], "rejected": row.get(_OPENAI[1])}
+    found = {name: value for name, value in row.items() if name not in ("input", *OPENAI)}
+    found |= {"chosen": row[OPENAI[0]], "rejected": row.get(OPENAI[1])}
     if inner.get("messages") is not None:
         found["prompt"] = inner["messages"]
     if inner.get("tools") is not None:
@@ -274,11 +224,11 @@ def _with_rejected(row: Mapping[str, Any], name: str) -> _Found | Refusal:
     if isinstance(whole, str) or not whole or role_of(whole[-1]) != ASSISTANT:
         text = f"messages does not end with an answer of the assistant, to which {name} is another"
         return Refusal(Reason.NOT_AN_ANSWER, text)
-    prompt = _with_system(row, whole[:-1]) if _system_text(row) else whole[:-1]
+    prompt = with_system(row, whole[:-1]) if system_text(row) else whole[:-1]
     record = make_pair(prompt, whole[-1:], rejected)
     if isinstance(record, Refusal):
         return record
-    return _Found(Shape.REJECTED, frozenset({"messages", name, *_SYSTEMS}), (record,))
+    return _Found(Shape.REJECTED, frozenset({"messages", name, *SYSTEMS}), (record,))
 
 
 def _comparison(row: Mapping[str, Any], form: Comparison) -> _Found | Refusal:
@@ -289,7 +239,7 @@ def _comparison(row: Mapping[str, Any], form: Comparison) -> _Found | Refusal:
     chosen, rejected = better
     pair = {n: v for n, v in row.items() if n not in form.answers}
     pair |= {"chosen": row[chosen], "rejected": row[rejected]}
-    fields = _fields(pair)
+    fields = find_fields(pair)
     if isinstance(fields, Refusal):
         return fields
     record = make_pair(fields.prompt, fields.chosen, fields.rejected)
@@ -298,149 +248,11 @@ def _comparison(row: Mapping[str, Any], form: Comparison) -> _Found | Refusal:
     return _Found(Shape.COMPARISON, fields.used | {*form.answers, form.column}, (record,))
 
 
-def _fields(row: Mapping[str, Any]) -> _Fields | Refusal:
-    """Find the prompt of a row with chosen and rejected: beside them, or in them."""
-    sides = []
-    for name in _SIDES:
-        side = parse_content(row, name)
-        if isinstance(side, Refusal):
-            return side
-        sides.append(side)
-    chosen, rejected = sides
-    texts = isinstance(chosen, str) and isinstance(rejected, str)
-    used = {"prompt", *_SIDES}
-    prompt: Content | None = None
-    if row.get("prompt") is not None:
-        parsed = parse_content(row, "prompt")
-        if isinstance(parsed, Refusal):
-            return parsed
-        prompt = parsed
-    blank = prompt is None or not (prompt.strip() if isinstance(prompt, str) else prompt)
-    shape = _shape(prompt, texts)
-    if blank and not has_dialogues(chosen, rejected):
-        beside = _prompt_beside(row)
-        if isinstance(beside, Refusal):
-            return beside
-        if beside is not None:
-            shape, names, prompt = beside
-            used |= names
-    elif prompt is not None and not blank and texts and _system_text(row):
-        shape = Shape.QUESTION
-    if prompt is not None and _system_text(row) and shape is not Shape.TEXT:
-        prompt = _with_system(row, prompt)
-        used |= set(_SYSTEMS)
-    if isinstance(prompt, tuple) and shape in (Shape.BESIDE, Shape.SHAREGPT):
-        kept = _without_answer(prompt, as_messages(chosen, ASSISTANT))
-        if isinstance(kept, Refusal):
-            return kept
-        prompt = kept
-    return _Fields(shape, frozenset(used), prompt, chosen, rejected)
-
-
-def _shape(prompt: Content | None, texts: bool) -> Shape:
-    if texts and not isinstance(prompt, tuple):
-        return Shape.DIALOGUES if prompt is None else Shape.TEXT
-    if prompt is None:
-        return Shape.CONVERSATIONS
-    return Shape.PROMPTED if isinstance(prompt, str) else Shape.MESSAGES
-
-
-def _prompt_beside(row: Mapping[str, Any]) -> tuple[Shape, set[str], Content] | Refusal | None:
-    """The prompt of a row whose answers are alone, from the columns that may hold it."""
-    for name in _CONVERSATIONS:
-        value = row.get(name)
-        if value and _is_turns(value):
-            parsed = parse_content(row, name)
-            if isinstance(parsed, Refusal):
-                return parsed
-            shape = Shape.SHAREGPT if name == "conversations" else Shape.BESIDE
-            return shape, {name}, parsed
-    question = next((n for n in _QUESTIONS if isinstance(row.get(n), str) and row[n].strip()), None)
-    given = next((n for n in _INPUTS if isinstance(row.get(n), str)), None)
-    if question is None:
-        texts = (given, "history") if given else ("history",)
-        question = next((n for n in texts if n and isinstance(row.get(n), str) and row[n]), None)
-        given = None
-        if question is None:
-            return None
-    used = {question}
-    turns: list[Message] = []
-    if "history" in row and question != "history":
-        pairs = _history(row["history"])
-        if isinstance(pairs, Refusal):
-            return pairs
-        turns += pairs
-        used.add("history")
-    asked = row[question]
-    for name in _INPUTS[:1]:
-        if row.get(name) is not None and not isinstance(row[name], str):
-            return Refusal(Reason.WRONG_TYPE, f"{name} is not text")
-    if given is not None:
-        asked = "\n\n".join(filter(None, [asked, row[given]]))
-        used.add(given)
-    parsed = parse_content({question: asked}, question)
-    if isinstance(parsed, Refusal):
-        return parsed
-    alpaca = question == "instruction"
-    turns.append({"role": USER, "content": parsed})
-    return (Shape.ALPACA if alpaca else Shape.QUESTION), used, tuple(turns)
-
-
-def _is_turns(value: Any) -> bool:
-    """Whether a value is a list of messages, or a message or lists of their parts."""
-    if isinstance(value, list):
-        return all(isinstance(turn, Mapping) for turn in value)
-    return isinstance(value, Mapping) and not {"role", "from"}.isdisjoint(value)
-
-
-def _history(turns: Any) -> list[Message] | Refusal:
-    """Messages of Alpaca's `history`, a list of [question, answer]."""
-    turns = turns or []
-    if not isinstance(turns, list) or any(not isinstance(t, list) or len(t) != 2 for t in turns):
-        return Refusal(Reason.WRONG_TYPE, "history is not a list of [question, answer]")
-    found: list[Message] = []
-    for turn in turns:
-        parsed = [parse_content({"history": text}, "history") for text in turn]
-        for role, text in zip((USER, ASSISTANT), parsed, strict=True):
-            if isinstance(text, Refusal):
-                return text
-            found.append({"role": role, "content": text})
-    return found
-
-
-def _system_text(row: Mapping[str, Any]) -> str:
-    """The system message that stands in a column of its own, if any."""
-    texts = (row[name] for name in _SYSTEMS if isinstance(row.get(name), str))
-    return next((text for text in texts if text.strip()), "")
-
-
-def _with_system(row: Mapping[str, Any], prompt: Content) -> Content:
-    """The prompt as messages, after the row's system message unless it has one."""
-    asked = as_messages(prompt, USER)
-    if not asked or role_of(asked[0]) == SYSTEM:
-        return asked
-    return ({"role": SYSTEM, "content": _system_text(row)}, *asked)
-
-
-def _without_answer(
-    prompt: tuple[Message, ...], chosen: tuple[Message, ...]
-) -> tuple[Message, ...] | Refusal:
-    """Messages beside two answers without the chosen answer, with which some data sets end them."""
-    if not prompt or role_of(prompt[-1]) != ASSISTANT or len(prompt) == 1:
-        return prompt
-    if chosen and prompt[-1]["content"].strip() == chosen[-1]["content"].strip():
-        return prompt[:-1]
-    return Refusal(
-        Reason.BAD_ROLE,
-        "the messages beside chosen and rejected end with another answer of the assistant",
-    )
-
-
 def _missing_prompt(row: Mapping[str, Any], refusal: Refusal) -> Refusal:
     """The refusal of a row without a prompt, naming its columns."""
     if refusal.reason is not Reason.MISSING_FIELD:
         return refusal
-    found = missing_field(row, "prompt", _SIDES)
+    found = missing_field(row, "prompt", SIDES)
     return found if "prompt" in row else Refusal(found.reason, f"{refusal.detail}; {found.detail}")
 
 

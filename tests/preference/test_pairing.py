@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from orpo_ray.preference.layouts import Shape
 from orpo_ray.preference.messages import mapping_hint
 from orpo_ray.preference.records import Note, Reason, Record, Refusal
-from orpo_ray.preference.shapes import ParsedRow, RowReader, Shape
+from orpo_ray.preference.shapes import ParsedRow, RowReader
 
 
 def says(role: str, content: Any, **more: Any) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from orpo_ray.preference.layouts import Shape
 from orpo_ray.preference.records import Reason, Record, Refusal
-from orpo_ray.preference.shapes import ParsedRow, RowReader, Shape
+from orpo_ray.preference.shapes import ParsedRow, RowReader
 
 
 def says(role: str, content: Any) -> dict[str, Any]:
