@@ -60,6 +60,8 @@ def connect(dashboard: bool = False) -> None:
     disable_progress_bar()
     for logger in ("ray", "ray.data"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+    # Of a trial that fails, or is stopped with its sweep, the sweep tells by itself.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     if ray.is_initialized():
         return
     address = cluster_address()
