@@ -86,8 +86,13 @@ def _prepare(config: ORPOConfig, console: "Console") -> None:
 def _status(directory: str, as_json: bool) -> None:
     from orpo_ray.reports.status import show_status
     from orpo_ray.storage.folder import VIEWS, Folder
+    from orpo_ray.storage.names import UnsafeNameError
 
-    show_status(Folder.at(directory, VIEWS), as_json)
+    try:
+        folder = Folder.at(directory, VIEWS)
+    except UnsafeNameError as error:
+        raise ConfigError([str(error)]) from error
+    show_status(folder, as_json)
 
 
 _ACTIONS: Mapping[str, Callable[[ORPOConfig, "Console"], None]] = {
