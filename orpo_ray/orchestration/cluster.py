@@ -25,6 +25,7 @@ _LOOK_S = 1.0
 _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_task_oom_retries": "3",  # else without end: a file may hold rows that no node has room for
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's other output is silent when it is told to be
 }
 # Fills the Train page of a cluster's dashboard: runs by name, attempts, workers, logs. The config
