@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.model import ModelSection
+from orpo_ray.storage.files import read_json
 from orpo_ray.storage.folder import Folder, Names, everything, light
+from orpo_ray.storage.names import is_plain
 
 
 class UnsupportedModelError(ValueError):
     """A model whose loss this project would compute wrongly, or cannot compute at all."""
 
 
+_INDEX = ".safetensors.index.json"
 _PICKLED = (("model", "pytorch_model"), ("adapter_model", "adapter_model"))
 
 
@@ -96,6 +99,7 @@ def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
     # Otherwise transformers may load weights that a hub service converted, of another revision.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     with _as_refusals(source.model):
+        _refuse_other_weights(source.model, source.revision)
         return AutoModelForCausalLM.from_pretrained(
             on_this_node(source.model, everything),
             use_safetensors=True,
@@ -137,6 +141,8 @@ def refuse_unsafe(source: ModelSource) -> None:
     for wanted, pickled in _PICKLED:
         if any(folder.glob(f"{pickled}*.bin")) and not any(folder.glob(f"{wanted}*.safetensors")):
             raise UnsupportedModelError(_no_safetensors(source.model))
+    with _as_refusals(source.model):
+        _refuse_other_weights(source.model, source.revision)
     if source.trust_remote_code:
         return
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
@@ -153,6 +159,56 @@ def refuse_unsafe(source: ModelSource) -> None:
         raise UnsupportedModelError(_own_code(source.model))
     if "auto_map" in get_tokenizer_config(os.fspath(source.tokenizer), revision=source.revision):
         load_tokenizer(source)
+
+
+def _refuse_other_weights(model: str | Folder, revision: str | None) -> None:
+    """Refuse a model whose files name weights that are not its own safetensors.
+
+    transformers reads what the index names: a pickle by its suffix, and a file anywhere. For
+    adapters their base model is looked at, too.
+
+    Raises:
+        UnsupportedModelError: naming the index or the config, and what it names.
+    """
+    from transformers.utils import cached_file, find_adapter_config_file
+
+    path = on_this_node(model, light)
+
+    def read(name: str) -> dict[str, Any]:
+        found = cached_file(
+            path,
+            name,
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        content = read_json(Path(found)) if found else {}
+        return content if isinstance(content, dict) else {}
+
+    if os.path.isdir(path):
+        indexes = sorted(file.name for file in Path(path).glob(f"*{_INDEX}"))
+    else:
+        indexes = [f"model{_INDEX}"] if read(f"model{_INDEX}") else []
+    for index in indexes:
+        files = read(index).get("weight_map")
+        if not isinstance(files, dict):
+            raise UnsupportedModelError(f"{model}: {index} has no weight_map; is it damaged?")
+        for file in sorted({str(name) for name in files.values()}):
+            if not (is_plain(file) and "/" not in file and file.endswith(".safetensors")):
+                raise UnsupportedModelError(
+                    f"{model}: {index} names {file!r}; weights are read from *.safetensors in the "
+                    "same folder only"
+                )
+    if (other := read("config.json").get("transformers_weights")) is not None:
+        raise UnsupportedModelError(
+            f"{model}: config.json names {other!r} as transformers_weights; weights are read from "
+            "model*.safetensors only: rename the file and delete the setting"
+        )
+    adapters = find_adapter_config_file(path, revision=revision)
+    base = read_json(Path(adapters)).get("base_model_name_or_path") if adapters else None
+    if base and base != path:
+        _refuse_other_weights(base, None)
 
 
 def on_this_node(model: str | Folder, wanted: Names) -> str:
