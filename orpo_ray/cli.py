@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from orpo_ray.config.file import load_config, to_yaml
 from orpo_ray.config.schema import SECTIONS, ConfigError, ORPOConfig
-from orpo_ray.config.secrets import hide
 from orpo_ray.preference.errors import DataError
+from orpo_ray.storage.hiding import hide, printable
 from orpo_ray.training.errors import StoppedError
 from orpo_ray.version import __version__
 
@@ -61,14 +61,14 @@ def _train(config: ORPOConfig, console: "Console") -> None:
     from orpo_ray.orchestration.train import end_text, train
 
     result = train(config, console=console)
-    console.print(end_text(result, config, _called("train")), markup=False)
+    console.print(printable(hide(end_text(result, config, _called("train")))), markup=False)
 
 
 def _tune(config: ORPOConfig, console: "Console") -> None:
     from orpo_ray.orchestration.sweep.tune import end_text, tune
 
     result = tune(config, console=console)
-    console.print(end_text(result, config, _called("train")), markup=False)
+    console.print(printable(hide(end_text(result, config, _called("train")))), markup=False)
 
 
 def _evaluate(config: ORPOConfig, console: "Console") -> None:
@@ -149,7 +149,7 @@ def exit_code(action: Callable[[], object]) -> int:
         action()
     except (ConfigError, DataError) as error:
         for line in error.lines:
-            print(f"error: {hide(line)}", file=sys.stderr)
+            print(f"error: {printable(line)}", file=sys.stderr)
         return REFUSED
     except StoppedError as error:
         print(f"{error}; the same command with the same run_name goes on")
@@ -158,7 +158,7 @@ def exit_code(action: Callable[[], object]) -> int:
         print("interrupted; the same command with the same run_name goes on", file=sys.stderr)
         return INTERRUPTED
     except Exception:
-        print(hide(traceback.format_exc()), end="", file=sys.stderr)
+        print(printable(hide(traceback.format_exc())), end="", file=sys.stderr)
         return FAILED
     return DONE
 
@@ -173,7 +173,8 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             mark = "warning: " if record.levelno >= logging.WARNING else ""
-            self._console.print(f"{mark}{record.getMessage()}", markup=False)
+            text = printable(hide(record.getMessage()))
+            self._console.print(f"{mark}{text}", markup=False)
         except Exception:
             self.handleError(record)
 

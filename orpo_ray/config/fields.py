@@ -13,8 +13,9 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from orpo_ray.config.secrets import HIDDEN, find_secrets
+from orpo_ray.config.secrets import find_secrets
 from orpo_ray.storage.bucket import PROTOCOLS
+from orpo_ray.storage.hiding import HIDDEN
 from orpo_ray.storage.names import UnsafeNameError, refuse_unsafe_url
 
 Decides = Literal["tokens", "weights", "run"]

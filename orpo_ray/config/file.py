@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from orpo_ray.config.references import escape_references, take_out_references
 from orpo_ray.config.schema import (
     SECTION_OF,
     SECTIONS,
@@ -75,7 +76,16 @@ def to_yaml(config: ORPOConfig) -> str:
     """The config as YAML, which `load_config` reads back to an equal value."""
     import yaml
 
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    class Dumper(yaml.SafeDumper):
+        """Quotes whatever may be read as a number: readers differ in what is one."""
+
+    def text_node(dumper: Any, text: str) -> Any:
+        style = "'" if text.startswith(tuple("+-.0123456789")) else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, text_node)
+    content = escape_references(config.model_dump(mode="json"))
+    text: str = yaml.dump(content, Dumper=Dumper, sort_keys=False)
     return text
 
 
@@ -92,7 +102,7 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
         findings.append(f"{path}: no such config file")
     except (OSError, UnicodeDecodeError) as error:
         findings.append(f"{path}: cannot be read: {one_line(error)}")
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         findings.append(f"{path}: not valid YAML: {one_line(error)}")
     else:
         if isinstance(values, dict):
@@ -122,14 +132,14 @@ def _override_layer(override: str, findings: list[str]) -> dict[str, Any]:
         return {}
     try:
         values = _resolved(OmegaConf.from_dotlist([override]), findings)
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         findings.append(f"{override}: not valid YAML: {one_line(error)}")
         return {}
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def _resolved(read: Any, findings: list[str]) -> Any:
-    """Resolve OmegaConf's interpolations and remove secrets, which are added to the findings.
+    """Resolve references and remove secrets, which are added to the findings.
 
     References to variables named like secrets are found before resolving, other values after it.
     """
@@ -139,6 +149,7 @@ def _resolved(read: Any, findings: list[str]) -> Any:
     if not isinstance(raw, dict):
         return raw
     findings += take_out_secrets(raw)
+    findings += take_out_references(raw)
     values: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
     findings += take_out_secrets(values)
     return values

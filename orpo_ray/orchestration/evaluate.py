@@ -23,6 +23,7 @@ from orpo_ray.orchestration.start import Start, run_directory_of, start_run, wit
 from orpo_ray.orchestration.workers import evaluate_worker, run_workers, scores_file
 from orpo_ray.preference.errors import DataError
 from orpo_ray.pretrained import ModelSource
+from orpo_ray.reports.terminal import as_text
 from orpo_ray.runs.metrics import set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.statistics import Difference, Estimate, Scores, differences, estimates
@@ -117,9 +118,9 @@ def show_evaluation(result: EvaluationResult, console: Console) -> None:
     for name, part in result.sets.items():
         for table in _tables(name, part):
             console.print(table)
-    console.print(f"evaluation: {result.run_directory}/{RESULT}", markup=False)
+    console.print(as_text(f"evaluation: {result.run_directory}/{RESULT}"))
     for part in result.sets.values():
-        console.print(f"a row a pair: {part.scores}", markup=False)
+        console.print(as_text(f"a row a pair: {part.scores}"))
 
 
 @dataclass(frozen=True)
@@ -246,14 +247,14 @@ def _tables(name: str, part: SetEvaluation) -> list[Table]:
     table = Table(
         "95 % intervals",
         *(h.replace("_", " ") for h in heads),
-        title=f"{name} data",
+        title=as_text(f"{name} data"),
         box=box.SIMPLE,
     )
     table.add_row(f"all {part.pairs} pairs", *_cells(part.figures))
     for groups in (part.subsets, part.lengths):
         table.add_section()
         for group, values in groups.items():
-            table.add_row(f"{group} ({values['pairs']})", *_cells(values["figures"]))
+            table.add_row(as_text(f"{group} ({values['pairs']})"), *_cells(values["figures"]))
     if not part.differences:
         return [table]
     against = Table(

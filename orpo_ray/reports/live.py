@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from orpo_ray.reports.terminal import as_text
 from orpo_ray.runs.files import LOG, METRICS, read_metrics
 from orpo_ray.runs.formatting import format_duration, format_metric
 from orpo_ray.runs.metrics import (
@@ -24,6 +25,7 @@ from orpo_ray.runs.metrics import (
     eval_prefixes,
     set_name,
 )
+from orpo_ray.storage.files import one_line
 
 _log = logging.getLogger(__name__)
 
@@ -204,7 +206,7 @@ class LiveView:
         self._progress = Progress(
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeRemainingColumn(compact=True),
         )
         self._task = self._progress.add_task("starting workers", total=n_steps)
@@ -228,7 +230,7 @@ class LiveView:
             if values:
                 last = format_metric(values[-1], metric.form)
                 table.add_row(metric.label, sparkline(values, _WIDTH), last)
-        return Group(self._progress, table, *self._evaluations.values())
+        return Group(self._progress, table, *map(as_text, self._evaluations.values()))
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:
@@ -261,7 +263,7 @@ def try_report(write_report: Callable[[], object]) -> None:
     try:
         write_report()
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         _log.warning("report.html was not written: %s", reason)
 
 
