@@ -16,6 +16,11 @@ from ray.train import (
 from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.orchestration.loopback import (
+    interface_settings,
+    keep_to_this_machine,
+    keep_token_private,
+)
 from orpo_ray.storage.folder import Folder
 from orpo_ray.training.allocator import memory_settings
 
@@ -25,6 +30,7 @@ _LOOK_S = 1.0
 _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",  # unless asked for
     "RAY_task_oom_retries": "3",  # else without end: a file may hold rows that no node has room for
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's other output is silent when it is told to be
 }
@@ -48,6 +54,9 @@ def connect(dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": dashboard}
+    if local:
+        keep_to_this_machine()
+        keep_token_private()
     context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     if not local and context.dashboard_url:
         os.environ.setdefault(*_TRAIN_PAGE)
@@ -163,5 +172,7 @@ def run_settings(config: ORPOConfig, run: Folder, callbacks: list[UserCallback])
         ),
         logging_config=LoggingConfig(log_level="ERROR"),
         callbacks=callbacks,
-        worker_runtime_env={"env_vars": memory_settings(bool(config.ray.use_gpu))},
+        worker_runtime_env={
+            "env_vars": {**memory_settings(bool(config.ray.use_gpu)), **interface_settings()}
+        },
     )

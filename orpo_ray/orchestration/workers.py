@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 from ray.train import UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.request import TRAIN
@@ -18,6 +18,7 @@ from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.feed import PlannedFeed
 from orpo_ray.orchestration.gauges import RunGauges
+from orpo_ray.orchestration.loopback import torch_config
 from orpo_ray.orchestration.start import Start
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
 from orpo_ray.runs.formatting import format_time
@@ -180,9 +181,9 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
     cluster.ask_for_timeouts(config)
     trainer = TorchTrainer(
         partial(work, config, start.inputs.model, folder.on(WORKERS), evals),
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
-            timeout_s=int(config.ray.process_group_timeout_s),
+        torch_config=torch_config(
+            "cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
+            int(config.ray.process_group_timeout_s),
         ),
         scaling_config=cluster.scaling(config),
         run_config=cluster.run_settings(config, folder, list(callbacks)),

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from orpo_ray.storage.hiding import hide, printable
 
-_MARKDOWN = re.compile(r"[\\`*_\[\]#|!~$]")
+# An underscore within a word is no markup.
+_MARKDOWN = re.compile(r"[\\`*\[\]#|!~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 @cache
