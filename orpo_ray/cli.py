@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from orpo_ray.config.file import load_config, to_yaml
 from orpo_ray.config.schema import SECTIONS, ConfigError, ORPOConfig
 from orpo_ray.preference.errors import DataError
+from orpo_ray.storage.files import one_line
 from orpo_ray.storage.hiding import hide, printable
 from orpo_ray.training.errors import StoppedError
 from orpo_ray.version import __version__
@@ -121,6 +122,9 @@ def _run_on_config(name: str, argv: Sequence[str]) -> int:
 
     def run() -> None:
         config = read_arguments(arguments.settings)
+        if name == "prepare" and (arguments.list_cache or arguments.clear_cache):
+            _show_cache(config, arguments.clear_cache)
+            return
         if arguments.dry_run:
             _print_plan(config)
             return
@@ -241,6 +245,15 @@ def _config_parser(name: str) -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the config, batch, steps and memory, and stop"
     )
     parser.add_argument("--print-schema", action="store_true", help="print the JSON schema")
+    if name == "prepare":
+        parser.add_argument(
+            "--list-cache", action="store_true", help="print the token sets in the cache, and stop"
+        )
+        parser.add_argument(
+            "--clear-cache",
+            metavar="older_than=30d",
+            help="delete token sets that are older (d, h or m), print them, and stop",
+        )
     return parser
 
 
@@ -291,6 +304,29 @@ def _called(command: str) -> str:
     if script.name == "__main__.py":
         return f"python -m orpo_ray {command}"
     return f"{PROGRAM} {command}"
+
+
+def _show_cache(config: ORPOConfig, clear: str | None) -> None:
+    """List the token sets in the cache of a config, or delete the old ones and list those."""
+    from orpo_ray.dataset.cache import age_in_seconds, cached_sets, clear_cache
+    from orpo_ray.runs.formatting import format_duration
+    from orpo_ray.storage.folder import Folder
+
+    cache = Folder.at(config.data.token_cache_dir or f"{config.output.output_dir}/token_cache")
+    try:
+        if clear is None:
+            found = cached_sets(cache)
+        else:
+            found = clear_cache(cache, age_in_seconds(clear.removeprefix("older_than=")))
+    except ValueError as error:
+        raise ConfigError([f"--clear-cache: {error}"]) from error
+    except OSError as error:
+        raise ConfigError([f"{cache}: cannot be read: {one_line(error)}"]) from error
+    for one in found:
+        print(f"{one.name}  {one.size_bytes / 1e6:9.1f} MB  {format_duration(one.age_s)} old")
+    what = "in" if clear is None else "deleted from"
+    total = sum(one.size_bytes for one in found) / 1e6
+    print(f"{len(found)} token sets of {total:.1f} MB {what} {cache}")
 
 
 def _print_plan(config: ORPOConfig) -> None:

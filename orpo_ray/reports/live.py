@@ -26,6 +26,7 @@ from orpo_ray.runs.metrics import (
     set_name,
 )
 from orpo_ray.storage.files import one_line
+from orpo_ray.storage.hiding import printable
 
 _log = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ class LiveView:
 
     def add(self, line: dict[str, Any], text: str) -> None:
         """Add a logged step, with the text beside the bar."""
-        self._progress.update(self._task, completed=line["step"], description=text)
+        self._progress.update(self._task, completed=line["step"], description=printable(text))
         for name, values in self._curves.items():
             values.append(line[name])
 
