@@ -14,9 +14,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from orpo_ray.dataset.shards import TokenSet, write_shard
 from orpo_ray.demo.pairs import FAMILIES, REQUIREMENTS
 from orpo_ray.preference.groups import PromptGroup, RowId, merge_groups
+from orpo_ray.preference.pairing import normalise
 from orpo_ray.preference.reading.readers import read_split
 from orpo_ray.preference.reading.rows import Split
-from orpo_ray.preference.records import Refusal, normalise
+from orpo_ray.preference.records import Refusal
 from orpo_ray.preference.templates import PairText, render
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
 from orpo_ray.storage.folder import Folder

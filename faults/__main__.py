@@ -3,9 +3,9 @@
 `python -m faults [NAME ...]` runs the faults whose names contain one of the words
 (all without), `--kills N` then kills N seeded random processes at random instants. Every case is
 the real `jobs/train.py` on two workers on two nodes, ended by real signals or damaged files; the
-table says whether the run ended, which rows its ledger misses or doubles, whether the exported
-weights and the metrics equal the whole run's byte for byte, and how long it took until the step
-of the fault was passed again.
+table says whether the run ended and whether a person had to give the command again, which rows its
+ledger misses or doubles, whether the exported weights and the metrics equal the whole run's byte
+for byte, and how long it took until the step of the fault was passed again.
 """
 
 import argparse
@@ -93,7 +93,8 @@ def run_case(cluster: FaultCluster, folder: Path, name: str, fault: Fault, whole
         difference = largest_difference(run.directory, whole, run.hurt_step + 20)
         equal = f"{'losses' if difference < 1e-4 else 'NO: losses'} within {difference:.0e}"
     seconds = "not interrupted" if run.recovered_s is None else f"{run.recovered_s:.0f}"
-    return f"| {name} | yes | {lost} | {doubled} | {equal} | {seconds} |"
+    survived = "yes" if run.n_starts == 1 else "yes, by the same command given again"
+    return f"| {name} | {survived} | {lost} | {doubled} | {equal} | {seconds} |"
 
 
 def main() -> int:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -86,19 +85,10 @@ def driver_killed(run: Run) -> None:
 
 
 def controller_killed(run: Run) -> None:
-    """Ray Train's controller is killed; if Ray gives up, the same command is given again."""
+    """Ray Train's controller is killed; the driver starts another one."""
     run.until_step(40)
     run.hurt()
     run.processes("TrainController")[-1].kill()
-    _again_if_ended(run)
-
-
-def _again_if_ended(run: Run) -> None:
-    assert run.driver is not None
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        if run.driver.wait(timeout=60):
-            psutil.wait_procs(run.processes("RayTrainWorker"), timeout=60)
-            run.start()
 
 
 def ingest_killed(run: Run) -> None:
@@ -324,6 +314,5 @@ def random_kill(seed: int) -> Fault:
             rng.choice(run.processes("RayTrainWorker") or [run.driver]).kill()
         else:
             run.processes("TrainController")[-1].kill()
-            _again_if_ended(run)
 
     return fault

@@ -49,6 +49,7 @@ class Run:
     hurt_step: int = 0
     recovered_s: float | None = None
     driver: "subprocess.Popen[bytes] | None" = None
+    n_starts: int = 0
 
     @property
     def directory(self) -> Path:
@@ -57,6 +58,7 @@ class Run:
 
     def start(self, **changes: Any) -> None:
         """Start a driver."""
+        self.n_starts += 1
         settings = SETTINGS | self.settings | changes | {"run_name": "run"}
         command = [sys.executable, str(ROOT / "jobs/train.py")]
         self.driver = subprocess.Popen(

@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from orpo_ray.orchestration.sweep.tune import SweepResult, trainable, tune
     from orpo_ray.orchestration.train import TrainResult, prepare, train
     from orpo_ray.orchestration.trainer import ORPOTrainer
-    from orpo_ray.orchestration.workers import TrainingError
     from orpo_ray.preference.errors import DataError
-    from orpo_ray.training.errors import StoppedError
+    from orpo_ray.training.errors import StoppedError, TrainingError
 
 __all__ = [
     "ConfigError",
@@ -47,7 +46,7 @@ _HOME = {
     "StoppedError": "orpo_ray.training.errors",
     "SweepResult": "orpo_ray.orchestration.sweep.tune",
     "TrainResult": "orpo_ray.orchestration.train",
-    "TrainingError": "orpo_ray.orchestration.workers",
+    "TrainingError": "orpo_ray.training.errors",
     "evaluate": "orpo_ray.orchestration.evaluate",
     "prepare": "orpo_ray.orchestration.train",
     "train": "orpo_ray.orchestration.train",

@@ -16,10 +16,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 from orpo_ray.config.file import load_config, to_yaml
 from orpo_ray.config.schema import SECTIONS, ConfigError, ORPOConfig
+from orpo_ray.orchestration.stopping import (
+    TERMINATED,
+    SignalInterrupt,
+    ending,
+    received,
+)
 from orpo_ray.preference.errors import DataError
-from orpo_ray.storage.files import one_line
+from orpo_ray.storage.files import first_line, one_line
 from orpo_ray.storage.hiding import hide, printable
-from orpo_ray.training.errors import StoppedError
+from orpo_ray.training.errors import StoppedError, TrainingError
 from orpo_ray.version import __version__
 
 if TYPE_CHECKING:
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "orpo-ray"
 DEMO = "demo.yaml"
-DONE, FAILED, REFUSED, INTERRUPTED, STOPPED = 0, 1, 2, 130, 128 + signal.SIGTERM
+DONE, FAILED, REFUSED = 0, 1, 2
 # Read when Ray is imported. A sweep's many small processes are no reason for a warning.
 _QUIET_RAY = {"RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started"}
 _FILE_WIDTH = 160
@@ -40,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its arguments. Default: those of this process.
 
     Returns:
-        0 done; 2 bad usage, config or data, said in one or two lines each; 130 interrupted; 143
-        stopped by SIGTERM with a checkpoint saved; 1 anything else, with its traceback.
+        0 done; 2 bad usage, config or data, said in one or two lines each; 130 ended by Ctrl-C and
+        143 by SIGTERM or SIGHUP, with a checkpoint where there were steps to keep; 1 anything else,
+        with its traceback if it was not foreseen.
     """
     name, *arguments = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if name in ("-h", "--help"):
@@ -70,6 +77,8 @@ def _tune(config: ORPOConfig, console: "Console") -> None:
 
     result = tune(config, console=console)
     console.print(printable(hide(end_text(result, config, _called("train")))), markup=False)
+    if result.has_failed:
+        raise TrainingError(f"all {len(result.trials)} trials failed")
 
 
 def _evaluate(config: ORPOConfig, console: "Console") -> None:
@@ -150,21 +159,52 @@ def _run_status(argv: Sequence[str]) -> int:
 def exit_code(action: Callable[[], object]) -> int:
     """Run a command's action; an error that it raises is printed, and becomes the exit code."""
     try:
+        code = _exit_code(action)
+    except SignalInterrupt as interrupt:  # while an error was printed
+        code = _print_interrupt(interrupt)
+    with ending():
+        _disconnect()
+    return code
+
+
+def _exit_code(action: Callable[[], object]) -> int:
+    try:
         action()
     except (ConfigError, DataError) as error:
         for line in error.lines:
             print(f"error: {printable(line)}", file=sys.stderr)
         return REFUSED
+    except TrainingError as error:
+        print(f"error: {printable(hide(str(error)))}", file=sys.stderr)
+        return FAILED
     except StoppedError as error:
         print(f"{error}; the same command with the same run_name goes on")
-        return STOPPED
-    except KeyboardInterrupt:
-        print("interrupted; the same command with the same run_name goes on", file=sys.stderr)
-        return INTERRUPTED
-    except Exception:
-        print(printable(hide(traceback.format_exc())), end="", file=sys.stderr)
-        return FAILED
+        return TERMINATED
+    except KeyboardInterrupt as interrupt:
+        return _print_interrupt(interrupt)
+    except Exception as error:
+        number = received()
+        if number is None:
+            print(printable(hide(traceback.format_exc())), end="", file=sys.stderr)
+            return FAILED
+        # What the signal ended besides, such as a Ray of this machine, fails in ways of its own.
+        print(f"{type(error).__name__}: {printable(first_line(error))}", file=sys.stderr)
+        return _print_interrupt(SignalInterrupt(number))
     return DONE
+
+
+def _print_interrupt(interrupt: KeyboardInterrupt) -> int:
+    if not isinstance(interrupt, SignalInterrupt):
+        interrupt = SignalInterrupt(signal.SIGINT)
+    print(interrupt.line, file=sys.stderr)
+    return interrupt.exit_code
+
+
+def _disconnect() -> None:
+    """End the Ray that the command started, if it came that far."""
+    cluster = sys.modules.get("orpo_ray.orchestration.cluster")
+    if cluster is not None:
+        cluster.disconnect()
 
 
 class _ConsoleHandler(logging.Handler):

@@ -4,14 +4,16 @@ Used on the driver, training workers and data tasks; imports transformers only w
 """
 
 import contextlib
+import dataclasses
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.model import ModelSection
-from orpo_ray.storage.files import read_json
+from orpo_ray.storage.files import first_line, one_line, read_json
 from orpo_ray.storage.folder import Folder, Names, everything, light
 from orpo_ray.storage.names import is_plain
 
@@ -20,7 +22,8 @@ class UnsupportedModelError(ValueError):
     """A model whose loss this project would compute wrongly, or cannot compute at all."""
 
 
-_INDEX = ".safetensors.index.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHOWN_NAMES = 3
 _PICKLED = (("model", "pytorch_model"), ("adapter_model", "adapter_model"))
 
 
@@ -64,13 +67,24 @@ def load_tokenizer(source: ModelSource) -> Any:
     """Load the tokenizer, with the source's chat template if it has one.
 
     Raises:
-        UnsupportedModelError: for custom code that is not trusted.
+        UnsupportedModelError: for custom code that is not trusted, and for a tokenizer that is
+            missing or cannot be read.
     """
     from transformers import AutoTokenizer
 
-    with _as_refusals(source.tokenizer):
-        folder = on_this_node(source.tokenizer, light)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **source.options)
+    folder = on_this_node(source.tokenizer, light)
+    try:
+        with _as_refusals(source.tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **source.options)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # whatever transformers, tokenizers and JSON say of such files
+        raise UnsupportedModelError(_no_tokenizer(source.tokenizer, folder, error)) from error
+    if not source.trust_remote_code and Path(folder).is_dir():
+        # transformers makes an empty vocabulary for a class whose files are missing.
+        files = {"tokenizer.json", "tekken.json", *tokenizer.vocab_files_names.values()}
+        if not any(Path(folder, name).is_file() for name in files):
+            raise UnsupportedModelError(_no_tokenizer(source.tokenizer, folder))
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
     return tokenizer
@@ -80,33 +94,48 @@ def load_model_config(source: ModelSource) -> Any:
     """Load the base model's config.
 
     Raises:
-        UnsupportedModelError: for custom code that is not trusted.
+        UnsupportedModelError: for custom code that is not trusted, and for a config that
+            transformers cannot load.
     """
     from transformers import AutoConfig
 
-    with _as_refusals(source.model):
-        return AutoConfig.from_pretrained(on_this_node(source.model, light), **source.options)
+    folder = on_this_node(source.model, light)
+    try:
+        with _as_refusals(source.model):
+            return AutoConfig.from_pretrained(folder, **source.options)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # configs are checked by code of every family
+        problem = f"{source.model}: its config.json cannot be loaded: {one_line(error)}"
+        raise UnsupportedModelError(problem) from error
 
 
 def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
     """Load the base model with its weights, on the CPU unless `options` say otherwise.
 
     Raises:
-        UnsupportedModelError: for custom code that is not trusted, or without safetensors weights.
+        UnsupportedModelError: for custom code that is not trusted, without safetensors weights, and
+            for weights that are missing, have another shape than the config's, or are not finite.
     """
     from transformers import AutoModelForCausalLM
 
     # Otherwise transformers may load weights that a hub service converted, of another revision.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    folder = on_this_node(source.model, everything)
     with _as_refusals(source.model):
-        _refuse_other_weights(source.model, source.revision)
-        return AutoModelForCausalLM.from_pretrained(
-            on_this_node(source.model, everything),
+        _refuse_other_weights(source, folder)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
             use_safetensors=True,
             dtype=dtype,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
             **source.options,
             **options,
         )
+    refuse_incomplete(source.model, found)
+    _refuse_not_finite(source.model, model)
+    return model
 
 
 def empty_model(source: ModelSource, model_config: Any, **options: Any) -> Any:
@@ -141,8 +170,10 @@ def refuse_unsafe(source: ModelSource) -> None:
     for wanted, pickled in _PICKLED:
         if any(folder.glob(f"{pickled}*.bin")) and not any(folder.glob(f"{wanted}*.safetensors")):
             raise UnsupportedModelError(_no_safetensors(source.model))
-    with _as_refusals(source.model):
-        _refuse_other_weights(source.model, source.revision)
+    if folder.is_dir():
+        weight_files(source)
+        with _as_refusals(source.model):
+            _refuse_other_weights(source, str(folder))
     if source.trust_remote_code:
         return
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
@@ -161,54 +192,135 @@ def refuse_unsafe(source: ModelSource) -> None:
         load_tokenizer(source)
 
 
-def _refuse_other_weights(model: str | Folder, revision: str | None) -> None:
+def weight_files(source: ModelSource) -> list[Path]:
+    """The safetensors files of a model in a local folder, whether or not they exist."""
+    folder = Path(source.model)
+    index = folder / _INDEX
+    if (folder / _WEIGHTS).is_file() or not index.is_file():
+        return [folder / _WEIGHTS]
+    return [folder / name for name in _indexed(source.model, index)]
+
+
+def _refuse_other_weights(source: ModelSource, folder: str) -> None:
     """Refuse a model whose files name weights that are not its own safetensors.
 
-    transformers reads what the index names: a pickle by its suffix, and a file anywhere. For
-    adapters their base model is looked at, too.
+    transformers reads what they name: a pickle by its suffix, and a file anywhere. For adapters
+    their base model is looked at, too.
 
-    Raises:
-        UnsupportedModelError: naming the index or the config, and what it names.
+    Args:
+        source: of the model.
+        folder: its folder on this node, or its hub id.
     """
     from transformers.utils import cached_file, find_adapter_config_file
 
-    path = on_this_node(model, light)
-
-    def read(name: str) -> dict[str, Any]:
+    def find(name: str) -> Path | None:
         found = cached_file(
-            path,
+            folder,
             name,
-            revision=revision,
+            revision=source.revision,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        content = read_json(Path(found)) if found else {}
-        return content if isinstance(content, dict) else {}
+        return Path(found) if found else None
 
-    if os.path.isdir(path):
-        indexes = sorted(file.name for file in Path(path).glob(f"*{_INDEX}"))
-    else:
-        indexes = [f"model{_INDEX}"] if read(f"model{_INDEX}") else []
-    for index in indexes:
-        files = read(index).get("weight_map")
-        if not isinstance(files, dict):
-            raise UnsupportedModelError(f"{model}: {index} has no weight_map; is it damaged?")
-        for file in sorted({str(name) for name in files.values()}):
-            if not (is_plain(file) and "/" not in file and file.endswith(".safetensors")):
-                raise UnsupportedModelError(
-                    f"{model}: {index} names {file!r}; weights are read from *.safetensors in the "
-                    "same folder only"
-                )
-    if (other := read("config.json").get("transformers_weights")) is not None:
+    # In a folder also those of variants of the weights.
+    indexes = (
+        [*Path(folder).glob(f"*{_INDEX.removeprefix('model')}")] if os.path.isdir(folder) else []
+    )
+    for index in indexes or [find(_INDEX)]:
+        if index is not None:
+            _indexed(source.model, index)
+    config = find("config.json")
+    if config is not None and (other := read_json(config).get("transformers_weights")) is not None:
         raise UnsupportedModelError(
-            f"{model}: config.json names {other!r} as transformers_weights; weights are read from "
-            "model*.safetensors only: rename the file and delete the setting"
+            f"{source.model}: config.json names {other!r} as transformers_weights; weights are "
+            "read from model*.safetensors only: rename the file and delete the setting"
         )
-    adapters = find_adapter_config_file(path, revision=revision)
+    adapters = find_adapter_config_file(folder, revision=source.revision)
     base = read_json(Path(adapters)).get("base_model_name_or_path") if adapters else None
-    if base and base != path:
-        _refuse_other_weights(base, None)
+    if base and base != folder:
+        _refuse_other_weights(dataclasses.replace(source, model=base, revision=None), base)
+
+
+def _indexed(name: str | Folder, index: Path) -> list[str]:
+    """The files that an index of weights names."""
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{name}: {index.name} is no index of weights: {first_line(error)}"
+        raise UnsupportedModelError(problem) from error
+    odd = [f for f in files if not _is_own_weights(f)]
+    if odd:
+        raise UnsupportedModelError(
+            f"{name}: {index.name} names {odd[0]!r}; only safetensors files in the same folder "
+            "are read"
+        )
+    return files
+
+
+def _is_own_weights(file: object) -> bool:
+    is_name = isinstance(file, str) and is_plain(file) and "/" not in file
+    return is_name and str(file).endswith(".safetensors")
+
+
+def refuse_incomplete(name: str | Folder, found: Mapping[str, Any]) -> None:
+    """Refuse a model of which transformers would draw some weights at random.
+
+    Args:
+        name: folder or hub id.
+        found: what `from_pretrained` gives with `output_loading_info`.
+
+    Raises:
+        UnsupportedModelError: naming the weights.
+    """
+    # A parameter that several tensors are made of is listed as both when one of them is missing.
+    shapes = {weight: (tuple(ours), tuple(own)) for weight, ours, own in found["mismatched_keys"]}
+    missing = sorted(set(found["missing_keys"]) - shapes.keys())
+    if missing:
+        raise UnsupportedModelError(
+            f"{name}: {len(missing)} of the model's weights are missing in its safetensors files: "
+            f"{some_of(missing)}; save or download the model again"
+        )
+    if shapes:
+        texts = [
+            f"{weight} is {a}, by config.json {b}" for weight, (a, b) in sorted(shapes.items())
+        ]
+        raise UnsupportedModelError(
+            f"{name}: {len(shapes)} weights have another shape than the model: {some_of(texts)}; "
+            "give the config.json that they were saved with"
+        )
+
+
+def _refuse_not_finite(name: str | Folder, model: Any) -> None:
+    """Refuse weights that are NaN or infinite, which would look like bad rows later.
+
+    Raises:
+        UnsupportedModelError: naming them.
+    """
+    import torch
+
+    checked = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    bad = [
+        weight
+        for weight, values in model.named_parameters()
+        if values.dtype in checked
+        and values.numel()
+        # The least and the largest value are NaN where any is; nothing is allocated for it.
+        and not all(extreme.isfinite() for extreme in torch.aminmax(values.detach()))
+    ]
+    if bad:
+        raise UnsupportedModelError(
+            f"{name}: {len(bad)} of the model's weights are not finite (NaN or infinite): "
+            f"{some_of(bad)}; save or download the model again"
+        )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    more = len(names) - _SHOWN_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def on_this_node(model: str | Folder, wanted: Names) -> str:
@@ -227,12 +339,35 @@ def _as_refusals(name: str | Folder) -> Iterator[None]:
         if "safetensors" in str(error) and "file named" in str(error):
             raise UnsupportedModelError(_no_safetensors(name)) from None
         raise
+    except RuntimeError as error:
+        # Of tensors that several weights are made of, such as experts, when some do not fit.
+        if "conversion of the weights" in str(error):
+            raise UnsupportedModelError(_not_convertible(name)) from error
+        raise
 
 
 def _own_code(name: str | Folder) -> str:
     return (
         f"{name} contains custom code, which is not run; review it, then set "
         "trust_remote_code=true and model_revision to the reviewed commit"
+    )
+
+
+def _not_convertible(name: str | Folder) -> str:
+    return (
+        f"{name}: some weights are missing or have another shape than the model, so that "
+        "transformers cannot put them together; the log of a worker has its report; save or "
+        "download the model again"
+    )
+
+
+def _no_tokenizer(name: str | Folder, folder: str, error: Exception | None = None) -> str:
+    path = Path(folder)
+    if error and (not path.is_dir() or (path / "tokenizer.json").is_file()):
+        return f"{name}: its tokenizer cannot be loaded: {first_line(error)}"
+    return (
+        f"{name} holds no tokenizer (tokenizer.json) that can be loaded; save the base model's "
+        "there with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
     )
 
 

@@ -1,6 +1,7 @@
 """The command line: exit codes, what is printed, and what is not imported."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -9,6 +10,13 @@ import pytest
 from orpo_ray import StoppedError, __version__
 from orpo_ray.cli import exit_code, main, read_arguments
 from orpo_ray.config.schema import SECTION_OF, ORPOConfig
+from orpo_ray.orchestration.stopping import (
+    SignalInterrupt,
+    command_signals,
+    kept_handlers,
+    requests,
+)
+from orpo_ray.training.errors import TrainingError
 from tests.conftest import ROOT
 
 TRAIN = "jobs/train.py"
@@ -111,6 +119,44 @@ def test_a_stopped_run_is_exit_143_and_a_line_that_says_how_to_resume(capsys):
     assert capsys.readouterr() == (
         "stopped at step 7 of 20; the same command with the same run_name goes on\n",
         "",
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143), (1, 143)])
+def test_an_interrupt_is_its_exit_code_and_a_line_that_says_how_to_resume(number, code, capsys):
+    def interrupt() -> None:
+        raise SignalInterrupt(number)
+
+    what = "interrupted" if number == 2 else "terminated"
+    assert exit_code(interrupt) == code
+    assert capsys.readouterr() == (
+        "",
+        f"{what}; the same command with the same run_name goes on\n",
+    )
+
+
+def test_an_error_in_training_is_a_line_and_exit_1(capsys):
+    def fail() -> None:
+        raise TrainingError("step 7: the loss is not finite")
+
+    assert exit_code(fail) == 1
+    assert capsys.readouterr() == ("", "error: step 7: the loss is not finite\n")
+
+
+def test_what_fails_after_a_signal_is_an_interrupt(capsys):
+    """Such as workers whose Ray the signal ended as well."""
+
+    def fail() -> None:
+        with requests(lambda: True):
+            signal.raise_signal(signal.SIGTERM)
+            raise OSError("no Ray\nany more")
+
+    with kept_handlers():  # a command whose process ends leaves its signals ignored
+        with command_signals():
+            assert exit_code(fail) == 143
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    assert capsys.readouterr().err == (
+        "OSError: no Ray\nterminated; the same command with the same run_name goes on\n"
     )
 
 

@@ -14,6 +14,8 @@ from orpo_ray.cli import read_arguments
 from orpo_ray.config.file import load_config
 from orpo_ray.config.schema import SECTION_OF
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.preference.layouts import Shape
+from orpo_ray.preference.shapes import ParsedRow, RowReader
 from tests.conftest import ROOT
 
 README = ROOT / "README.md"
@@ -140,6 +142,21 @@ def test_every_yaml_block_is_a_config(tmp_path):
         (tmp_path / f"{number}.yaml").write_text(text)
         load_config(str(tmp_path / f"{number}.yaml"), [])
     assert len(texts) >= 4
+
+
+def test_every_example_of_a_row_is_read():
+    """Each row of the table of formats, as one pair with the answers of the example."""
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^\| ([^|]+) \| `(\{.*?\})`", text, re.MULTILINE)
+    assert len(examples) >= 19
+    shapes = set()
+    for name, line in examples:
+        found = RowReader().read(json.loads(line))
+        assert isinstance(found, ParsedRow), (name, found)
+        assert len(found.records) == 1
+        assert not found.ignored
+        shapes.add(found.shape)
+    assert shapes == set(Shape)
 
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)

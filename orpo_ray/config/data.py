@@ -1,11 +1,15 @@
 """Settings of the preference pairs: where they are, how they are tokenized, and their order."""
 
 from collections.abc import Mapping
+from datetime import datetime
+from difflib import get_close_matches
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from orpo_ray.config.fields import Place, PositiveInt, Section, Share, setting
+from orpo_ray.preference.layouts import COLUMN_NAMES
+from orpo_ray.preference.templates import TEMPLATE_DATE
 
 
 class DataSource(Section):
@@ -79,6 +83,19 @@ class DataSection(Section):
     )
     chat_template: str | None = setting(
         None, "Path or text of a chat template. Default: the tokenizer's.", decides="tokens"
+    )
+    template_date: str = setting(
+        TEMPLATE_DATE,
+        "Date, as YYYY-MM-DD, for chat templates that write today's date, so that the same data "
+        "gives the same tokens on any day.",
+        decides="tokens",
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+    )
+    template_drops: Literal["warn", "refuse"] = setting(
+        "warn",
+        "How to treat rows of which the chat template leaves out a message, tools, tool calls or "
+        "thoughts. warn: count them; refuse: refuse the row.",
+        decides="tokens",
     )
     max_length: int = setting(
         1024, "Maximum number of tokens of prompt and answer together.", decides="tokens", ge=2
@@ -155,6 +172,22 @@ class DataSection(Section):
             key: [value] if key in names and isinstance(value, str | Mapping) else value
             for key, value in values.items()
         }
+
+    @field_validator("column_mapping")
+    @classmethod
+    def _known_columns(cls, mapping: dict[str, str] | None) -> dict[str, str] | None:
+        for name in mapping or ():
+            if name not in COLUMN_NAMES:
+                near = get_close_matches(name, COLUMN_NAMES, n=1)
+                hint = f"did you mean {near[0]}?" if near else "prompt, chosen, rejected are some"
+                raise ValueError(f"{name} is not a column that any format reads; {hint}")
+        return mapping
+
+    @field_validator("template_date")
+    @classmethod
+    def _is_date(cls, date: str) -> str:
+        datetime.fromisoformat(date)
+        return date
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

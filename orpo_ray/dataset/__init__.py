@@ -7,9 +7,11 @@ The road of a pair, from a line of a file to an optimizer step, and its form at 
 1. `preference.reading`: a file is cut into `Split`s; a line of one is read as a `RawRow`, with its
    number, so that every row has a `RowId` from here on.
 2. `preference.shapes.RowReader`: the columns decide the shape (texts, messages, ShareGPT, rankings,
-   ...), `preference.records.normalise` checks the fields. A row becomes a `ParsedRow` of `Record`s,
-   one per pair, or a `Refusal` with its `Reason`, which goes to `quarantine/` and is counted.
+   ...), and `preference.pairing.make_pair` where the prompt ends. A row becomes a `ParsedRow` of
+   `Record`s, one per pair, or a `Refusal` with its `Reason`, which goes to `quarantine/` and is
+   counted. What is odd about a row that is kept is a `Note`, which is counted, too.
 3. `preference.templates.render`: the chat template; a `PairText` of prompt, chosen and rejected.
+   `preference.special_tokens` and `preference.fidelity` compare it with the row.
 4. `preference.tokenization.PairTokenizer`: token ids cut at the end of the prompt and to
    `max_length`; a `TokenizedPair`, whose `PromptGroup` is a prompt, its completions and pairs.
 5. `dataset.tokenize` runs 1 to 4 in a data task for one split, and `dataset.shards` writes its

@@ -15,21 +15,24 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from orpo_ray.dataset.regroup import find_dropped_pairs, iter_stats, rewrite_part
+from orpo_ray.dataset.pair_index import PairStats
+from orpo_ray.dataset.regroup import find_dropped_pairs, iter_stats, load_keys, rewrite_part
 from orpo_ray.dataset.request import IngestRequest, MapTasks
 from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.dataset.tokenize import DONE, QUARANTINE, SplitFile, TokenizeSplit, make_folders
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.sources import file_fingerprint
+from orpo_ray.preference.records import Reason
+from orpo_ray.preference.templates import uses_clock
 from orpo_ray.storage.folder import Folder
 
 # Part of the cache key; increased whenever the same input would give other tokens or reports.
-CODE_VERSION = 5
+CODE_VERSION = 7
 LENGTHS = "lengths.npz"
 _COUNTS = (
     *("rows_read", "rows_kept", "rows_held_out", "pairs_left_out"),
     *("truncated_pairs", "truncated_prompts", "truncated_completions", "duplicate_pairs"),
-    "tokens",
+    *("contradicting_pairs", "tokens"),
 )
 
 
@@ -63,6 +66,8 @@ def _cache_key(request: IngestRequest) -> str:
     settings = dataclasses.asdict(request)
     for name in ("tokenizer", "revision", "cache_directory", "files"):
         del settings[name]
+    if not uses_clock(tokenizer):
+        del settings["template_date"]
     parts = [
         CODE_VERSION,
         [(path, *file_fingerprint(path)) for path in request.files],
@@ -110,9 +115,11 @@ def _build_token_set(request: IngestRequest, tokens: Folder, map_tasks: MapTasks
     }
     pairs = shards["shard"]
     report = _sum_counts(summaries) | {
+        "notes": _sum_notes(request, summaries),
         "pairs": sum(shard.n_pairs for shard in pairs),
         "tokens": sum(shard.n_tokens for shard in pairs),
         "longest_group_tokens": longest,
+        "largest_token": _largest_token(summaries, request.files),
         **statistics,
         "sources": by_source,
         "quarantine": [s["quarantine"] for s in summaries if s["quarantine"]],
@@ -122,6 +129,17 @@ def _build_token_set(request: IngestRequest, tokens: Folder, map_tasks: MapTasks
     if some_dropped:
         report["quarantine"].append(f"{QUARANTINE}/dropped.jsonl")
     return TokenSet(tokens, pairs, request.files, report, shards["held_shard"])
+
+
+def _largest_token(
+    summaries: Sequence[Mapping[str, Any]], files: Sequence[str]
+) -> dict[str, Any] | None:
+    """The largest token id of all pairs and a row that has it; None without pairs."""
+    found = [(*s["largest_token"], s["source"]) for s in summaries if s["largest_token"][1]]
+    if not found:
+        return None
+    token, row, source = max(found)
+    return {"id": token, "file": files[source], "row": row}
 
 
 def _sum_counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -140,6 +158,18 @@ def _sum_counts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "shapes": dict(shapes.most_common()),
         "ignored_columns": sorted(ignored),
     }
+
+
+def _sum_notes(
+    request: IngestRequest, summaries: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Number of rows and the first row of every note, summed over shards in order."""
+    found: dict[str, dict[str, Any]] = {}
+    for summary in summaries:
+        for note, (n_rows, first) in summary["notes"].items():
+            place = f"{request.files[summary['source']]}:{first + 1}"
+            found.setdefault(note, {"rows": 0, "first": place})["rows"] += n_rows
+    return dict(sorted(found.items()))
 
 
 def _length_statistics(
@@ -169,18 +199,74 @@ def _length_statistics(
     return {"pairs_chosen_longer": longer, "pairs_equally_long": equal}
 
 
+def held_out_set(train: TokenSet, share: float) -> TokenSet:
+    """The pairs of the training files that are not trained on, as a set of their own.
+
+    Args:
+        train: the training set.
+        share: of the prompts, as it was asked for.
+
+    Raises:
+        DataError: where none or all of the prompts are held out.
+    """
+    held = load_keys(train.folder, "held").astype(bool)
+    n_prompts = len(np.unique(load_keys(train.folder, "prompt_keys")))
+    problem = ""
+    if n_prompts == 1:
+        problem = (
+            f"all {len(held)} pairs have one prompt, and prompts are held out whole: "
+            "name eval_files instead"
+        )
+    elif len(held) and (held.all() or not held.any()):
+        what, change = ("all", "lower") if held.all() else ("none", "raise")
+        problem = (
+            f"{what} of the {n_prompts} prompts would be held out, as a hash of each decides: "
+            f"{change} it from {share}, or name eval_files instead"
+        )
+    if problem:
+        raise DataError([f"val_set_size: {problem}"])
+    return dataclasses.replace(train, shards=train.held_out, held_out=(), is_held_out=True)
+
+
+def pairs_longer_than(tokens: TokenSet, n_tokens: int, held_out: bool = False) -> tuple[int, int]:
+    """Count the pairs whose prompt and longest answer together exceed a length.
+
+    Args:
+        tokens: a token set.
+        n_tokens: the length.
+        held_out: count the pairs that are held out, instead of all others.
+
+    Returns:
+        How many, and the tokens of the longest pair.
+    """
+    if held_out:
+        tally = np.zeros(1, dtype=np.int64)
+        for name in PairStats.names(tokens.folder):
+            stats = PairStats.load(tokens.folder, name)
+            prompt, chosen, rejected = stats.lengths[stats.held].T
+            counts = np.bincount(prompt + np.maximum(chosen, rejected), minlength=len(tally))
+            counts[: len(tally)] += tally
+            tally = counts
+    else:
+        with np.load(tokens.folder.fetch_file(LENGTHS, once=True)) as arrays:
+            tally = arrays["longest"]
+    return int(tally[n_tokens + 1 :].sum()), int(tally.nonzero()[0].max(initial=0))
+
+
 def nothing_usable(tokens: TokenSet) -> list[str]:
     """Explain why a token set has no pairs: counts by reason and first rows; [] if it has some."""
     if tokens.n_pairs:
         return []
     report = tokens.report
-    counts = ", ".join(f"{count} {reason}" for reason, count in report["refused"].items())
-    if report["rows_held_out"]:
-        counts = f"{report['rows_held_out']} held out"
-    lines = [
-        f"no usable row in {', '.join(tokens.sources)}: {counts or 'the files contain no rows'}"
-    ]
-    return lines + first_refused(tokens, 3)
+    ends = [(report["rows_held_out"], "held out")] if report["rows_held_out"] else []
+    ends += [(count, reason) for reason, count in report["refused"].items()]
+    counts = ", ".join(f"{count} {end}" for count, end in ends)
+    text = f"no usable row in {', '.join(tokens.sources)}: {counts or 'the files contain no rows'}"
+    if report["refused"].get(Reason.OVERLAP):
+        text += (
+            "; drop_overlap leaves out all prompts of the evaluation sets: name other eval_files"
+        )
+    return [text, *first_refused(tokens, 3)]
 
 
 def first_refused(

@@ -26,6 +26,7 @@ class PairStats:
         rows: source row number, from 0.
         prompt_keys: hash of the prompt before templating (see `Record.prompt_key`).
         pair_keys: hash of the three rendered texts.
+        swapped_keys: what `pair_keys` would be with chosen and rejected swapped.
         group_keys: hash of the prompt's token ids after truncation.
         lengths: (pairs, 3), number of tokens of prompt, chosen and rejected.
         held: whether the pair is held out of training.
@@ -35,6 +36,7 @@ class PairStats:
     rows: npt.NDArray[np.int64]
     prompt_keys: Keys
     pair_keys: Keys
+    swapped_keys: Keys
     group_keys: Keys
     lengths: npt.NDArray[np.int32]
     held: npt.NDArray[np.bool_]
@@ -57,6 +59,15 @@ class PairStats:
         return [path.stem for path in (tokens / STATS).fetch().path.glob("*.npz")]
 
 
+def are_among(keys: Keys, ordered: Keys) -> npt.NDArray[np.bool_]:
+    """Whether each key is one of `ordered`, which must be sorted; `np.isin` would sort it again."""
+    if not len(ordered):
+        return np.zeros(len(keys), dtype=bool)
+    places = np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)
+    found: npt.NDArray[np.bool_] = ordered[places] == keys
+    return found
+
+
 @dataclass
 class PairStatsBuilder:
     """Collects the pairs of a shard, and their `PairStats`, one pair at a time.
@@ -68,22 +79,21 @@ class PairStatsBuilder:
 
     held_share: float
     groups: list[PromptGroup] = field(default_factory=list)
-    keys: list[tuple[int, int]] = field(default_factory=list)
+    keys: list[tuple[int, int, int]] = field(default_factory=list)
     subsets: list[str] = field(default_factory=list)
 
     def add(self, group: PromptGroup, text: PairText, prompt: str, subset: str = "") -> None:
         """Add one plain pair; `prompt` is its `Record.prompt_key`."""
-        parts = (text.prompt, text.chosen, text.rejected)
-        lengths = ",".join(
-            str(len(part)) for part in parts
-        )  # so that moving text between parts changes the hash
-        pair_key = _hash("".join((lengths, *parts)))
+        texts = (text.prompt, text.chosen, text.rejected)
+        of_prompt, of_chosen, of_rejected = (xxhash.xxh3_64_digest(part.encode()) for part in texts)
+        pair_key = xxhash.xxh3_64_intdigest(of_prompt + of_chosen + of_rejected)
+        swapped_key = xxhash.xxh3_64_intdigest(of_prompt + of_rejected + of_chosen)
         self.groups.append(group)
-        self.keys.append((_hash(prompt), pair_key))
+        self.keys.append((_hash(prompt), pair_key, swapped_key))
         self.subsets.append(subset)
 
     def _held(self) -> list[bool]:
-        return [key / _SCALE < self.held_share for key, _ in self.keys]
+        return [key / _SCALE < self.held_share for key, *_ in self.keys]
 
     def part(self, held: bool) -> list[PromptGroup]:
         """Return the pairs that are held out, or those that are not."""
@@ -91,12 +101,13 @@ class PairStatsBuilder:
 
     def arrays(self) -> PairStats:
         """Return the stats of all added pairs."""
-        keys = np.array(self.keys, dtype=np.uint64).reshape(-1, 2)
+        keys = np.array(self.keys, dtype=np.uint64).reshape(-1, 3)
         lengths = [[len(group.prompt), *map(len, group.completions)] for group in self.groups]
         return PairStats(
             rows=np.array([group.row_ids[0].row for group in self.groups], dtype=np.int64),
             prompt_keys=keys[:, 0],
             pair_keys=keys[:, 1],
+            swapped_keys=keys[:, 2],
             group_keys=np.array(
                 [xxhash.xxh3_64_intdigest(group.prompt.tobytes()) for group in self.groups],
                 dtype=np.uint64,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from orpo_ray.dataset.pair_index import PairStats
+from orpo_ray.dataset.pair_index import PairStats, are_among
 from orpo_ray.dataset.request import IngestRequest, MapTasks
 from orpo_ray.dataset.shards import Shard, read_shard, write_shard
 from orpo_ray.dataset.tokenize import QUARANTINE
@@ -120,13 +120,17 @@ def find_dropped_pairs(
 ) -> list[Any]:
     """Find duplicates and overlaps with other token sets, and correct the counts in `summaries`.
 
+    Pairs that contradict another one, which has their answers swapped, are counted and kept.
+
     Returns:
         For every shard a boolean array that is True for each pair to drop.
     """
     keys = [stats.pair_keys for stats in iter_stats(tokens, summaries)]
     everything = np.concatenate([np.empty(0, np.uint64), *keys])
     repeated = np.ones(len(everything), dtype=bool)
-    repeated[np.unique(everything, return_index=True)[1]] = False
+    distinct, firsts = np.unique(everything, return_index=True)
+    repeated[firsts] = False
+    del everything, firsts, keys
     others = [load_keys(other, "prompt_keys") for other in request.other_sets]
     elsewhere = np.unique(np.concatenate([np.empty(0, np.uint64), *others]))
     masks, first, lines = [], 0, []
@@ -134,7 +138,8 @@ def find_dropped_pairs(
         here = repeated[first : first + len(stats.rows)]
         first += len(stats.rows)
         summary["duplicate_pairs"] = int(here.sum())
-        overlaps = np.isin(stats.prompt_keys, elsewhere) & ~stats.held
+        summary["contradicting_pairs"] = int(are_among(stats.swapped_keys, distinct).sum())
+        overlaps = are_among(stats.prompt_keys, elsewhere) & ~stats.held
         doubles = here & ~overlaps if request.drop_duplicates else np.zeros_like(here)
         mask = doubles | overlaps
         masks.append(mask)

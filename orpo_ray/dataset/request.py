@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
+from orpo_ray.preference.templates import TEMPLATE_DATE
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
-from orpo_ray.pretrained import ModelSource, load_tokenizer
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_tokenizer
 from orpo_ray.storage.folder import Folder, FolderLike
 
 MapTasks = Callable[[list[dict[str, Any]], Any], list[dict[str, Any]]]
@@ -37,6 +39,8 @@ class IngestRequest:
         reader: reads a row as pairs.
         chat_template: Jinja template that replaces the tokenizer's.
         special_tokens: `refuse` or `allow` rows whose text contains special tokens.
+        template_drops: `warn` of or `refuse` rows of which the chat template leaves out a part.
+        template_date: the date that chat templates which ask for today's get, as YYYY-MM-DD.
         group_by_prompt: whether all pairs of one prompt become one group.
         val_set_size: share of prompts, in [0, 1), whose pairs are held out.
         drop_duplicates: whether repeats of an earlier pair are dropped.
@@ -54,6 +58,8 @@ class IngestRequest:
     reader: RowReader = field(default_factory=RowReader)
     chat_template: str | None = None
     special_tokens: str = "refuse"
+    template_drops: str = "warn"
+    template_date: str = TEMPLATE_DATE
     group_by_prompt: bool = False
     val_set_size: float = 0.0
     drop_duplicates: bool = False
@@ -73,17 +79,21 @@ class IngestRequest:
             self.chat_template,
             self.trust_remote_code,
         )
-        return _load_tokenizer(source, self.limits, files)
+        return _load_tokenizer(source, self.limits, self.special_tokens, files)
 
 
 @functools.lru_cache(maxsize=8)
 def _load_tokenizer(
-    source: ModelSource, limits: Limits, files: tuple[tuple[int, int], ...]
+    source: ModelSource, limits: Limits, special_tokens: str, files: tuple[tuple[int, int], ...]
 ) -> PairTokenizer:
     """Load the tokenizer; `files` is there for the cache key.
 
     Raises:
-        DataError: if it cannot tokenize pairs.
+        DataError: if it cannot be loaded, or cannot tokenize pairs.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a data task has one CPU
-    return PairTokenizer(load_tokenizer(source), limits)
+    try:
+        tokenizer = load_tokenizer(source)
+    except UnsupportedModelError as error:
+        raise DataError([f"model_name_or_path: {error}"]) from error
+    return PairTokenizer(tokenizer, limits, special_tokens)

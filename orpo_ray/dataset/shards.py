@@ -63,6 +63,8 @@ class TokenSet:
         sources: source files; `RowId.source` is an index into them.
         report: counts of the ingest, written to `data_report.json`.
         held_out: shards of pairs held out for evaluation, in the same order.
+        is_held_out: whether `shards` are those that are held out of the training files; the folder
+            and the report are then those of the training set.
     """
 
     folder: Folder
@@ -70,6 +72,7 @@ class TokenSet:
     sources: tuple[str, ...]
     report: dict[str, Any]
     held_out: tuple[Shard, ...] = ()
+    is_held_out: bool = False
 
     @property
     def n_groups(self) -> int:

@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,17 +12,28 @@ from orpo_ray.dataset.pair_index import STATS, PairStatsBuilder
 from orpo_ray.dataset.request import IngestRequest
 from orpo_ray.dataset.shards import write_shard
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.groups import RowId
+from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.reading.readers import read_split, split_file
 from orpo_ray.preference.reading.rows import RawRow, Split
-from orpo_ray.preference.records import Reason, Record, Refusal, excerpt
-from orpo_ray.preference.templates import PairText, empty_answer, render, special_token_in
+from orpo_ray.preference.records import (
+    NOTE_TEXTS,
+    TEMPLATE_DROPS,
+    Note,
+    Reason,
+    Record,
+    Refusal,
+    excerpt,
+    n_characters,
+)
+from orpo_ray.preference.special_tokens import special_token_in
+from orpo_ray.preference.templates import PairText, empty_answer, render
 from orpo_ray.preference.tokenization import TokenizedPair
 from orpo_ray.storage.files import read_json
 from orpo_ray.storage.folder import Folder, FolderLike
 
 QUARANTINE, DONE = "quarantine", "done"
 _BATCH_ROWS = 256
+_BATCH_CHARACTERS = 4_000_000
 
 
 def make_folders(tokens: FolderLike) -> None:
@@ -77,26 +88,31 @@ class TokenizeSplit:
             return [item]
         rows = read_split(Split(**item["split"]))
         answers = []
-        while chunk := list(itertools.islice(rows, self.request.shard_rows)):
-            answers.append(self._write_chunk(item["source"], chunk))
+        for first in rows:
+            chunk = itertools.chain([first], itertools.islice(rows, self.request.shard_rows - 1))
+            answers.append(self._write_chunk(item["source"], first.number, chunk))
         return answers
 
-    def _write_chunk(self, source: int, chunk: Sequence[RawRow]) -> dict[str, Any]:
+    def _write_chunk(self, source: int, first: int, chunk: Iterator[RawRow]) -> dict[str, Any]:
         """Write one shard, unless an interrupted ingest already has; return its summary."""
-        name = f"{source:05d}-{chunk[0].number:010d}"
+        name = f"{source:05d}-{first:010d}"
         tokens, done = Folder.at(self.tokens), f"{DONE}/{name}.json"
-        if not tokens.fetch_file(done, once=True).exists():
+        if tokens.fetch_file(done, once=True).exists():
+            for _ in chunk:  # the next shard begins after it
+                pass
+        else:
             make_folders(tokens)
-            tokens.write_json(done, self._tokenize_chunk(tokens, name, source, chunk))
+            tokens.write_json(done, self._tokenize_chunk(tokens, name, (source, first), chunk))
         return read_json(tokens.path / done)
 
     def _tokenize_chunk(
-        self, tokens: Folder, name: str, source: int, chunk: Sequence[RawRow]
+        self, tokens: Folder, name: str, place: tuple[int, int], chunk: Iterator[RawRow]
     ) -> dict[str, Any]:
         """Tokenize the rows; write shards, stats and quarantine; return the summary."""
+        source, first = place
         rows = _ShardContents(self.request, source)
-        for first in range(0, len(chunk), _BATCH_ROWS):
-            rows.add(chunk[first : first + _BATCH_ROWS])
+        while batch := list(itertools.islice(chunk, _BATCH_ROWS)):
+            rows.add(batch)
         parts = {"": rows.kept.part(held=False), ".held": rows.kept.part(held=True)}
         shards = {
             part: asdict(write_shard(f"{tokens.path}/{name}{part}.parquet", groups, source))
@@ -109,18 +125,20 @@ class TokenizeSplit:
         kept_rows = [{g.row_ids[0].row for g in groups} for groups in parts.values()]
         return {
             "source": source,
-            "first_row": chunk[0].number,
+            "first_row": first,
             "name": name,
             "shard": shards.get(""),
             "held_shard": shards.get(".held"),
             "quarantine": f"{QUARANTINE}/{name}.jsonl" if rows.refused else None,
-            "rows_read": len(chunk),
+            "rows_read": rows.n_read,
             "rows_kept": len(kept_rows[0]),
             "rows_held_out": len(kept_rows[1]),
             "refused": Counter(str(refusal.reason) for _, refusal in rows.refused),
             "longest_group_tokens": max((group.n_tokens for group in parts[""]), default=0),
+            "largest_token": max(map(_largest_token, rows.kept.groups), default=(0, 0)),
             **rows.counts,
             "shapes": rows.shapes,
+            "notes": rows.notes,
             "ignored_columns": sorted(rows.ignored),
         }
 
@@ -148,6 +166,12 @@ class TokenizeSplit:
             target.write_bytes(text)
 
 
+def _largest_token(pair: PromptGroup) -> tuple[int, int]:
+    """The largest token id of a pair, and its row from 1."""
+    largest = max(int(ids.max(initial=0)) for ids in (pair.prompt, *pair.completions))
+    return largest, pair.row_ids[0].row + 1
+
+
 @dataclass(frozen=True)
 class _RenderedRow:
     """One row after rendering.
@@ -164,6 +188,11 @@ class _RenderedRow:
     prompt: str
     left_out: int
 
+    @property
+    def n_characters(self) -> int:
+        """Number of characters to tokenize."""
+        return sum(2 * len(t.prompt) + len(t.chosen) + len(t.rejected) for t in self.texts)
+
 
 class _ShardContents:
     """Collects the kept pairs, refused rows and counts of one shard."""
@@ -175,6 +204,8 @@ class _ShardContents:
         self.kept = PairStatsBuilder(request.val_set_size)
         self.refused: list[tuple[RawRow, Refusal]] = []
         self.shapes: Counter[str] = Counter()
+        self.notes: dict[str, list[int]] = {}  # number of rows, and the first one
+        self.n_read = 0
         self.ignored: set[str] = set()
         self.counts: Counter[str] = Counter(
             pairs_left_out=0, truncated_pairs=0, truncated_prompts=0, truncated_completions=0
@@ -182,6 +213,7 @@ class _ShardContents:
 
     def add(self, batch: Sequence[RawRow]) -> None:
         """Render and tokenize a batch of rows."""
+        self.n_read += len(batch)
         rows: list[_RenderedRow] = []
         for raw in batch:
             try:
@@ -194,6 +226,13 @@ class _ShardContents:
                 self.refused.append((raw, found))
             else:
                 rows.append(found)
+            if sum(row.n_characters for row in rows) > _BATCH_CHARACTERS:
+                self._tokenize(rows)
+                rows = []
+        self._tokenize(rows)
+
+    def _tokenize(self, rows: Sequence[_RenderedRow]) -> None:
+        """Tokenize and add some rendered rows."""
         row_ids = [RowId(self._source, row.raw.number) for row in rows for _ in row.texts]
         results = iter(self._pairs.tokenize([text for row in rows for text in row.texts], row_ids))
         for row in rows:
@@ -208,12 +247,18 @@ class _ShardContents:
         self.counts["pairs_left_out"] += row.left_out + len(refused)
         column = self._request.subset_column
         subset = "" if column is None else str((row.raw.record or {}).get(column, ""))
+        notes: set[Note] = set()
         for text, pair in zip(row.texts, results, strict=True):
             if isinstance(pair, TokenizedPair):
+                notes |= text.notes | ({Note.LOST_CHARACTERS} if pair.has_lost else set())
                 self.kept.add(pair.group, text, row.prompt, subset)
                 self.counts["truncated_prompts"] += pair.prompt_cut
                 self.counts["truncated_completions"] += pair.completion_cut
                 self.counts["truncated_pairs"] += pair.prompt_cut or pair.completion_cut
+
+        for note in notes:
+            n_rows, first = self.notes.get(note, [0, row.raw.number])
+            self.notes[note] = [n_rows + 1, min(first, row.raw.number)]
 
     def _render_row(self, raw: RawRow) -> _RenderedRow | Refusal:
         """Render the pairs of one row, or refuse it."""
@@ -245,14 +290,31 @@ class _ShardContents:
             refusal = special_token_in(record, tokenizer)
             if refusal:
                 return refusal
-        text = render(record, tokenizer)
+        most = self._request.limits.characters
+        if n_characters(record) > most:
+            return _too_large(n_characters(record), most)
+        text = render(record, tokenizer, self._request.template_date)
         if isinstance(text, Refusal):
             return text
+        n_rendered = len(text.prompt) + max(len(text.chosen), len(text.rejected))
+        if n_rendered > most:
+            return _too_large(n_rendered, most)
+        dropped = text.notes & TEMPLATE_DROPS
+        if dropped and self._request.template_drops == "refuse":
+            return Refusal(Reason.TEMPLATE_DROPS, "; ".join(NOTE_TEXTS[n] for n in sorted(dropped)))
         try:
             (text.prompt + text.chosen + text.rejected).encode()
         except UnicodeEncodeError:
             return Refusal(Reason.BAD_SURROGATE, "the rendered text contains an unpaired surrogate")
-        return empty_answer(text, tokenizer.eos_token) or text
+        return empty_answer(text, tokenizer) or text
+
+
+def _too_large(n_characters: int, most: int) -> Refusal:
+    return Refusal(
+        Reason.TOO_LARGE,
+        f"the pair has {n_characters} characters, more than the {most} that a task tokenizes at "
+        "once (16 for each token of max_length)",
+    )
 
 
 _WHY_NO_RECORD = {

@@ -1,12 +1,15 @@
 """LoRA through peft: adapters put into a model, and written out again; in training workers."""
 
 import dataclasses
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from orpo_ray.config.model import ModelSection
@@ -14,6 +17,7 @@ from orpo_ray.pretrained import ModelSource, UnsupportedModelError, on_this_node
 from orpo_ray.storage.folder import light
 
 _ADAPTER = "default"  # peft's own name for an only adapter
+_CLOSE_NAMES = 3
 
 
 def add_adapters(causal_lm: PreTrainedModel, config: ModelSection, seed: int) -> None:
@@ -29,6 +33,7 @@ def add_adapters(causal_lm: PreTrainedModel, config: ModelSection, seed: int) ->
             loss is computed from its plain weight.
     """
     peft = _peft()
+    _refuse_unknown_targets(causal_lm, config.lora_target_modules or ())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -37,6 +42,31 @@ def add_adapters(causal_lm: PreTrainedModel, config: ModelSection, seed: int) ->
             raise UnsupportedModelError(f"lora_target_modules: {error}") from error
     if not isinstance(causal_lm.get_output_embeddings(), torch.nn.Linear):
         raise UnsupportedModelError("lora_target_modules: the LM head cannot be adapted")
+
+
+def _refuse_unknown_targets(causal_lm: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Refuse names that are of no module; peft passes over them if another one is.
+
+    Raises:
+        UnsupportedModelError: naming them, and modules with a similar name.
+    """
+    modules = [name for name, _ in causal_lm.named_modules()]
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not causal_lm.get_output_embeddings()
+    }
+    problems = []
+    for target in targets:
+        if any(f".{name}".endswith(f".{target}") for name in modules):
+            continue
+        close = difflib.get_close_matches(target, sorted(linear), n=_CLOSE_NAMES)
+        # Of another family's names none may be close.
+        hint = f"did you mean {' or '.join(close)}?" if close else f"it has {sorted(linear)}"
+        problems.append(f"{target!r} is no module of {causal_lm.config.model_type}; {hint}")
+    if problems:
+        raise UnsupportedModelError("\n".join(f"lora_target_modules: {p}" for p in problems))
 
 
 def base_of(source: ModelSource) -> tuple[ModelSource, Any]:

@@ -8,13 +8,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from orpo_ray.config.model import ModelSection
 from orpo_ray.models.adapters import save_adapters
 from orpo_ray.models.orpo_model import OrpoModel
-from orpo_ray.pretrained import ModelSource, load_model, load_model_config, load_tokenizer
+from orpo_ray.pretrained import (
+    ModelSource,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    on_this_node,
+)
 from orpo_ray.runs.files import RECORD
-from orpo_ray.storage.folder import Folder, FolderLike
+from orpo_ray.storage.files import read_json
+from orpo_ray.storage.folder import Folder, FolderLike, light
 
 
 def export_model(
@@ -48,9 +56,11 @@ def export_model(
             _write_adapted(beside, named, source, config)
         else:
             _write_whole(beside, model, named, base)
+        tokenizer = load_tokenizer(source)
         if (beside / "config.json").exists():
             _restore_config(beside / "config.json", base)
-        load_tokenizer(source).save_pretrained(beside)
+            _stop_at(tokenizer.eos_token_id, beside, source, base)
+        tokenizer.save_pretrained(beside)
         (beside / RECORD).write_text(json.dumps({"step": step}) + "\n")
         final.remove()
         beside.rename(final.path)
@@ -81,11 +91,47 @@ def _write_adapted(
 
 def _restore_config(path: Path, base: PreTrainedConfig) -> None:
     """Training changed dropout and caching settings; the model's own are exported."""
-    exported = json.loads(path.read_text())
+    exported = json.loads(path.read_text(encoding="utf-8"))
     exported.pop("_name_or_path", None)  # a folder of this machine, or of whoever made the base
     exported |= {
         name: value
         for name, value in base.to_diff_dict().items()
         if name in exported and name not in ("dtype", "transformers_version")
     }
-    path.write_text(json.dumps(exported, indent=2) + "\n")
+    path.write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")
+
+
+def _stop_at(end: int, folder: Path, source: ModelSource, base: PreTrainedConfig) -> None:
+    """Let generation stop at the token that answers were trained to end with.
+
+    `generation_config.json` is what transformers' `generate` and vLLM stop by. It is the base
+    model's where that has one, so that its sampling settings are kept, too.
+
+    Args:
+        end: the token, which is added to those that the base model stops at.
+        folder: of the exported model.
+        source: of the base model.
+        base: its config.
+    """
+    path = folder / GENERATION_CONFIG_NAME
+    own = cached_file(
+        on_this_node(source.model, light),
+        GENERATION_CONFIG_NAME,
+        revision=source.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    generation = json.loads(Path(own).read_text(encoding="utf-8")) if own else read_json(path)
+    generation["eos_token_id"] = _with_end(end, generation.get("eos_token_id"))
+    path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    if hasattr(base, "eos_token_id"):  # else it is part of a config within the config
+        config = read_json(folder / CONFIG_NAME)
+        config["eos_token_id"] = _with_end(end, base.eos_token_id)
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_end(end: int, own: int | list[int] | None) -> int | list[int]:
+    """The tokens that a model stops at, and `end` as the first of them unless it is one."""
+    ends = own if isinstance(own, list) else [] if own is None else [own]
+    if end in ends and own is not None:
+        return own
+    return [end, *ends] if ends else end

@@ -41,12 +41,21 @@ def use_liger_kernels(
             return False
     elif not asked:
         return False
-    elif device.type != "cuda":
+    refuse_off_gpus(device)
+    patch(causal_lm)
+    return True
+
+
+def refuse_off_gpus(device: torch.device) -> None:
+    """Refuse Liger's kernels on a device that they do not run on.
+
+    Raises:
+        UnsupportedModelError: with the fix.
+    """
+    if device.type != "cuda":
         raise UnsupportedModelError(
             "use_liger_kernel: Liger's kernels run on GPUs only: set use_gpu=true, or take it out"
         )
-    patch(causal_lm)
-    return True
 
 
 def patch(causal_lm: PreTrainedModel) -> None:

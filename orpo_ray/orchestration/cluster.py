@@ -3,7 +3,10 @@
 import logging
 import math
 import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 from ray.train import (
@@ -21,10 +24,13 @@ from orpo_ray.orchestration.loopback import (
     keep_to_this_machine,
     keep_token_private,
 )
+from orpo_ray.orchestration.stopping import interrupted_by, kept_handlers
+from orpo_ray.pretrained import UnsupportedModelError
 from orpo_ray.storage.folder import Folder
 from orpo_ray.training.allocator import memory_settings
 
 _KIND = "accelerator_type:"
+_connected: list[object] = []  # the contexts of what `connect` joined or started
 _LOOK_S = 1.0
 # Read by Ray where `fit` is called and passed on. The poll sets how fast a report is taken up.
 _RAY_SETTINGS = {
@@ -57,9 +63,34 @@ def connect(dashboard: bool = False) -> None:
     if local:
         keep_to_this_machine()
         keep_token_private()
-    context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    with kept_handlers(), _no_hangup():
+        try:
+            context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+        except SystemExit as end:  # by the handler of SIGTERM that Ray installs
+            raise interrupted_by(signal.SIGTERM) from end
+    _connected.append(context)
     if not local and context.dashboard_url:
         os.environ.setdefault(*_TRAIN_PAGE)
+
+
+@contextmanager
+def _no_hangup() -> Iterator[None]:
+    """Block SIGHUP for what is started inside: of a terminal that is closed only the driver learns.
+
+    A Ray of this machine would end on it at once, and a run could not save a checkpoint.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def disconnect() -> None:
+    """Leave the cluster, or end the Ray of this machine, if `connect` joined or started it."""
+    if _connected:
+        _connected.clear()
+        ray.shutdown()
 
 
 def with_cluster(config: ORPOConfig) -> ORPOConfig:
@@ -68,7 +99,8 @@ def with_cluster(config: ORPOConfig) -> ORPOConfig:
     Waits up to `cluster_wait_s` for nodes that are still to come.
 
     Raises:
-        ConfigError: when the cluster cannot hold the workers, with what is asked and what is there.
+        ConfigError: when the cluster cannot hold the workers, with what is asked and what is there;
+            and for settings that need GPUs where workers have none.
     """
     deadline = time.monotonic() + config.ray.cluster_wait_s
     while True:
@@ -80,10 +112,28 @@ def with_cluster(config: ORPOConfig) -> ORPOConfig:
         settled = config.replace(use_gpu=use_gpu, resources_per_worker=resources)
         n_fit = workers_that_fit(settled)
         if n_fit >= config.ray.min_workers:
+            _refuse_without_gpus(settled)
             return settled
         if time.monotonic() >= deadline:
             raise ConfigError([_what_is_missing(settled, n_fit)])
         time.sleep(min(_LOOK_S, max(0.0, deadline - time.monotonic())))
+
+
+def _refuse_without_gpus(config: ORPOConfig) -> None:
+    """Refuse what needs GPUs where no worker of a settled config has one."""
+    if config.ray.use_gpu or not (config.model.load_in_4bit or config.model.use_liger_kernel):
+        return
+    import torch
+
+    from orpo_ray.models.liger import refuse_off_gpus
+    from orpo_ray.models.quantized import refuse_quantization
+
+    try:
+        if config.model.load_in_4bit:
+            refuse_quantization(torch.device("cpu"))
+        refuse_off_gpus(torch.device("cpu"))
+    except UnsupportedModelError as error:
+        raise ConfigError([str(error)]) from error
 
 
 def workers_that_fit(config: ORPOConfig) -> int:

@@ -4,6 +4,7 @@ Workers score the pairs, as in training; the rest is on the driver.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,14 +17,22 @@ from rich.console import Console
 from rich.table import Table
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.ingest import nothing_usable
 from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration.inputs import RunInputs, named_model
-from orpo_ray.orchestration.start import Start, run_directory_of, start_run, with_run_name
+from orpo_ray.orchestration.preflight import check_model
+from orpo_ray.orchestration.start import (
+    Start,
+    ingest_all,
+    run_directory_of,
+    start_run,
+    with_run_name,
+)
 from orpo_ray.orchestration.workers import evaluate_worker, run_workers, scores_file
 from orpo_ray.preference.errors import DataError
-from orpo_ray.pretrained import ModelSource
-from orpo_ray.reports.terminal import as_text
+from orpo_ray.pretrained import ModelSource, load_tokenizer
+from orpo_ray.reports.text import as_text
 from orpo_ray.runs.metrics import set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.statistics import Difference, Estimate, Scores, differences, estimates
@@ -47,6 +56,7 @@ class SetEvaluation:
         subsets: the same for the pairs of each value of `eval_subset_column`.
         lengths: the same for four groups of pairs of about the same length, the shortest first.
         differences: from the baseline, if there is one.
+        pairs_compared: pairs of which they are: those that both tokenizers take.
         scores: the file with a row a pair.
     """
 
@@ -55,6 +65,7 @@ class SetEvaluation:
     subsets: dict[str, dict[str, Any]]
     lengths: dict[str, dict[str, Any]]
     differences: dict[str, Difference]
+    pairs_compared: int
     scores: str
 
 
@@ -101,16 +112,57 @@ def evaluate(config: ORPOConfig, inputs: RunInputs | None = None) -> EvaluationR
 
 def _evaluate_sets(start: Start, baseline: ModelSource | None) -> EvaluationResult:
     """`evaluate` on ingested data."""
-    scored = _score(start, start.inputs.model, "")
-    other = _score(start, baseline, "-baseline") if baseline else None
+    against = _with_baseline(start, baseline) if baseline else None
+    scored = _score(start, "")
+    other = _score(against, "-baseline") if against else None
     sets = {}
     for name, table in scored.tables.items():
         shown = _shown(name)
-        against = other.tables[name] if other else None
-        sets[shown] = _statistics(table, against, scored.files[name])
+        pairing = _paired(shown, table, other.tables[name]) if other else None
+        sets[shown] = _statistics(table, pairing, scored.files[name])
     result = EvaluationResult(start.folder.address, sets, scored.metrics)
     start.folder.write_json(RESULT, asdict(result), indent=1)
     return result
+
+
+def _with_baseline(start: Start, baseline: ModelSource) -> Start:
+    """The start with the baseline as its model, and with the pairs in the tokens of its tokenizer.
+
+    Raises:
+        ConfigError: for a baseline that cannot be evaluated on them.
+        DataError: when its tokenizer can take no pair.
+    """
+    model = replace(baseline, chat_template=start.inputs.model.chat_template)
+    inputs = replace(start.inputs, model=model)
+    try:
+        token_sets = ingest_all(start.config, inputs, start.folder.parent, only_evals=True)
+    except DataError as error:
+        lines = [line.replace("model_name_or_path: ", "baseline: ", 1) for line in error.lines]
+        raise DataError(lines) from error
+    problems = [line for tokens in token_sets.values() for line in nothing_usable(tokens)]
+    if problems:
+        raise DataError([f"baseline: {line}" for line in problems])
+    check_model(start.config, model, token_sets, "baseline")
+    if any(token_sets[name].digest != tokens.digest for name, tokens in start.token_sets.items()):
+        _log.info(
+            "baseline: its tokenizer differs from the model's (%s); its pairs are tokenized with "
+            "its own",
+            ", ".join(_tokenizer_differences(start.inputs.model, model)),
+        )
+    return replace(start, inputs=inputs, token_sets=token_sets)
+
+
+def _tokenizer_differences(one: ModelSource, other: ModelSource) -> list[str]:
+    """In what two tokenizers differ."""
+    ours, theirs = load_tokenizer(one), load_tokenizer(other)
+    parts = {
+        "vocabulary": (ours.get_vocab(), theirs.get_vocab()),
+        "chat template": (ours.chat_template, theirs.chat_template),
+        "first token": (ours.bos_token, theirs.bos_token),
+        "end token": (ours.eos_token, theirs.eos_token),
+    }
+    found = [name for name, (a, b) in parts.items() if a != b]
+    return found or ["how texts are split"]
 
 
 def show_evaluation(result: EvaluationResult, console: Console) -> None:
@@ -138,12 +190,11 @@ class _Scored:
     files: dict[str, str]
 
 
-def _score(start: Start, model: ModelSource, suffix: str) -> _Scored:
-    """Let workers score all sets with a model, and write a file a set."""
+def _score(start: Start, suffix: str) -> _Scored:
+    """Let workers score all sets with the model, and write a file a set."""
     folder = start.folder / _WORKING
     folder.remove()
-    scoring = replace(start, inputs=replace(start.inputs, model=model), folder=folder)
-    answer = run_workers(evaluate_worker, scoring)
+    answer = run_workers(evaluate_worker, replace(start, folder=folder))
     for text in answer.notices:
         _log.info(text)
     folder.fetch()
@@ -190,15 +241,55 @@ def _subsets(tokens: TokenSet) -> dict[tuple[int, int], str]:
     return found
 
 
-def _statistics(table: pa.Table, baseline: pa.Table | None, file: str) -> SetEvaluation:
-    """Estimates of one set's scores, and their differences from the baseline's."""
+def _paired(name: str, table: pa.Table, baseline: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The scores of the rows of which both models score as many pairs, in the same order.
+
+    With another tokenizer the baseline may have lost other pairs, and its keys of prompts are
+    hashes of other tokens: its pairs get the keys of the model's pairs of the same row.
+    """
+    places = [
+        list(zip(part["file"].to_pylist(), part["row"].to_pylist(), strict=True))
+        for part in (table, baseline)
+    ]
+    ours, theirs = map(Counter, places)
+    both = {place for place, n_pairs in ours.items() if theirs[place] == n_pairs}
+    table, baseline = (
+        part.filter(pa.array([place in both for place in found], pa.bool_()))
+        for part, found in zip((table, baseline), places, strict=True)
+    )
+    n_left_out = ours.total() + theirs.total() - 2 * len(table)
+    if n_left_out:
+        _log.warning(
+            "%s data: %d pairs that only one of the two tokenizers takes are left out of the "
+            "comparison, which is on %d",
+            *(name, n_left_out, len(table)),
+        )
+    index = baseline.column_names.index("prompt_key")
+    return table, baseline.set_column(index, "prompt_key", table["prompt_key"])
+
+
+def _statistics(
+    table: pa.Table, pairing: tuple[pa.Table, pa.Table] | None, file: str
+) -> SetEvaluation:
+    """Estimates of one set's scores, and their differences from the baseline's.
+
+    Args:
+        table: scores of all pairs.
+        pairing: of `_paired`; None without a baseline.
+        file: of the scores.
+    """
     scores = Scores.from_table(table)
+    compared: dict[str, Difference] = {}
+    if pairing and len(pairing[0]):
+        ours, theirs = pairing
+        compared = differences(Scores.from_table(ours), Scores.from_table(theirs))
     return SetEvaluation(
         pairs=len(scores.prompts),
         figures=estimates(scores),
         subsets=_by_group(scores, np.array(table["subset"].to_pylist())),
         lengths=_by_group(scores, _length_groups(scores)),
-        differences={} if baseline is None else differences(scores, Scores.from_table(baseline)),
+        differences=compared,
+        pairs_compared=len(pairing[0]) if pairing else 0,
         scores=file,
     )
 
@@ -258,7 +349,10 @@ def _tables(name: str, part: SetEvaluation) -> list[Table]:
     if not part.differences:
         return [table]
     against = Table(
-        "model less baseline", "difference", "95 % interval", "p", title="paired", box=box.SIMPLE
+        "model less baseline",
+        *("difference", "95 % interval", "p"),
+        title=f"paired, on {part.pairs_compared} pairs",
+        box=box.SIMPLE,
     )
     for figure, found in part.differences.items():
         interval = f"{found.low:+.4f} to {found.high:+.4f}"

@@ -1,10 +1,11 @@
 """Turning what a user names (files, a hub id, objects in memory) into files; on the driver."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ import xxhash
 
 from orpo_ray.config.data import DataSource
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.request import TRAIN
 from orpo_ray.demo.pairs import write_demo_pairs
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.reading.sources import find_files
+from orpo_ray.preference.reading.finding import PassedOver, merge_passed_over, search_files
+from orpo_ray.preference.reading.splits import TRAIN_SPLIT
 from orpo_ray.preference.templates import template_text
 from orpo_ray.pretrained import ModelSource, refuse_unsafe
 from orpo_ray.storage.bucket import URLS
-from orpo_ray.storage.files import first_line, one_line, read_lines
+from orpo_ray.storage.files import first_line, one_line, read_json, read_lines
 from orpo_ray.storage.folder import Folder, FolderLike, light
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,14 @@ class RunInputs:
         train_files: one source a file, with its absolute path or URL.
         eval_files: the same, by metric prefix.
         model: base model and tokenizer.
+        passed_over: what is not read of the folders and globs of a data set, by its name in the
+            feed.
     """
 
     train_files: tuple[DataSource, ...]
     eval_files: Mapping[str, tuple[DataSource, ...]]
     model: ModelSource
+    passed_over: Mapping[str, PassedOver] = field(default_factory=dict)
 
 
 def find_inputs(
@@ -58,9 +65,10 @@ def find_inputs(
         return _from_hub(config, output_directory)
     problems: list[str] = []
     template = _chat_template(data.chat_template, problems)
-    train_files = _found("train_files", data.train_files, problems)
-    eval_files = eval_sets(_found("eval_files", data.eval_files, problems))
-    model = _base_model(config, problems)
+    passed_over: dict[str, PassedOver] = {}
+    train_files = _found("train_files", data.train_files, problems, passed_over)
+    eval_files = eval_sets(_found("eval_files", data.eval_files, problems, passed_over))
+    model = _base_model(config, problems, trains=not only_evals)
     if problems:
         raise DataError(problems)
     needs_demo_data = data.train_files is None and not (only_evals and model is not None)
@@ -72,7 +80,7 @@ def find_inputs(
             eval_files = eval_files or dict(demo.eval_files)
     if template is not None:
         model = dataclasses.replace(model, chat_template=template)
-    return RunInputs(train_files, eval_files, model)
+    return RunInputs(train_files, eval_files, model, passed_over)
 
 
 def _chat_template(setting: str | None, problems: list[str]) -> str | None:
@@ -93,38 +101,64 @@ def eval_sets(sources: Sequence[DataSource]) -> dict[str, tuple[DataSource, ...]
     """Sources by metric prefix: `eval_<name>_`, and `eval_` where they have no name."""
     sets: dict[str, tuple[DataSource, ...]] = {}
     for source in sources:
-        prefix = f"eval_{source.name}_" if source.name else "eval_"
+        prefix = _prefix(source)
         sets[prefix] = (*sets.get(prefix, ()), source)
     return sets
 
 
+def _prefix(source: DataSource) -> str:
+    return f"eval_{source.name}_" if source.name else "eval_"
+
+
 def _found(
-    setting: str, named: Sequence[str | DataSource] | None, problems: list[str]
+    setting: str,
+    named: Sequence[str | DataSource] | None,
+    problems: list[str],
+    passed_over: dict[str, PassedOver],
 ) -> tuple[DataSource, ...]:
     """The files of a setting; what is wrong with them is added to `problems`.
 
-    A file that several entries find is read once; under two weights or names that is a problem.
+    A file that several entries find is read once; under two weights or names that is a problem,
+    other than in two evaluation sets.
+    What is not read is added to `passed_over`, and files of another split than expected are logged.
     """
-    found: dict[str, DataSource] = {}
+    found: dict[tuple[str, str], DataSource] = {}
     for entry in named or ():
         like = entry if isinstance(entry, DataSource) else DataSource(path=entry)
         try:
-            sources = as_sources(find_files([like.path]), like)
+            files = search_files([like.path])
         except DataError as error:
             problems += [f"{setting}: {line}" for line in error.lines]
             continue
-        for source in sources:
-            if found.setdefault(source.path, source) != source:
+        name = TRAIN if setting == "train_files" else _prefix(like)
+        if files.passed_over:
+            passed_over[name] = merge_passed_over([passed_over.get(name, {}), files.passed_over])
+        for split in files.splits - {""}:
+            if (split == TRAIN_SPLIT) != (name == TRAIN):
+                _log.warning("%s: all files of %s are of the split %s", setting, like.path, split)
+        for source in as_sources(files.files, like):
+            if found.setdefault((name, source.path), source) != source:
                 problems.append(
                     f"{setting}: {source.path}: named twice, with another weight or name"
                 )
     return tuple(found.values())
 
 
-def _base_model(config: ORPOConfig, problems: list[str]) -> ModelSource | None:
-    """The base model that the config names, if it does."""
+def _base_model(config: ORPOConfig, problems: list[str], trains: bool) -> ModelSource | None:
+    """The base model that the config names, if it does; adapters are one for evaluation only."""
     name = config.model.model_name_or_path
-    return None if name is None else named_model("model_name_or_path", name, config, problems)
+    if name is None:
+        return None
+    source = named_model("model_name_or_path", name, config, problems)
+    if trains and Path(source.model, "adapter_config.json").is_file():
+        adapters = read_json(Path(source.model, "adapter_config.json"))
+        base = adapters.get("base_model_name_or_path")
+        problems.append(
+            f"model_name_or_path: {name} holds LoRA adapters (adapter_config.json), which are not "
+            f"trained further: name their base model ({base}), or one with the adapters merged "
+            "into it (merge_adapter=true)"
+        )
+    return source
 
 
 def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]) -> ModelSource:

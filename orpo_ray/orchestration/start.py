@@ -10,15 +10,15 @@ from typing import Any
 from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import load_config, to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.dataset.ingest import ingest
+from orpo_ray.dataset.ingest import held_out_set, ingest
 from orpo_ray.dataset.request import TRAIN, IngestRequest
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.exposure import exposure_warning
 from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
+from orpo_ray.orchestration.preflight import check_model
 from orpo_ray.orchestration.tasks import map_tasks
-from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits
 from orpo_ray.reports.data import data_lines, first_pair_lines, refuse_bad_data, write_data_report
@@ -114,8 +114,8 @@ def start_run(
     """Name the run, find its files, join the cluster, ingest, and write down all of it.
 
     Raises:
-        ConfigError: for settings that the cluster cannot meet, and for settings or data other
-            than those of the run's checkpoint.
+        ConfigError: for settings that the cluster cannot meet, for settings or data other than
+            those of the run's checkpoint, and for a model that cannot be trained on the data.
         DataError: for missing files and when no usable row is left.
     """
     config = with_run_name(config)
@@ -128,11 +128,14 @@ def start_run(
     if warning:
         _log.warning(warning)
     config = cluster.with_cluster(config)
-    token_sets = _ingest_all(config, inputs, output_directory, only_evals)
+    token_sets = ingest_all(config, inputs, output_directory, only_evals)
     start = Start(config, inputs, folder, token_sets, {})
     start.refuse_another_run()
+    check_model(config, inputs.model, token_sets)
     folder.make()
-    report = write_data_report(run_directory, token_sets, config, _names(inputs))
+    report = write_data_report(
+        run_directory, token_sets, config, _names(inputs), inputs.passed_over
+    )
     for name, figures in report.items():
         for line in data_lines(name, figures):
             _log.info(line)
@@ -145,7 +148,7 @@ def start_run(
     return dataclasses.replace(start, data_report=report)
 
 
-def _ingest_all(
+def ingest_all(
     config: ORPOConfig, inputs: RunInputs, output_directory: Folder, only_evals: bool
 ) -> dict[str, TokenSet]:
     """The token set of every data set, by its name in the feed; the training set comes first."""
@@ -166,25 +169,16 @@ def _ingest_all(
     train = ingest(request, map_tasks)
     if data.val_set_size:
         free = [name for name in ("eval_", "eval_held_out_", "eval_val_set_") if name not in evals]
-        evals[free[0]] = _held_out(train)
+        evals[free[0]] = held_out_set(train, data.val_set_size)
     return {TRAIN: train} | evals
 
 
-def _held_out(train: TokenSet) -> TokenSet:
-    """The pairs of the training files that are not trained on, as a set of their own.
-
-    Raises:
-        DataError: where there are none.
-    """
-    if not train.held_out:
-        raise DataError(["val_set_size: no prompt falls into so small a share of the data"])
-    return dataclasses.replace(train, shards=train.held_out, held_out=())
-
-
 def _names(inputs: RunInputs) -> dict[str, str]:
-    """What the user calls a file, where that is not its path."""
-    sources = [*inputs.train_files, *(s for part in inputs.eval_files.values() for s in part)]
-    return {source.path: source.name for source in sources if source.name}
+    """What the user calls a file, where that is not its path, and one name in all data sets."""
+    names: dict[str, set[str]] = {}
+    for source in (*inputs.train_files, *(s for part in inputs.eval_files.values() for s in part)):
+        names.setdefault(source.path, set()).add(source.name or "")
+    return {path: min(given) for path, given in names.items() if len(given) == 1 and all(given)}
 
 
 def _with_batch_size(config: ORPOConfig, run_directory: Path) -> ORPOConfig:
@@ -220,6 +214,8 @@ def _request(
         reader=RowReader(tuple((data.column_mapping or {}).items()), data.min_score_gap),
         chat_template=inputs.model.chat_template,
         special_tokens=data.special_tokens_in_text,
+        template_drops=data.template_drops,
+        template_date=data.template_date,
         group_by_prompt=data.group_by_prompt,
         subset_column=data.eval_subset_column,
         trust_remote_code=inputs.model.trust_remote_code,

@@ -1,8 +1,6 @@
 """Training and preparing: from a config to a trained model or to token shards; on the driver."""
 
 import logging
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.orchestration.inputs import RunInputs
 from orpo_ray.orchestration.start import Start, run_directory_of, start_run, with_run_name
+from orpo_ray.orchestration.stopping import requests
 from orpo_ray.orchestration.trackers import Trackers, refuse_missing
 from orpo_ray.orchestration.workers import run_workers, train_worker
 from orpo_ray.reports.card import write_model_card
@@ -28,6 +27,7 @@ from orpo_ray.runs.files import (
     CONFIG,
     DATA_REPORT,
     FINAL,
+    LEDGER,
     STOP,
     count_events,
     read_metrics,
@@ -38,30 +38,38 @@ from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.metrics import BY_NAME, eval_prefixes, set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.suspects import SUSPECTS, write_suspects
+from orpo_ray.storage.bucket import stamp
 from orpo_ray.storage.folder import Folder
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def stopping_on_sigterm(run: Folder) -> Iterator[None]:
-    """Let SIGTERM (of `ray job stop`, of a pod that ends) ask the workers to save and to stop.
+def stopping_on_signals(run: Folder) -> Iterator[None]:
+    """Let a signal (Ctrl-C, `ray job stop`, a pod that ends) ask workers to save and to stop.
 
-    Outside the main thread signals cannot be handled, and nothing is done.
+    While they have made no step, or outside the main thread, nothing is asked.
 
     Args:
         run: where the workers look for the request.
     """
-    request = run.path / STOP
     run.remove(STOP)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: request.touch())
+    ledger, request = run.path / LEDGER, run.path / STOP
+    before = stamp(ledger) if ledger.exists() else None
+
+    def ask() -> bool:
+        try:
+            if stamp(ledger) == before:
+                return False
+            request.touch()
+        except OSError:  # there is no ledger yet, or no room for a request
+            return False
+        return True
+
     try:
-        yield
+        with requests(ask):
+            yield
     finally:
-        signal.signal(signal.SIGTERM, before)
         run.remove(STOP)
 
 
@@ -109,7 +117,8 @@ def train(
         DataError: for missing files and when no usable row is left.
         TrainingError: for a loss that is not finite.
         ray.train.TrainingFailedError: when workers keep failing.
-        StoppedError: when this process got SIGTERM, once a checkpoint was saved.
+        StoppedError: when this process got SIGTERM or SIGHUP, once a checkpoint was saved.
+        KeyboardInterrupt: on Ctrl-C; also once a checkpoint was saved, but for a second one.
     """
     config = with_run_name(config)
     run_directory = run_directory_of(config)
@@ -119,7 +128,7 @@ def train(
         resources = start.config.ray.resources_per_worker
         _log.info("run directory: %s", run_directory)
         _log.info("starting %s worker(s) with %s", _workers_text(start.config), resources)
-        with stopping_on_sigterm(run_directory):
+        with stopping_on_signals(run_directory):
             return train_run(start, console)
 
 
@@ -149,7 +158,7 @@ def train_run(
         try_report(partial(write_run_report, start.folder, config, data_report))
         card = write_model_card(start.folder, config, data_report)
         texts = (run_directory / CONFIG, run_directory / DATA_REPORT, card)
-        trackers.log_texts({path.name: path.read_text() for path in texts})
+        trackers.log_texts({path.name: path.read_text(encoding="utf-8") for path in texts})
     figures = summary(run_directory)
     return TrainResult(
         run_directory=start.folder.address,

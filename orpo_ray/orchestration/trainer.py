@@ -1,6 +1,7 @@
 """ORPOTrainer: what a TRL user writes, with the import changed; on the driver."""
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,12 @@ from orpo_ray.orchestration.evaluate import evaluate
 from orpo_ray.orchestration.inputs import RunInputs, as_sources, find_inputs, keep_dataset
 from orpo_ray.orchestration.start import run_directory_of, with_run_name
 from orpo_ray.orchestration.train import TrainResult, train
-from orpo_ray.preference.reading.sources import find_files
+from orpo_ray.preference.reading.finding import passed_over_text, search_files
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.files import FINAL
 from orpo_ray.storage.folder import Folder
+
+_log = logging.getLogger(__name__)
 
 
 class ORPOTrainer:
@@ -142,4 +145,7 @@ def _named_dataset(name: str, directory: Folder) -> tuple[str, ...]:
         from datasets import load_dataset
 
         return (keep_dataset(load_dataset(name, split="train"), directory),)
-    return tuple(find_files([name]))
+    found = search_files([name])
+    if found.passed_over:
+        _log.info("%s: passed over: %s", name, passed_over_text(found.passed_over))
+    return found.files

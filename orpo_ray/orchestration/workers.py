@@ -10,17 +10,18 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 from ray.train import UserCallback
-from ray.train.torch import TorchTrainer
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.orchestration import cluster
+from orpo_ray.orchestration.controller import Trainer, fit
 from orpo_ray.orchestration.feed import PlannedFeed
 from orpo_ray.orchestration.gauges import RunGauges
 from orpo_ray.orchestration.loopback import torch_config
 from orpo_ray.orchestration.start import Start
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
+from orpo_ray.runs.files import STOP
 from orpo_ray.runs.formatting import format_time
 from orpo_ray.runs.mirror import from_workers
 from orpo_ray.runs.resume import ResumeError
@@ -29,7 +30,9 @@ from orpo_ray.training.errors import (
     EvaluationError,
     MicrobatchTooLargeError,
     NonFiniteError,
+    NotSavedError,
     StoppedError,
+    TrainingError,
 )
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ def train_worker(
         return WorkerAnswer(refusal=str(error))
     except StoppedError as error:
         return WorkerAnswer(stopped=str(error))
-    except NonFiniteError as error:
+    except (NonFiniteError, NotSavedError) as error:
         return WorkerAnswer(failure=str(error))
     except MicrobatchTooLargeError as error:
         if ray.train.get_context().get_world_size() > 1:
@@ -158,10 +161,6 @@ Work = Callable[[ORPOConfig, ModelSource, Folder, Sequence[str]], WorkerAnswer]
 see it, and the names of the evaluation sets in the feed."""
 
 
-class TrainingError(RuntimeError):
-    """Training stopped for a reason of its own, which another attempt would meet again."""
-
-
 def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()) -> WorkerAnswer:
     """Run `work` on every rank; returns rank 0's answer.
 
@@ -173,25 +172,30 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
     Raises:
         ConfigError: for what the workers refuse.
         StoppedError: when training was asked to stop, once a checkpoint was saved.
-        TrainingError: for what another attempt would meet again.
+        KeyboardInterrupt: when a signal ends the workers at once.
+        TrainingError: for what another attempt would meet again, when the checkpoint of a stop
+            was not saved, and when Ray Train's controller keeps dying.
         ray.train.TrainingFailedError: when workers keep failing.
     """
     config, folder, plans = start.config, start.folder, start.plans()
     evals = tuple(name for name in plans if name != TRAIN)
     cluster.ask_for_timeouts(config)
-    trainer = TorchTrainer(
-        partial(work, config, start.inputs.model, folder.on(WORKERS), evals),
-        torch_config=torch_config(
-            "cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
-            int(config.ray.process_group_timeout_s),
-        ),
-        scaling_config=cluster.scaling(config),
-        run_config=cluster.run_settings(config, folder, list(callbacks)),
-        datasets={name: plan.shard_list() for name, plan in plans.items()},
-        dataset_config=PlannedFeed(plans),
-    )
+
+    def trainer() -> Trainer:
+        return Trainer(
+            partial(work, config, start.inputs.model, folder.on(WORKERS), evals),
+            torch_config=torch_config(
+                "cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
+                int(config.ray.process_group_timeout_s),
+            ),
+            scaling_config=cluster.scaling(config),
+            run_config=cluster.run_settings(config, folder, list(callbacks)),
+            datasets={name: plan.shard_list() for name, plan in plans.items()},
+            dataset_config=PlannedFeed(plans),
+        )
+
     try:
-        answer: WorkerAnswer = trainer.fit().return_value
+        answer: WorkerAnswer = fit(trainer, config.ray.max_failures, (folder.path / STOP).exists)
     except BaseException:
         with contextlib.suppress(OSError):
             folder.fetch(from_workers)

@@ -1,47 +1,47 @@
-"""The layouts of columns (shapes) in which preference data comes, each read as pairs."""
+"""Reading a row as pairs, whatever its layout of columns."""
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from dataclasses import replace as with_fields
-from enum import StrEnum
-from itertools import combinations
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from orpo_ray.preference.layouts import (
+    ANSWERS,
+    CONVERSATIONS,
+    OPENAI,
+    QUESTIONS,
+    REJECTED,
+    SCORES,
+    SIDES,
+    SYSTEMS,
+    TEMPLATE,
+    Shape,
+)
+from orpo_ray.preference.messages import (
+    decode_messages,
+    missing_field,
+    parse_content,
+    role_of,
+)
+from orpo_ray.preference.pairing import make_pair
+from orpo_ray.preference.prompts import find_fields, system_text, with_system
 from orpo_ray.preference.records import (
     ASSISTANT,
-    USER,
-    Content,
-    Message,
+    Note,
     Reason,
     Record,
     Refusal,
-    check_record,
-    missing_field,
-    normalise,
-    parse_content,
+)
+from orpo_ray.preference.scores import (
+    COMPARISONS,
+    SCORE_COLUMNS,
+    Comparison,
+    number,
+    preferred,
+    scored_answers,
 )
 
-_ANSWERS = ("completions", "responses", "answers")
-_SCORES = ("scores", "ratings")
-_PROMPTS = ("prompt", "instruction", "question")
-_ANSWER_TEXTS = ("text", "content", "response", "answer", "completion")
-_ANSWER_SCORES = ("score", "rating", "overall_score")
-_ALPACA_TARGETS = ("chosen", "rejected")
-
-
-class Shape(StrEnum):
-    """Layout of a row's columns; the values are the names in reports."""
-
-    TEXT = "texts (prompt, chosen, rejected)"
-    DIALOGUES = "dialogues in text (chosen, rejected)"
-    MESSAGES = "messages (prompt, chosen, rejected)"
-    CONVERSATIONS = "messages (chosen, rejected)"
-    PROMPTED = "messages (chosen, rejected) with the prompt beside them"
-    SHAREGPT = "ShareGPT turns (conversations, chosen, rejected)"
-    ALPACA = "Alpaca (instruction, input, chosen, rejected)"
-    RANKING = "rankings (one prompt, scored answers)"
+_BLANKS = " \t\ufeff"  # around the names of a table's header
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,16 @@ class ParsedRow:
 
 
 @dataclass(frozen=True)
+class _Found:
+    """Pairs of a row, their shape, and the columns that they come from."""
+
+    shape: Shape
+    used: frozenset[str]
+    records: tuple[Record, ...]
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
 class RowReader:
     """Reads rows as pairs, detecting the shape of each row from its columns.
 
@@ -75,73 +85,110 @@ class RowReader:
 
     def read(self, row: Mapping[str, Any]) -> ParsedRow | Refusal:
         """Read the pairs of one row, or refuse it."""
-        for _, column in self.column_mapping:
-            if column not in row:
-                return missing_field(row, column)
-        named = row
-        if self.column_mapping:
-            taken = {column for _, column in self.column_mapping}
-            named = {name: value for name, value in row.items() if name not in taken}
-            named |= {name: row[column] for name, column in self.column_mapping}
-        shape, used = _detect_shape(named)
+        named = self._named(row)
+        if isinstance(named, Refusal):
+            return named
+        is_openai = OPENAI[0] in named and "chosen" not in named
+        if is_openai:
+            named = _openai(named)
+        found = decode_messages(named, SIDES) or self._found(named)
+        if isinstance(found, Refusal):
+            return found
+        used, records = found.used, found.records
         template = _template_arguments(named)
         if isinstance(template, Refusal):
             return template
-        result = self._ranking(named) if shape is Shape.RANKING else self._pair(shape, named)
-        if isinstance(result, Refusal):
-            return result
-        used |= {"tools", "chat_template_kwargs", "score_chosen", "score_rejected"}
-        records = result.records
-        if template:
-            records = tuple(with_fields(record, template=template) for record in records)
+        if not isinstance(records[0].chosen, str):  # texts take no template
+            used |= set(TEMPLATE)
+            if template:
+                records = tuple(replace(record, template=template) for record in records)
         ignored = frozenset(map(str, named.keys() - used))
-        return ParsedRow(shape, records, ignored, result.left_out)
+        shape = Shape.OPENAI if is_openai else found.shape
+        return ParsedRow(shape, records, ignored, found.left_out)
 
-    def _pair(self, shape: Shape, row: Mapping[str, Any]) -> ParsedRow | Refusal:
-        scores = [row.get("score_chosen"), row.get("score_rejected")]
-        if None not in scores:
-            problem = self._bad_scores(scores)
-            if problem:
-                return problem
-        reshaped = _RESHAPE[shape](row) if shape in _RESHAPE else row
-        if isinstance(reshaped, Refusal):
-            return reshaped
-        record = normalise(reshaped)
-        return record if isinstance(record, Refusal) else ParsedRow(shape, (record,))
+    def _named(self, row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
+        """The row's columns by the names that shapes have; columns of null are left out."""
+        if any(name != name.strip(_BLANKS) for name in map(str, row)):
+            row = {str(name).strip(_BLANKS): value for name, value in row.items()}
+        named = {name: v for name, v in row.items() if v is not None or name in ("prompt", *SIDES)}
+        if not self.column_mapping:
+            return named
+        taken = {column for _, column in self.column_mapping}
+        for _, column in self.column_mapping:
+            if column not in row:
+                return missing_field(row, column)
+        named = {name: value for name, value in named.items() if name not in taken}
+        return named | {name: row[column] for name, column in self.column_mapping}
 
-    def _bad_scores(self, scores: Sequence[Any]) -> Refusal | None:
-        numbers = [_number(score) for score in scores]
-        if None in numbers:
-            return Refusal(Reason.BAD_SCORE, f"scores {scores} are not two numbers")
-        gap = float(numbers[0] or 0) - float(numbers[1] or 0)
+    def _found(self, row: Mapping[str, Any]) -> _Found | Refusal:
+        if "chosen" not in row:
+            form = next((form for form in COMPARISONS if form.fits(row)), None)
+            if form is not None:
+                return _comparison(row, form)
+            if any(isinstance(row.get(name), list) for name in ANSWERS):
+                return self._ranking(row)
+            name = next((name for name in REJECTED if name in row and "messages" in row), None)
+            if name is not None:
+                return _with_rejected(row, name)
+        return self._pair(row)
+
+    def _pair(self, row: Mapping[str, Any]) -> _Found | Refusal:
+        notes = self._compared_scores(row)
+        if isinstance(notes, Refusal):
+            return notes
+        fields = find_fields(row)
+        if isinstance(fields, Refusal):
+            return fields
+        record = make_pair(fields.prompt, fields.chosen, fields.rejected)
+        if isinstance(record, Refusal):
+            return _missing_prompt(row, record)
+        if notes:
+            record = replace(record, notes=record.notes | notes)
+        scores = {name for pair in SCORE_COLUMNS for name in pair if name in row}
+        return _Found(fields.shape, fields.used | scores, (record,))
+
+    def _compared_scores(self, row: Mapping[str, Any]) -> frozenset[Note] | Refusal:
+        """What two scores beside a pair say of it."""
+        names = next((n for n in SCORE_COLUMNS if all(row.get(c) is not None for c in n)), None)
+        if names is None:
+            return frozenset()
+        scores = [number(row[name]) for name in names]
+        chosen, rejected = scores
+        if chosen is None or rejected is None:
+            shown = [row[name] for name in names]
+            return Refusal(Reason.BAD_SCORE, f"scores {shown} are not two numbers")
+        gap = chosen - rejected
         if self.min_score_gap is not None and gap < self.min_score_gap:
             return Refusal(
-                Reason.SCORE_GAP,
-                f"score_chosen - score_rejected is {gap:g}, less than min_score_gap",
+                Reason.SCORE_GAP, f"{names[0]} - {names[1]} is {gap:g}, less than min_score_gap"
             )
-        return None
+        note = Note.SCORES_REVERSED if gap < 0 else Note.SCORES_EQUAL
+        return frozenset({note} if gap <= 0 else ())
 
-    def _ranking(self, row: Mapping[str, Any]) -> ParsedRow | Refusal:
+    def _ranking(self, row: Mapping[str, Any]) -> _Found | Refusal:
         """Pair every two answers whose scores differ enough; the higher score is chosen."""
-        name = next(name for name in _ANSWERS if isinstance(row.get(name), list))
-        scored = _scored_answers(name, row)
+        name = next(name for name in ANSWERS if isinstance(row.get(name), list))
+        scored = scored_answers(name, row, SCORES)
         if isinstance(scored, Refusal):
             return scored
-        prompt = next((key for key in _PROMPTS if row.get(key) is not None), "prompt")
+        prompt = next(
+            (n for n in ("prompt", *QUESTIONS, *CONVERSATIONS) if row.get(n) is not None),
+            "prompt",
+        )
         asked = parse_content(row, prompt)
         if isinstance(asked, Refusal):
             return asked
+        used = {name, prompt, *SCORES}
+        if system_text(row):
+            asked, used = with_system(row, asked), used | set(SYSTEMS)
         records, left_out, too_near = [], 0, False
         problem: Refusal | None = None
-        for (one, first), (other, second) in combinations(scored, 2):
-            better, worse = (one, other) if first > second else (other, one)
-            if first == second or abs(first - second) < (self.min_score_gap or 0.0):
+        for better, worse, gap in scored.pairs():
+            if gap == 0 or gap < (self.min_score_gap or 0.0):
                 left_out += 1
-                too_near |= first != second
+                too_near |= gap != 0
                 continue
-            chosen: Content = better if isinstance(asked, str) else tuple(_answer(better))
-            rejected: Content = worse if isinstance(asked, str) else tuple(_answer(worse))
-            record = check_record(Record(asked, chosen, rejected))
+            record = make_pair(asked, better, worse)
             if isinstance(record, Refusal):
                 left_out += 1
                 problem = problem or record
@@ -149,128 +196,64 @@ class RowReader:
                 records.append(record)
         if not records:
             reason = Reason.SCORE_GAP if too_near else Reason.BAD_SCORE
-            none = Refusal(reason, f"no two of {len(scored)} {name} differ enough in their scores")
-            return problem or none
-        return ParsedRow(Shape.RANKING, tuple(records), left_out=left_out)
+            text = f"no two of {len(scored.answers)} {name} differ enough in their scores"
+            return problem or Refusal(reason, text)
+        return _Found(Shape.RANKING, frozenset(used), tuple(records), left_out)
 
 
-def _detect_shape(row: Mapping[str, Any]) -> tuple[Shape, set[str]]:
-    """Detect the shape from the columns; also return the columns that it reads."""
-    used = {"prompt", "chosen", "rejected"}
-    if "chosen" not in row and any(isinstance(row.get(name), list) for name in _ANSWERS):
-        return Shape.RANKING, {*_ANSWERS, *_SCORES, *_PROMPTS}
-    if isinstance(row.get("conversations"), list):
-        return Shape.SHAREGPT, {"conversations", "chosen", "rejected", "system"}
-    if "prompt" not in row and isinstance(row.get("instruction"), str):
-        return Shape.ALPACA, {"instruction", "input", "system", "history", *_ALPACA_TARGETS}
-    sides = [row.get("chosen"), row.get("rejected")]
-    if all(isinstance(side, str) for side in sides):
-        return (Shape.TEXT if "prompt" in row else Shape.DIALOGUES), used
-    if "prompt" not in row:
-        return Shape.CONVERSATIONS, used
-    whole = all(isinstance(side, list) and len(side) > 1 for side in sides)
-    if isinstance(row["prompt"], str) and whole:
-        return Shape.PROMPTED, used
-    return Shape.MESSAGES, used
-
-
-def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Use `conversations`, after the system message, as the prompt."""
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return dict(row) | {"prompt": [*system, *row["conversations"]]}
-
-
-def _alpaca(row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
-    """Build messages: system, history, then the instruction and its input as one user message."""
-    messages: list[Message] = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": row["system"]})
-    turns = row.get("history") or []
-    if not isinstance(turns, list) or any(not isinstance(t, list) or len(t) != 2 for t in turns):
-        return Refusal(Reason.WRONG_TYPE, "history is not a list of [question, answer]")
-    for question, answer in turns:
-        messages += [{"role": USER, "content": question}, {"role": ASSISTANT, "content": answer}]
-    if not isinstance(row.get("input") or "", str):
-        return Refusal(Reason.WRONG_TYPE, "input is not text")
-    asked = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
-    messages.append({"role": USER, "content": asked})
-    sides = {
-        name: _answer(row[name]) if isinstance(row.get(name), str) else row.get(name)
-        for name in _ALPACA_TARGETS
-        if name in row
-    }
-    return {"prompt": messages} | sides
-
-
-def _prompted(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop a prompt that repeats a message of both answers."""
-    inside = all(
-        any(isinstance(turn, Mapping) and row["prompt"] in turn.values() for turn in row[name])
-        for name in _ALPACA_TARGETS
-    )
-    if not inside:
-        return dict(row)  # text mixed with messages: refused later as MIXED_TYPES
-    return {name: row[name] for name in _ALPACA_TARGETS}
-
-
-_RESHAPE: dict[Shape, Callable[[Mapping[str, Any]], dict[str, Any] | Refusal]] = {
-    Shape.SHAREGPT: _sharegpt,
-    Shape.ALPACA: _alpaca,
-    Shape.PROMPTED: _prompted,
-}
-
-
-def _answer(text: str) -> list[Message]:
-    return [{"role": ASSISTANT, "content": text}]
-
-
-def _scored_answers(name: str, row: Mapping[str, Any]) -> list[tuple[str, float]] | Refusal:
-    """Return (text, score) of each answer, from two lists or from one list of objects."""
-    answers = row[name]
-    scores: Any = next((row[key] for key in _SCORES if row.get(key) is not None), None)
-    if scores is None:
-        objects = [answer if isinstance(answer, Mapping) else {} for answer in answers]
-        scores = [_first_value(answer, _ANSWER_SCORES, _minus_rank(answer)) for answer in objects]
-        answers = [_first_value(answer, _ANSWER_TEXTS) for answer in objects]
-    if not isinstance(scores, list) or len(scores) != len(answers):
-        return Refusal(
-            Reason.BAD_SCORE, f"expected a list of {len(answers)} scores, one for each of {name}"
-        )
-    found = []
-    for index, (answer, score) in enumerate(zip(answers, scores, strict=True)):
-        number = _number(score)
-        if number is None:
-            return Refusal(
-                Reason.BAD_SCORE, f"the score of {name}[{index}] is {score!r}, not a finite number"
-            )
-        text = parse_content({name: answer}, name)
-        if isinstance(text, Refusal):
-            return text
-        if not isinstance(text, str):
-            return Refusal(Reason.WRONG_TYPE, f"{name}[{index}] is not text")
-        found.append((text, number))
+def _openai(row: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's preference lines as prompt, chosen, rejected and tools."""
+    inner = row.get("input")
+    inner = inner if isinstance(inner, Mapping) else {}
+    found = {name: value for name, value in row.items() if name not in ("input", *OPENAI)}
+    found |= {"chosen": row[OPENAI[0]], "rejected": row.get(OPENAI[1])}
+    if inner.get("messages") is not None:
+        found["prompt"] = inner["messages"]
+    if inner.get("tools") is not None:
+        found["tools"] = inner["tools"]
     return found
 
 
-def _minus_rank(answer: Mapping[str, Any]) -> float | None:
-    """Negate a rank, where 1 is the best, so that it orders like a score."""
-    rank = _number(answer.get("rank"))
-    return None if rank is None else -rank
+def _with_rejected(row: Mapping[str, Any], name: str) -> _Found | Refusal:
+    """`messages` that end with the chosen answer, and the rejected one (ms-swift)."""
+    whole, rejected = parse_content(row, "messages"), parse_content(row, name)
+    if isinstance(whole, Refusal):
+        return whole
+    if isinstance(rejected, Refusal):
+        return rejected
+    if isinstance(whole, str) or not whole or role_of(whole[-1]) != ASSISTANT:
+        text = f"messages does not end with an answer of the assistant, to which {name} is another"
+        return Refusal(Reason.NOT_AN_ANSWER, text)
+    prompt = with_system(row, whole[:-1]) if system_text(row) else whole[:-1]
+    record = make_pair(prompt, whole[-1:], rejected)
+    if isinstance(record, Refusal):
+        return record
+    return _Found(Shape.REJECTED, frozenset({"messages", name, *SYSTEMS}), (record,))
 
 
-def _first_value(values: Mapping[str, Any], names: Sequence[str], otherwise: Any = None) -> Any:
-    return next((values[name] for name in names if values.get(name) is not None), otherwise)
+def _comparison(row: Mapping[str, Any], form: Comparison) -> _Found | Refusal:
+    """Two answers in columns of their own, and a column that says which one is preferred."""
+    better = preferred(row, form)
+    if isinstance(better, Refusal):
+        return better
+    chosen, rejected = better
+    pair = {n: v for n, v in row.items() if n not in form.answers}
+    pair |= {"chosen": row[chosen], "rejected": row[rejected]}
+    fields = find_fields(pair)
+    if isinstance(fields, Refusal):
+        return fields
+    record = make_pair(fields.prompt, fields.chosen, fields.rejected)
+    if isinstance(record, Refusal):
+        return record
+    return _Found(Shape.COMPARISON, fields.used | {*form.answers, form.column}, (record,))
 
 
-def _number(value: Any) -> float | None:
-    """Convert to a finite float, also from the text cells of CSV; None if it is not one."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+def _missing_prompt(row: Mapping[str, Any], refusal: Refusal) -> Refusal:
+    """The refusal of a row without a prompt, naming its columns."""
+    if refusal.reason is not Reason.MISSING_FIELD:
+        return refusal
+    found = missing_field(row, "prompt", SIDES)
+    return found if "prompt" in row else Refusal(found.reason, f"{refusal.detail}; {found.detail}")
 
 
 def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
@@ -281,7 +264,7 @@ def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
         if isinstance(value, str) and value:
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return Refusal(Reason.WRONG_TYPE, f"{name} is text that is not valid JSON")
         if not value:
             continue
@@ -289,5 +272,21 @@ def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
             return Refusal(
                 Reason.WRONG_TYPE, f"{name} is a {type(value).__name__}, not a {kind.__name__}"
             )
+        if kind is list:
+            value = [_tool(tool) for tool in value]
         arguments |= value if kind is dict else {"tools": value}
     return arguments
+
+
+def _tool(tool: Any) -> Any:
+    """A tool as an object; Arrow cannot store schemas of several forms but as JSON text."""
+    if isinstance(tool, str):
+        try:
+            return json.loads(tool)
+        except (ValueError, RecursionError):
+            return tool
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+    if isinstance(function, Mapping) and isinstance(function.get("parameters"), str):
+        decoded = {**function, "parameters": _tool(function["parameters"])}
+        return {**tool, "function": decoded} if "function" in tool else decoded
+    return tool

@@ -3,8 +3,9 @@
 import bisect
 import copy
 import operator
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,16 +14,28 @@ import numpy as np
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.records import Reason, Refusal
+from orpo_ray.preference.special_tokens import refuse_ids, special_ids, special_tokens
 from orpo_ray.preference.templates import PairText, shared_length
+
+# Letters of many scripts and a symbol: a tokenizer that encodes all of them encodes any text.
+_PROBE = "\u6c38\u00e0\u0416\u05d0\u0e01\u0b85\u1200\uac00\U0001f642\u2a9d\u0180"
 
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """A tokenized pair, as a group of two completions, and which parts were truncated."""
+    """A tokenized pair, as a group of two completions, and which parts were truncated.
+
+    Args:
+        group: the pair.
+        prompt_cut: whether the prompt was truncated.
+        completion_cut: whether a completion was truncated.
+        has_lost: whether a character of it is unknown to the tokenizer.
+    """
 
     group: PromptGroup
     prompt_cut: bool
     completion_cut: bool
+    has_lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,14 @@ class Limits:
     max_completion_length: int | None = None
     truncation: str = "keep_end"
 
+    @property
+    def characters(self) -> int:
+        """Maximum number of characters of a prompt and its longer answer before tokenizing.
+
+        Tokenizing takes some 300 bytes a character; a token of text seldom has 16 of them.
+        """
+        return max(2_000_000, 16 * self.max_length)
+
     def completion(self) -> int:
         """Maximum number of tokens of a completion."""
         return min(self.max_completion_length or self.max_length, self.max_length)
@@ -65,6 +86,8 @@ class PairTokenizer:
     Args:
         tokenizer: a `PreTrainedTokenizerFast`.
         limits: maximum lengths and truncation.
+        special_tokens: `refuse` or `allow` special tokens in texts, and in messages those that
+            the chat template did not write.
 
     Raises:
         DataError: if the tokenizer is a slow one or has no end-of-sequence token.
@@ -72,6 +95,7 @@ class PairTokenizer:
 
     tokenizer: Any
     limits: Limits
+    special_tokens: str = "allow"
 
     def __post_init__(self) -> None:
         name = self.tokenizer.name_or_path
@@ -109,15 +133,21 @@ class PairTokenizer:
         # Special tokens in the text are encoded as such; none are added here.
         encodings = self._encoder.encode_batch(sides, add_special_tokens=False)
         return [
-            self._pair(len(text.prompt), encodings[2 * index : 2 * index + 2], row_ids[index])
+            self._pair(text, encodings[2 * index : 2 * index + 2], row_ids[index])
             for index, text in enumerate(texts)
         ]
 
     def _pair(
-        self, border: int, encodings: Sequence[Any], row_id: RowId
+        self, text: PairText, encodings: Sequence[Any], row_id: RowId
     ) -> TokenizedPair | Refusal:
         """Split both sides at the end of the prompt, add BOS and EOS, and truncate."""
         sides = [encoding.ids for encoding in encodings]
+        if self.special_tokens == "refuse":
+            for name, ids in zip(("chosen", "rejected"), sides, strict=True):
+                hidden = self._hidden_token(text, getattr(text, name), ids)
+                if hidden:
+                    return refuse_ids(f"prompt with {name}", hidden)
+        border = len(text.prompt)
         prompts = [
             ids[: _prompt_tokens(encoding, border)]
             for ids, encoding in zip(sides, encodings, strict=True)
@@ -126,15 +156,73 @@ class PairTokenizer:
         n_prompt = shared_length(*prompts)
         prompt = sides[0][:n_prompt]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if bos is not None and sides[0][:1] != [bos]:
-            prompt = [bos, *prompt]
+        # A rendered chat begins as the template says, which is how it will be sent to the model.
+        if bos is not None and not text.is_chat and not self._bos_is_a_marker:
+            prompt = prompt if sides[0][:1] == [bos] else [bos, *prompt]
         completions = []
         for ids in sides:
             completion = ids[n_prompt:]
             while completion[-1:] == [eos]:
                 completion = completion[:-1]
             completions.append([*completion, eos])
-        return self._truncated(prompt, completions, row_id)
+        pair = self._truncated(prompt, completions, row_id)
+        if isinstance(pair, TokenizedPair) and self._loses_characters:
+            wholes = (text.prompt + text.chosen, text.prompt + text.rejected)
+            return replace(pair, has_lost=any(map(self._is_lossy, wholes, sides)))
+        return pair
+
+    def _is_lossy(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether a character of a text is in no token, or in the unknown token.
+
+        Offsets do not tell: those after a character that was dropped are too small.
+        """
+        if self.tokenizer.unk_token_id in ids:
+            return True
+        wanted, found = (
+            set(unicodedata.normalize("NFKC", part).casefold())
+            for part in (text, self.tokenizer.decode(ids))
+        )
+        return any(not letter.isspace() for letter in wanted - found)
+
+    def _hidden_token(self, text: PairText, answer: str, ids: Sequence[int]) -> str | None:
+        """A special token among the ids that is neither the template's nor at its place in a text.
+
+        It may stand across the border of prompt and answer, or be what a normalizer makes of
+        other characters.
+        """
+        special = special_ids(self.tokenizer)
+        if not text.is_chat:
+            first = int(ids[:1] == [self.tokenizer.bos_token_id])
+            last = len(ids) - int(ids[-1:] == [self.tokenizer.eos_token_id])
+            ids = ids[first:last]
+        if special.isdisjoint(ids):
+            return None
+        found = [i for i in ids if i in special]
+        written = special_tokens(self.tokenizer).findall(text.prompt + answer)
+        if text.is_chat and len(found) <= len(written):
+            return None
+        return str(self.tokenizer.convert_ids_to_tokens(found[-1]))
+
+    @cached_property
+    def _bos_is_a_marker(self) -> bool:
+        """Whether the chat template begins every message with the beginning-of-sequence token."""
+        bos, template = self.tokenizer.bos_token, self.tokenizer.chat_template
+        if not bos or not template:
+            return False
+        turn = [{"role": "user", "content": "a"}]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turn, tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # a template may raise anything for a conversation that it does not like
+            return False
+        return bool(text.count(bos) > 1)
+
+    @cached_property
+    def _loses_characters(self) -> bool:
+        """Whether some characters become the unknown token or none at all."""
+        encodings = self._encoder.encode_batch(list(_PROBE), add_special_tokens=False)
+        return any(map(self._is_lossy, _PROBE, [encoding.ids for encoding in encodings]))
 
     def _truncated(
         self, prompt: list[int], completions: list[list[int]], row_id: RowId

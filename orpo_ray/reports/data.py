@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,18 @@ import numpy.typing as npt
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.ingest import LENGTHS, first_refused, nothing_usable
-from orpo_ray.dataset.pair_index import PairStats
+from orpo_ray.dataset.pair_index import PairStats, are_among
 from orpo_ray.dataset.regroup import load_keys
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.records import ON_REQUEST, Reason
+from orpo_ray.preference.reading.finding import (
+    EMPTY,
+    PassedOver,
+    merge_passed_over,
+    passed_over_text,
+)
+from orpo_ray.preference.records import NOTE_TEXTS, ON_REQUEST, Note, Reason
 from orpo_ray.runs.files import DATA_REPORT, LEDGER
 from orpo_ray.runs.formatting import format_rows
 from orpo_ray.storage.files import write_json
@@ -33,6 +39,7 @@ def write_data_report(
     token_sets: Mapping[str, TokenSet],
     config: ORPOConfig,
     names: Mapping[str, str],
+    passed_over: Mapping[str, PassedOver] | None = None,
 ) -> dict[str, Any]:
     """Write `data_report.json` and `quarantine/<name>.jsonl` for every data set.
 
@@ -41,6 +48,7 @@ def write_data_report(
         token_sets: by their name in the feed.
         config: of the run.
         names: of source files, where they have other names than their paths.
+        passed_over: what was not read of the folders and globs of a data set.
 
     Returns:
         The content of the file, by data set.
@@ -52,7 +60,7 @@ def write_data_report(
     report = {}
     for name, tokens in token_sets.items():
         shown = name.rstrip("_")
-        if train is not None and name != TRAIN and tokens.folder == train.folder:
+        if tokens.is_held_out:
             report[shown] = {"rows_kept": tokens.report["rows_held_out"], "pairs": tokens.n_pairs}
             continue
         counts = {key: value for key, value in tokens.report.items() if key != "quarantine"}
@@ -66,11 +74,22 @@ def write_data_report(
             for path, part in counts["sources"].items()
         }
         report[shown] = counts | {"sources": sources} | _lengths(tokens, config)
+        report[shown]["passed_over"] = _passed_over(sources, (passed_over or {}).get(name, {}))
         _list_refused(run_directory, shown, tokens)
     if train is not None:
         report[TRAIN]["overlapping_pairs"] = _overlaps(token_sets)
     save_report(run_directory, report)
     return report
+
+
+def _passed_over(sources: Mapping[str, Any], found: PassedOver) -> dict[str, Any]:
+    """What was passed over by reason, and the files that turned out to have no row."""
+    names = [PurePosixPath(path).name for path, part in sources.items() if not part["rows_read"]]
+    merged = merge_passed_over([found, {EMPTY: (len(names), tuple(names))} if names else {}])
+    return {
+        reason: {"files": number, "first": list(first)}
+        for reason, (number, first) in merged.items()
+    }
 
 
 def source_label(path: str, part: Mapping[str, Any]) -> str:
@@ -136,13 +155,14 @@ def _padded_tokens(longest: Tally, batch_pairs: int) -> float:
 
 
 def _overlaps(token_sets: Mapping[str, TokenSet]) -> int:
-    """Training pairs whose prompt a separate evaluation set has too."""
-    train = token_sets[TRAIN]
-    others = {t.folder for t in token_sets.values()} - {train.folder}
+    """Training pairs whose prompt a set of evaluation files has too, even the same files."""
+    train = token_sets[TRAIN].folder
+    others = {t.folder for name, t in token_sets.items() if name != TRAIN and not t.is_held_out}
     if not others:
         return 0
-    elsewhere = np.concatenate([load_keys(other, "prompt_keys") for other in others])
-    return int(np.isin(load_keys(train.folder, "prompt_keys"), elsewhere).sum())
+    elsewhere = np.unique(np.concatenate([load_keys(other, "prompt_keys") for other in others]))
+    parts = (PairStats.load(train, name) for name in PairStats.names(train))
+    return sum(int(are_among(part.prompt_keys[~part.held], elsewhere).sum()) for part in parts)
 
 
 def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
@@ -158,6 +178,10 @@ def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
         (counts["pairs_left_out"], "pairs left out of rows that are kept"),
         (counts["duplicate_pairs"], "duplicate pairs (drop_duplicates)"),
         (
+            counts.get("contradicting_pairs", 0),
+            "pairs that another pair contradicts (chosen and rejected swapped)",
+        ),
+        (
             counts.get("overlapping_pairs", 0),
             "pairs with a prompt of an evaluation set (drop_overlap)",
         ),
@@ -165,7 +189,22 @@ def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
     notes = [f"{count} {what}" for count, what in found if count]
     if counts["ignored_columns"]:
         notes.append(f"columns ignored: {', '.join(counts['ignored_columns'])}")
-    return [text, f"{name} data: {'; '.join(notes)}"] if notes else [text]
+    lines = [text, f"{name} data: {'; '.join(notes)}"] if notes else [text]
+    for note, found in counts.get("notes", {}).items():
+        lines.append(
+            f"{name} data: {found['rows']} {NOTE_TEXTS[Note(note)]} (first: {found['first']})"
+        )
+    if counts.get("passed_over"):
+        lines.append(f"{name} data: {passed_over_line(counts)}")
+    return lines
+
+
+def passed_over_line(counts: Mapping[str, Any]) -> str:
+    """What was passed over in the folders and globs of a data set."""
+    passed_over = {
+        reason: (part["files"], part["first"]) for reason, part in counts["passed_over"].items()
+    }
+    return f"passed over: {passed_over_text(passed_over)}"
 
 
 def first_pair_lines(tokens: TokenSet, tokenizer: Any, nll_scope: str) -> list[str]:
@@ -193,11 +232,9 @@ def refuse_bad_data(run: Folder, token_sets: Mapping[str, TokenSet], config: ORP
         DataError: with the counts, the first rows, and where all of them are listed.
     """
     problems: list[str] = []
-    seen: set[Folder] = set()
     for name, tokens in token_sets.items():
-        if tokens.folder in seen:  # held out of the training files, which were checked
+        if tokens.is_held_out:  # its files were checked
             continue
-        seen.add(tokens.folder)
         report, shown = tokens.report, name.rstrip("_")
         problems += nothing_usable(tokens)
         if not report["rows_read"] or not tokens.n_pairs:
@@ -217,7 +254,7 @@ def refuse_bad_data(run: Folder, token_sets: Mapping[str, TokenSet], config: ORP
             problems.append(f"{shown} data: {too_long} prompts are too long; {listed}")
             problems += first_refused(tokens, _SHOWN_ROWS, {Reason.PROMPT_TOO_LONG})
     if problems:
-        raise DataError(problems)
+        raise DataError(list(dict.fromkeys(problems)))  # two sets may be the same files
 
 
 def count_trained(
@@ -228,7 +265,7 @@ def count_trained(
     A ledger of earlier, other data may name rows that are not in the set: those are not counted.
     """
     ends = {"rows": _RowMarks(train), "skipped": _RowMarks(train)}
-    with (run_directory / LEDGER).open() as file:
+    with (run_directory / LEDGER).open(encoding="utf-8") as file:
         for text in file:
             line = json.loads(text)
             for key, marks in ends.items():

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 
 from orpo_ray.dataset.shards import TokenSet
-from orpo_ray.reports.data import QUARANTINE, Tally, length_tallies, source_label
+from orpo_ray.reports.data import (
+    QUARANTINE,
+    Tally,
+    length_tallies,
+    passed_over_line,
+    source_label,
+)
 from orpo_ray.reports.page import make_axes, render, svg_of
 from orpo_ray.runs.formatting import format_rows
 from orpo_ray.storage.files import write_atomic
@@ -37,6 +43,8 @@ def budget_lines(counts: Mapping[str, Any]) -> list[str]:
         f"({counts['truncated_prompts']} prompts, {counts['truncated_completions']} with an "
         "answer cut)",
         f"repeated: {_share(counts['duplicate_pairs'], read)} of the pairs occurred before; "
+        f"{_share(counts.get('contradicting_pairs', 0), read)} contradict another pair, whose "
+        f"answers are theirs swapped; "
         f"{_share(counts.get('overlapping_pairs', 0), read)} share a prompt with an evaluation "
         "set",
         f"length bias: the chosen answer is the longer one in "
@@ -69,6 +77,7 @@ def write_data_page(
     parts = []
     for name, counts in report.items():
         whole = "rows_read" in counts
+        passed_over = [passed_over_line(counts)] if counts.get("passed_over") else []
         sources = [
             [source_label(path, part), *(part[c] for c in _COLUMNS)]
             for path, part in counts.get("sources", {}).items()
@@ -76,7 +85,7 @@ def write_data_page(
         parts.append(
             {
                 "name": name,
-                "lines": [format_rows(counts), *budget_lines(counts)],
+                "lines": [format_rows(counts), *passed_over, *budget_lines(counts)],
                 "sources": sources,
                 "svg": _histograms(length_tallies(by_name[name])) if whole else "",
                 "refused": _examples(run_directory, name, counts.get("refused", {})),

@@ -6,17 +6,20 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-from orpo_ray.reports.terminal import as_text
-from orpo_ray.runs.files import LOG, METRICS, read_metrics
+from orpo_ray.reports.terminal import draws_in_place
+from orpo_ray.runs.files import LOG, METRICS, STOP, read_metrics
 from orpo_ray.runs.formatting import format_duration, format_metric
 from orpo_ray.runs.metrics import (
     BY_NAME,
@@ -57,7 +60,7 @@ class Watcher:
     ) -> None:
         self._poll_s = poll_s
         self._live: Live | None = None
-        if console is not None and console.is_terminal:
+        if console is not None and draws_in_place(console):
             self._live = Live(
                 content, console=console, refresh_per_second=refresh_per_second, transient=True
             )
@@ -66,7 +69,7 @@ class Watcher:
 
     def __enter__(self) -> Self:
         if self._live:
-            self._live.start()
+            _try(self._live.start)
         self._thread.start()
         return self
 
@@ -77,15 +80,17 @@ class Watcher:
         traceback: TracebackType | None,
     ) -> None:
         self._ended.set()
-        self._thread.join()
-        self._close(error)
-        if self._live:
-            self._live.stop()
+        try:
+            self._thread.join()
+            self._close(error)
+        finally:
+            if self._live:
+                _try(self._live.stop)
 
     def _watch(self) -> None:
         while not self._ended.wait(self._poll_s):
-            self._poll()
-        self._show_new()
+            _try(self._poll)
+        _try(self._show_new)
 
     def _poll(self) -> None:
         self._show_new()
@@ -129,6 +134,7 @@ class RunWatcher(Watcher):
         self._shown_step = max((line["step"] for line in read_metrics(directory)), default=-1)
         self._log_offset = self._size(LOG)
         self._metrics_seen = 0
+        self._stop_shown = False
         self._started_at: tuple[int, float] | None = None
 
     def _poll(self) -> None:
@@ -137,7 +143,8 @@ class RunWatcher(Watcher):
             self._refresh()
 
     def _close(self, error: BaseException | None) -> None:
-        if error is not None and self._shown_step >= 0:
+        # Whoever presses Ctrl-C twice does not wait for a page.
+        if isinstance(error, Exception) and self._shown_step >= 0:
             self._refresh()
 
     def _refresh(self) -> None:
@@ -156,11 +163,14 @@ class RunWatcher(Watcher):
 
     def _show_new(self) -> None:
         if self._size(LOG) > self._log_offset:
-            with (self._directory / LOG).open() as file:
+            with (self._directory / LOG).open(encoding="utf-8", errors="replace") as file:
                 file.seek(self._log_offset)
                 for text in file.read().splitlines():
                     _log.info(text)
                 self._log_offset = file.tell()
+        if not self._stop_shown and (self._directory / STOP).exists():
+            self._stop_shown = True
+            _log.info("stopping once a checkpoint of this step is saved; Ctrl-C ends at once")
         if self._size(METRICS) == self._metrics_seen:
             return
         self._metrics_seen = self._size(METRICS)
@@ -168,8 +178,8 @@ class RunWatcher(Watcher):
         for line in read_metrics(self._directory):
             if line["step"] > self._shown_step:
                 self._shown_step = line["step"]
-                self._show(line)
                 self._log(line)
+                _try(partial(self._show, line))
 
     def _show(self, line: dict[str, Any]) -> None:
         for prefix in eval_prefixes(line):
@@ -178,45 +188,44 @@ class RunWatcher(Watcher):
             self._view.add_evaluation(prefix, text)
         if "loss" not in line:
             return
-        text = training_text(line)
+        left_s = self._left_s(line["step"])
         if self._live:
-            self._view.add(line, text)
+            self._view.add(line, left_s)
         else:
-            eta = self._eta_text(line["step"])
-            _log.info("step %s/%s  %s%s", line["step"], self._n_steps, text, eta)
+            eta = "" if left_s is None else f"  eta {format_duration(left_s)}"
+            _log.info("step %s/%s  %s%s", line["step"], self._n_steps, training_text(line), eta)
 
-    def _eta_text(self, step: int) -> str:
-        """Time left at the pace since the first line that was shown."""
+    def _left_s(self, step: int) -> float | None:
+        """Time left at the pace since the first line that was shown, which itself has none."""
         now = time.monotonic()
         if self._started_at is None:
             self._started_at = (step, now)
-            return ""
+            return None
         first_step, first_time = self._started_at
-        left_s = (now - first_time) / (step - first_step) * (self._n_steps - step)
-        return f"  eta {format_duration(left_s)}"
+        return (now - first_time) / (step - first_step) * (self._n_steps - step)
 
 
 class LiveView:
-    """Progress bar, curves and last evaluations of a run, drawn in place.
+    """Progress, curves and last evaluations of a run, drawn in place.
+
+    The first line begins with the step, the time left and the loss: a narrow terminal cuts the
+    other metrics.
 
     Args:
         n_steps: optimizer steps of the whole run.
     """
 
     def __init__(self, n_steps: int) -> None:
-        self._progress = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}", markup=False),
-            TimeRemainingColumn(compact=True),
-        )
-        self._task = self._progress.add_task("starting workers", total=n_steps)
+        self._n_steps = n_steps
+        self._step, self._left, self._text = 0, "-:--:--", "starting workers"
         self._curves: dict[str, list[float | None]] = {metric.name: [] for metric in _CURVES}
         self._evaluations: dict[str, str] = {}
 
-    def add(self, line: dict[str, Any], text: str) -> None:
-        """Add a logged step, with the text beside the bar."""
-        self._progress.update(self._task, completed=line["step"], description=printable(text))
+    def add(self, line: dict[str, Any], left_s: float | None) -> None:
+        """Add a logged step, and the time left if it is known."""
+        self._step, self._text = line["step"], training_text(line)
+        if left_s is not None:
+            self._left = str(timedelta(seconds=round(left_s)))
         for name, values in self._curves.items():
             values.append(line[name])
 
@@ -231,7 +240,27 @@ class LiveView:
             if values:
                 last = format_metric(values[-1], metric.form)
                 table.add_row(metric.label, sparkline(values, _WIDTH), last)
-        return Group(self._progress, table, *map(as_text, self._evaluations.values()))
+        first = f"step {self._step}/{self._n_steps}  {self._left} left  {self._text}"
+        bar = Table.grid()  # which ends the line, as a bar alone does not
+        bar.add_row(ProgressBar(self._n_steps, self._step, width=_WIDTH))
+        return Group(_cut(first), bar, table, *map(_cut, self._evaluations.values()))
+
+
+def _cut(line: str) -> Text:
+    """A line that is cut where the terminal ends."""
+    return Text(printable(line), no_wrap=True, overflow="ellipsis")
+
+
+def _try(show: Callable[[], object]) -> None:
+    """Show something, which decides nothing.
+
+    An error of a console or of a handler of the log is not the run's, nor is the exit that rich
+    makes of a closed pipe.
+    """
+    try:
+        show()
+    except (Exception, SystemExit) as error:
+        _log.debug("not shown: %s", error)
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:

@@ -146,7 +146,7 @@ class RunFiles:
         path, waiting = self.directory / name, self.unwritten.get(name, [])
         size = path.stat().st_size if path.exists() else 0
         try:
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.writelines(waiting)
         except OSError:
             with contextlib.suppress(OSError):

@@ -134,7 +134,7 @@ def claimed(run: Folder) -> Iterator[None]:
     """
     run.make()
     name = f"process {os.getpid()} on {socket.gethostname()}"
-    with (run.path / _LOCK).open("a+") as file:
+    with (run.path / _LOCK).open("a+", encoding="utf-8") as file:
         if not _takes(file):
             file.seek(0)
             raise in_use(run, file.read().strip() or "another run")
@@ -158,7 +158,7 @@ def last_driver(run: Folder) -> Driver | None:
             not lease.get("ended") and age is not None and age < STALE_S,
         )
     try:
-        with (run.path / _LOCK).open() as file:
+        with (run.path / _LOCK).open(encoding="utf-8") as file:
             name, since = file.read().strip(), os.fstat(file.fileno()).st_mtime
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -56,7 +56,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ValueError: when it is missing or not byte for byte as it was written; the text says which.
     """
     try:
-        text = (directory / MANIFEST).read_text()
+        text = (directory / MANIFEST).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}, so its save never ended") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -133,7 +133,9 @@ def _read_config(directory: Path) -> ORPOConfig | None:
     import yaml
 
     try:
-        return ORPOConfig.model_validate(yaml.safe_load((directory / CONFIG).read_text()))
+        return ORPOConfig.model_validate(
+            yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
+        )
     except (OSError, ValueError, yaml.YAMLError):
         return None
 

@@ -124,5 +124,5 @@ def _steps(run_directory: Path) -> Iterator[tuple[list[Any], list[float]]]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             yield from map(json.loads, file)

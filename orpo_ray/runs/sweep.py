@@ -23,6 +23,7 @@ class Trial:
         values: of the settings that were searched.
         failure: the reason, if it failed.
         lines: its logged steps and evaluations.
+        stopped_early: whether the sweep's scheduler ended it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Trial:
     values: Mapping[str, Any]
     failure: str | None
     lines: Sequence[Mapping[str, Any]]
+    stopped_early: bool = False
 
     @property
     def finished(self) -> bool:
@@ -38,10 +40,12 @@ class Trial:
 
     @property
     def status(self) -> str:
-        """One word or two for the table."""
+        """One word or two for the table; `unfinished` is what runs, or was cut with the sweep."""
         if self.finished:
             return "finished"
-        return "failed" if self.failure else "stopped early"
+        if self.failure:
+            return "failed"
+        return "stopped early" if self.stopped_early else "unfinished"
 
     def evaluations(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of every evaluation that has the metric."""
@@ -154,7 +158,14 @@ def read_trials(sweep_directory: Path) -> list[Trial]:
         record = read_json(path)
         lines = read_metrics(path.parent)
         trials.append(
-            Trial(record["trial"], path.parent, record["values"], record.get("failure"), lines)
+            Trial(
+                record["trial"],
+                path.parent,
+                record["values"],
+                record.get("failure"),
+                lines,
+                bool(record.get("stopped_early")),
+            )
         )
     return trials
 

@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: for a file that holds something else.
     """
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return content
 
 
@@ -54,7 +54,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a file of JSON lines, if there is one; a torn last one is left out."""
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     return [json.loads(line) for line in whole.splitlines()]
 

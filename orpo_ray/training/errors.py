@@ -26,5 +26,13 @@ class StoppedError(RuntimeError):
     """The run stopped on request, after saving a checkpoint; raised on all ranks."""
 
 
+class NotSavedError(RuntimeError):
+    """The run stopped on request, and its checkpoint could not be saved; raised on all ranks."""
+
+
+class TrainingError(RuntimeError):
+    """A run ended for a reason that the message says, in one line."""
+
+
 class MicrobatchTooLargeError(MemoryError):
     """A microbatch does not fit; the message names the token budget to set."""

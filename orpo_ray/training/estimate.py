@@ -3,8 +3,8 @@
 from typing import Any
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.preference.reading.finding import find_files
 from orpo_ray.preference.reading.readers import count_rows
-from orpo_ray.preference.reading.sources import find_files
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError, empty_model, load_model_config
 
 _GIB = 2**30

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from orpo_ray.training.budget import with_head_chunk, with_token_budget
 from orpo_ray.training.checkpoint.best import Evaluations, write_final
 from orpo_ray.training.checkpoint.saver import Progress
 from orpo_ray.training.checkpoint.schedule import CheckpointSchedule, Snapshot
-from orpo_ray.training.errors import NonFiniteError, StoppedError
+from orpo_ray.training.errors import NonFiniteError, NotSavedError, StoppedError
 from orpo_ray.training.evaluation import evaluate_streams
 from orpo_ray.training.flops import MfuMeter
 from orpo_ray.training.job import TrainingJob
@@ -47,6 +47,7 @@ def run_training(job: TrainingJob) -> dict[str, dict[str, float]]:
     Raises:
         EvaluationError: when the best evaluation is needed but there is none with its metric.
         NonFiniteError: before an update that would not be finite.
+        NotSavedError: when the run stopped on request, and the checkpoint could not be saved.
         ResumeError: when the checkpoint was made with other settings or data.
         StoppedError: when the run stopped on request, after saving a checkpoint.
     """
@@ -150,6 +151,8 @@ class _Loop:
 
     def run(self) -> None:
         """Run all remaining steps."""
+        if self.step < self.n_steps and self.schedule.asked_to_stop():
+            self._stop()
         if self.step == 0 and (evaluated := self._evaluate()):
             self.log.write({"step": 0, "epoch": 0.0} | evaluated)
         batches = self.job.train.batches(self.step, self.n_steps)
@@ -233,8 +236,25 @@ class _Loop:
         with self.log.timed("checkpoint"):
             self._save(last)
         if self.schedule.stops and not last:
-            self.files.notice(f"stopped at step {self.step} of {self.n_steps}, as asked to")
-            raise StoppedError(f"stopped at step {self.step} of {self.n_steps}")
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        """End here, as the run was asked to.
+
+        Raises:
+            StoppedError: if nothing is lost.
+            NotSavedError: if no checkpoint has this step.
+        """
+        text = f"stopped at step {self.step} of {self.n_steps}"
+        saved = self.schedule.saved_step
+        if saved == self.step or self.step == 0:
+            self.files.notice(f"{text}, as asked to")
+            raise StoppedError(text)
+        start = "from the beginning" if saved < 0 else f"from step {saved}"
+        raise NotSavedError(
+            f"{text}, and its checkpoint was not saved: {self.schedule.problem}; "
+            f"the same command with the same run_name goes on {start}"
+        )
 
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate all sets and answer the sample prompts."""

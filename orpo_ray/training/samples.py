@@ -14,6 +14,7 @@ from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
+from orpo_ray.preference.templates import dated_template
 from orpo_ray.pretrained import load_tokenizer
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.training.job import TrainingJob
@@ -69,7 +70,8 @@ class Sampler:
             groups = next(iter(job.evals.values())).first_groups(_N_CANDIDATES)
             prompts = _held_out(groups, tokenizer)
         else:
-            prompts = [_own(text, tokenizer) for text in wanted]
+            date = job.config.data.template_date
+            prompts = [_own(text, tokenizer, date) for text in wanted]
         fitting = [prompt for prompt in prompts if len(prompt.ids) + n_new <= n_positions]
         if isinstance(wanted, int):
             fitting = fitting[:wanted]
@@ -145,13 +147,18 @@ def _held_out(groups: Sequence[PromptGroup], tokenizer: Any) -> list[SamplePromp
     return list(found.values())
 
 
-def _own(text: str, tokenizer: Any) -> SamplePrompt:
+def _own(text: str, tokenizer: Any, date: str) -> SamplePrompt:
     """A prompt from the config: one user turn if the tokenizer has a chat template, else text."""
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            turn,
+            chat_template=dated_template(tokenizer, date),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
     ids = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
-    if bos is not None and ids[:1] != [bos]:
+    if bos is not None and ids[:1] != [bos] and not tokenizer.chat_template:
         ids = [bos, *ids]
     return SamplePrompt(tuple(ids), tokenizer.decode(ids))

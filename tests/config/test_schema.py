@@ -50,6 +50,7 @@ def test_settings_that_decide_the_tokens():
         *("dataset_config", "dataset_revision", "dataset_train_split", "dataset_test_split"),
         *("column_mapping", "min_score_gap", "chat_template", "max_length", "max_prompt_length"),
         *("max_completion_length", "truncation", "special_tokens_in_text", "drop_duplicates"),
+        *("template_date", "template_drops"),
         *("drop_overlap", "group_by_prompt", "shard_rows"),
     }
     model = {"model_name_or_path", "model_revision", "trust_remote_code"}

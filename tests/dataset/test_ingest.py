@@ -24,8 +24,9 @@ from orpo_ray.dataset.tokenize import TokenizeSplit
 from orpo_ray.demo.model import CHAT_TEMPLATE, train_tokenizer
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.preference.pairing import normalise
 from orpo_ray.preference.reading.readers import split_file
-from orpo_ray.preference.records import Reason, Record, normalise
+from orpo_ray.preference.records import Reason, Record
 from orpo_ray.preference.templates import render
 from orpo_ray.preference.tokenization import Limits, PairTokenizer, TokenizedPair
 from orpo_ray.reports.data import write_data_report
@@ -51,9 +52,9 @@ LINES: list[tuple[bytes | dict[str, Any], Reason | None]] = [
     (text_row(1), None),
     (text_row(0) | {"chosen": 7}, Reason.WRONG_TYPE),
     (text_row(0) | {"chosen": "\ud83d"}, Reason.BAD_SURROGATE),
-    (text_row(0) | {"chosen": []}, Reason.MIXED_TYPES),
+    (text_row(0) | {"chosen": []}, Reason.EMPTY_CHOSEN),
     (chat_row(0) | {"chosen": [{"role": "assistant"}]}, Reason.BAD_MESSAGE),
-    (chat_row(0) | {"chosen": [{"role": "user", "content": "c"}]}, Reason.NOT_AN_ANSWER),
+    (chat_row(0) | {"chosen": [{"role": "user", "content": "c"}]}, Reason.PROMPT_NOT_SHARED),
     (text_row(0) | {"chosen": " "}, Reason.EMPTY_CHOSEN),
     (text_row(0) | {"rejected": ""}, Reason.EMPTY_REJECTED),
     (text_row(0) | {"rejected": "yes"}, Reason.IDENTICAL_ANSWERS),

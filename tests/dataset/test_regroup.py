@@ -4,9 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from orpo_ray.dataset.ingest import ingest
+import numpy as np
+import pytest
+
+from orpo_ray.dataset.ingest import held_out_set, ingest, nothing_usable
+from orpo_ray.dataset.pair_index import are_among
 from orpo_ray.dataset.regroup import load_keys
 from orpo_ray.dataset.shards import TokenSet, read_shard
+from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import RowId
 from tests.reference.ingest import (
     LONG,
@@ -195,3 +200,98 @@ def test_held_out_repeats_are_dropped_too_and_half_written_stats_do_not_matter(
     assert tokens.report["refused"] == {"duplicate": 80}
     (tokens.folder.path / "stats" / "00000-0000000000.77.tmp").touch()
     assert len(load_keys(tokens.folder, "pair_keys")) == 120
+
+
+def test_pairs_that_contradict_another_one_are_counted_and_kept(
+    tokenizer_folder: str, tmp_path: Path
+) -> None:
+    """Over shards and files; each of both sides counts, repeats too, and a ranking's own pairs.
+
+    p0: yes over no twice, no over yes once: 3. p1: the other prompt has the other order: none. A
+    ranking of yes, no and yes again: yes over no, no over yes: 2 (yes over yes is no pair).
+    """
+    first, other = {"chosen": "yes", "rejected": "no"}, {"chosen": "no", "rejected": "yes"}
+    rows = [{"prompt": "p0: "} | first, {"prompt": "p1: "} | first, {"prompt": "p0: "} | first]
+    more = [{"prompt": "p2: "} | other, {"prompt": "p0: "} | other]
+    more += [{"prompt": "p3: ", "completions": ["yes", "no", "yes"], "scores": [3, 2, 1]}]
+    files = (write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", more))
+    request = request_of(files, tokenizer_folder, tmp_path, shard_rows=2)
+    for changes in ({}, {"group_by_prompt": True}, {"drop_duplicates": True}):
+        report = ingest(replace(request, **changes), map_tasks).report
+        assert report["contradicting_pairs"] == 5
+        assert [part["contradicting_pairs"] for part in report["sources"].values()] == [2, 3]
+        assert report["duplicate_pairs"] == 1
+        assert report["pairs"] == 7 - ("drop_duplicates" in changes)
+
+
+def test_moving_text_from_one_answer_to_the_other_is_no_contradiction(
+    tokenizer_folder: str, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "p: ", "chosen": "yes", "rejected": "noyes"},
+        {"prompt": "p: ", "chosen": "yesno", "rejected": "yes"},
+        {"prompt": "p: yes", "chosen": "no", "rejected": "yes"},
+    ]
+    request = request_of((write_rows(tmp_path / "a.jsonl", rows),), tokenizer_folder, tmp_path)
+    assert ingest(request, map_tasks).report["contradicting_pairs"] == 0
+
+
+def test_keys_are_found_among_ordered_ones() -> None:
+    keys = np.array([0, 5, 7, 2**64 - 1], np.uint64)
+    for ordered in ([], [5], [0, 6, 2**64 - 1], [8]):
+        expected = [int(key) in ordered for key in keys]
+        assert are_among(keys, np.array(ordered, np.uint64)).tolist() == expected
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_one_prompt_cannot_be_divided(tokenizer_folder: str, tmp_path: Path, share: float) -> None:
+    rows = [text_row(1) | {"chosen": f"yes{i}"} for i in range(9)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    request = request_of((path,), tokenizer_folder, tmp_path, val_set_size=share)
+    with pytest.raises(DataError, match=r"all 9 pairs have one prompt, and .* held out whole"):
+        held_out_set(ingest(request, map_tasks), share)
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (1e-9, "none of the 3 prompts would be held out.*: raise it from 1e-09, or name eval_fil"),
+        (1 - 1e-9, "all of the 3 prompts would be held out.*: lower it from"),
+    ],
+)
+def test_a_share_that_leaves_one_side_empty_says_how_many_prompts_there_are(
+    tokenizer_folder: str, tmp_path: Path, share: float, message: str
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [text_row(i % 3) for i in range(6)])
+    request = request_of((path,), tokenizer_folder, tmp_path, val_set_size=share)
+    with pytest.raises(DataError, match=message):
+        held_out_set(ingest(request, map_tasks), share)
+
+
+def test_pairs_that_are_held_out_are_a_set_that_says_so(
+    tokenizer_folder: str, tmp_path: Path
+) -> None:
+    """Of no pairs at all there is nothing to divide: that rows are refused is said elsewhere."""
+    path = write_rows(tmp_path / "a.jsonl", [text_row(i) for i in range(20)])
+    request = request_of((path,), tokenizer_folder, tmp_path, val_set_size=0.5)
+    train = ingest(request, map_tasks)
+    held = held_out_set(train, 0.5)
+    assert (train.is_held_out, held.is_held_out) == (False, True)
+    assert held.shards == train.held_out
+    empty = write_rows(tmp_path / "b.jsonl", [{"prompt": "p"}])
+    nothing = ingest(replace(request, files=(empty,)), map_tasks)
+    assert held_out_set(nothing, 0.5).n_pairs == 0
+
+
+def test_dropping_the_overlap_with_the_same_file_leaves_nothing_and_says_why(
+    tokenizer_folder: str, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [text_row(i) for i in range(20)])
+    request = request_of((path,), tokenizer_folder, tmp_path)
+    evals = ingest(request, map_tasks)
+    assert nothing_usable(evals) == []
+    for share in (0.0, 0.5):
+        again = replace(request, other_sets=(evals.folder,), val_set_size=share)
+        first, *_ = nothing_usable(ingest(again, map_tasks))
+        assert "overlap; drop_overlap leaves out all prompts of the evaluation sets" in first
+        assert ("held out" in first) == bool(share)

@@ -80,5 +80,10 @@ def test_targets_that_cannot_be_adapted_are_refused():
     model = tiny_model("llama", torch.float32)
     with pytest.raises(UnsupportedModelError, match=r"lora_target_modules: .*no_such_layer"):
         add_adapters(model, ModelSection(lora_r=2, lora_target_modules=("no_such_layer",)), 0)
+    # peft itself passes over a name as long as another one is of a module.
+    with pytest.raises(
+        UnsupportedModelError, match="'q_prj' is no module of llama; did you mean q_proj"
+    ):
+        add_adapters(model, ModelSection(lora_r=2, lora_target_modules=("v_proj", "q_prj")), 0)
     with pytest.raises(UnsupportedModelError, match="the LM head cannot be adapted"):
         add_adapters(model, ModelSection(lora_r=2, lora_target_modules=("lm_head",)), 0)

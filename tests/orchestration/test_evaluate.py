@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.inputs import find_inputs
@@ -101,3 +102,39 @@ def test_without_data_or_with_a_bad_baseline_nothing_is_done(evaluated, run_comm
     )
     assert done.returncode == 2
     assert "eval_files: nothing to evaluate on" in done.stderr
+
+
+def test_a_baseline_with_another_tokenizer_is_scored_on_its_own_tokens(
+    evaluated: Path, run_here, ray_cluster
+) -> None:
+    """Its scores are those of its own evaluation, but for rows that its tokenizer cannot take."""
+    find_inputs(ORPOConfig(seed=5), evaluated / "runs")
+    folders = sorted((evaluated / "runs").glob("demo-*/base-model"))
+    other = next(folder for folder in folders if folder.parent.name == "demo-5")
+    (ours,) = [folder for folder in folders if folder != other]
+    pairs = [pair(i) for i in range(N_ROWS)]
+    pairs[3]["chosen"] = "It is <|odd|>."  # a special token of the other tokenizer
+    (evaluated / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|odd|>"]})
+    tokenizer.save_pretrained(other)
+
+    def evaluate(*settings: str) -> str:
+        files = ("eval_files=other.jsonl", "max_bad_fraction=0.05")
+        done = run_here(evaluated, "jobs/evaluate.py", *settings, *files)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    evaluate(f"model_name_or_path={other}", "run_name=alone")
+    out = evaluate(f"model_name_or_path={ours}", f"baseline={other}", "run_name=both")
+    assert "baseline: its tokenizer differs from the model's (vocabulary" in out
+    assert "1 pairs that only one of the two tokenizers takes are left out" in out
+    runs = evaluated / "runs"
+    alone = pq.read_table(runs / "alone" / "scores.parquet")
+    assert pq.read_table(runs / "both" / "scores-baseline.parquet").equals(alone)
+    ours_found = pq.read_table(runs / "both" / "scores.parquet").to_pylist()
+    found = json.loads((runs / "both" / "evaluation.json").read_text())["sets"]["eval"]
+    assert found["pairs_compared"] == N_ROWS - 1
+    margins = {row["row"]: row["margin"] for row in alone.to_pylist()}
+    apart = [row["margin"] - margins[row["row"]] for row in ours_found if row["row"] in margins]
+    assert found["differences"]["margin"]["value"] == pytest.approx(sum(apart) / (N_ROWS - 1))

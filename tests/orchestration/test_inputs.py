@@ -54,6 +54,24 @@ def test_every_name_is_an_evaluation_set_of_its_own(files: Path) -> None:
     assert names == {"eval_": ["a.jsonl"], "eval_x_": ["b.jsonl", "c.jsonl"]}
 
 
+def test_what_is_passed_over_is_kept_for_every_data_set(
+    files: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file may be in two evaluation sets; a folder of another split than expected is said."""
+    (files / "dev").mkdir()
+    for name in ("dev.jsonl", "_d.jsonl", "d.txt"):
+        (files / "dev" / name).write_text((files / "a.jsonl").read_text())
+    evals = ["dev", {"path": "dev/*.jsonl", "name": "x"}]
+    inputs = find_inputs(config(train_files=["a.jsonl", "dev"], eval_files=evals), files / "runs")
+    assert inputs.passed_over == {
+        "train": {"hidden": (1, ("_d.jsonl",)), "of other types": (1, ("d.txt",))},
+        "eval_": {"hidden": (1, ("_d.jsonl",)), "of other types": (1, ("d.txt",))},
+        "eval_x_": {"hidden": (1, ("_d.jsonl",))},
+    }
+    assert list(inputs.eval_files) == ["eval_", "eval_x_"]
+    assert caplog.messages == ["train_files: all files of dev are of the split validation"]
+
+
 def test_a_file_under_two_weights_is_refused(files: Path) -> None:
     entries = ["*.jsonl", {"path": "b.jsonl", "weight": 2}]
     with pytest.raises(DataError) as caught:
@@ -121,3 +139,18 @@ def test_a_block_of_nothing_but_null_does_not_set_the_type(
 def test_anything_else_in_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train_dataset: a set cannot be read"):
         keep_dataset({1}, tmp_path)
+
+
+def test_adapters_are_a_model_for_evaluation_only(files: Path) -> None:
+    settings = json.dumps({"base_model_name_or_path": "someone/base", "peft_type": "LORA"})
+    (files / "adapters").mkdir()
+    (files / "adapters" / "adapter_config.json").write_text(settings)
+    named = ORPOConfig(model_name_or_path="adapters", train_files="a.jsonl", eval_files="b.jsonl")
+    assert find_inputs(named, files / "runs", only_evals=True).model.model == str(
+        files / "adapters"
+    )
+    with pytest.raises(DataError) as caught:
+        find_inputs(named, files / "runs")
+    (line,) = caught.value.lines
+    assert line.startswith("model_name_or_path: adapters holds LoRA adapters")
+    assert "someone/base" in line

@@ -110,12 +110,18 @@ LINE_CLASSES: dict[str, tuple[bytes, str | None, str]] = {
         "rejected is missing; the row has chosen, prompt, rejcted; did you mean rejcted?",
     ),
     "wrong type": (json.dumps(TEXT | {"chosen": 7}).encode(), "wrong_type", "chosen is a int"),
-    "text mixed with messages": (
-        json.dumps(TEXT | {"chosen": [says("assistant", "c")]}).encode(),
-        "mixed_types",
-        "mix text and messages",
+    "the prompt in both answers": (
+        json.dumps(
+            {"prompt": "Who is it? ", "chosen": "Who is it? c", "rejected": "Who is it? r"}
+        ).encode(),
+        "prompt_repeated",
+        "begin with the prompt",
     ),
-    "a row of 12 MB": (json.dumps(TEXT | {"chosen": "word " * 2_400_000}).encode(), None, ""),
+    "a row of 12 MB": (
+        json.dumps(TEXT | {"chosen": "word " * 2_400_000}).encode(),
+        "row_too_large",
+        "characters, more than",
+    ),
     "torn last line": (b'{"prompt": "p", "chosen": "c", "rej', "torn_last_line", "cut off"),
 }
 # A template that, like some, renders a turn otherwise when it is not the last.

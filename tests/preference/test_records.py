@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from orpo_ray.preference.records import Reason, Record, Refusal, excerpt, normalise
+from orpo_ray.preference.pairing import normalise
+from orpo_ray.preference.records import Reason, Record, Refusal, excerpt
 
 HARMLESS = Path(__file__).parents[2] / "../shared/data/hh_rlhf_harmless.jsonl"
 
@@ -105,8 +106,6 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason, str]] = [
     (pair(chosen=True), Reason.WRONG_TYPE, "chosen is a bool"),
     (pair(chosen=b"bytes"), Reason.WRONG_TYPE, "chosen is a bytes"),
     (pair(chosen="\ud83d"), Reason.BAD_SURROGATE, "chosen contains an unpaired surrogate"),
-    (pair(chosen=[says("assistant")]), Reason.MIXED_TYPES, "mix text and messages"),
-    (pair(prompt=[says("user")]), Reason.MIXED_TYPES, "mix text and messages"),
     (pair(chosen=["c"]), Reason.BAD_MESSAGE, "chosen[0] is not an object"),
     (pair(prompt=[says("user"), {"role": "user"}]), Reason.BAD_MESSAGE, "prompt[1] has no content"),
     (pair(rejected=[{"content": "r"}]), Reason.BAD_MESSAGE, "rejected[0] has no role"),
@@ -131,8 +130,13 @@ BAD_ROWS: list[tuple[dict[str, Any], Reason, str]] = [
     ({"chosen": DIALOGUE + "c", "rejected": DIALOGUE + "c"}, Reason.IDENTICAL_ANSWERS, "the same"),
     (
         {"chosen": [says("assistant")], "rejected": [says("assistant")]},
-        Reason.IDENTICAL_ANSWERS,
-        "the same",
+        Reason.MISSING_FIELD,
+        "messages of the assistant alone",
+    ),
+    (
+        dialogue([says("user"), says("assistant", "a"), says("assistant", "b"), says("user")]),
+        Reason.BAD_ROLE,
+        "messages 2 and 3 both have the role assistant",
     ),
     (
         {"chosen": DIALOGUE + "c", "rejected": "\n\nHuman: ho\n\nAssistant: r"},

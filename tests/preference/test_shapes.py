@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from orpo_ray.preference.layouts import Shape
 from orpo_ray.preference.records import Reason, Record, Refusal
-from orpo_ray.preference.shapes import ParsedRow, RowReader, Shape
+from orpo_ray.preference.shapes import ParsedRow, RowReader
 
 
 def says(role: str, content: Any) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def test_content_in_parts_is_their_text() -> None:
 
 def test_a_prompt_that_the_messages_do_not_have_is_refused() -> None:
     row = {"prompt": "other", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
-    assert refused(row).reason is Reason.MIXED_TYPES
+    assert refused(row).reason is Reason.PROMPT_NOT_SHARED
 
 
 @pytest.mark.parametrize("name", ["dpo_en_sharegpt.json", "dpo_zh_sharegpt.json"])

@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerFast
 from orpo_ray.demo.model import train_tokenizer
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.records import Message, Reason, Record, Refusal
+from orpo_ray.preference.special_tokens import special_token_in
 from orpo_ray.preference.templates import (
     PairText,
     empty_answer,
     render,
     shared_length,
-    special_token_in,
     template_text,
 )
 
@@ -54,8 +54,9 @@ def rendered(tokenizer: Any, template: str | None, record: Record) -> PairText:
 
 @pytest.mark.parametrize("template", [CHATML, None])
 def test_text_stays_as_it_is(tokenizer: Any, template: str | None) -> None:
+    """But for white space after an end token, which would be trained before the added one."""
     record = Record("p <|eos|>\n", " c\n", "r<|eos|>\n")
-    assert rendered(tokenizer, template, record) == PairText("p <|eos|>\n", " c\n", "r<|eos|>\n")
+    assert rendered(tokenizer, template, record) == PairText("p <|eos|>\n", " c\n", "r<|eos|>")
 
 
 def test_messages_ask_for_the_answer_and_end_with_it(tokenizer: Any) -> None:
@@ -68,7 +69,7 @@ def test_messages_ask_for_the_answer_and_end_with_it(tokenizer: Any) -> None:
 def test_a_template_that_does_not_end_its_answers(tokenizer: Any) -> None:
     """What follows the answer stays when it is not an end of sequence: the model learns it."""
     assert rendered(tokenizer, CHATML.replace("<|eos|>", "<|end|>"), CHAT) == PairText(
-        "<|user|>hi<|end|>\n<|assistant|>", "yes<|end|>\n", "no<|end|>\n"
+        "<|user|>hi<|end|>\n<|assistant|>", "yes<|end|>", "no<|end|>"
     )
 
 
@@ -97,9 +98,7 @@ def test_the_prompt_is_what_all_renderings_share(tokenizer: Any) -> None:
 def test_a_prompt_that_ends_with_the_assistant_leaves_its_turn_open(tokenizer: Any) -> None:
     record = Record((user("hi"), assistant("Well,")), (assistant("yes"),), (assistant("no"),))
     text = rendered(tokenizer, CHATML, record)
-    assert text.prompt == "<|user|>hi<|eos|>\n<|assistant|>Well,"
-    assert text.chosen == "<|eos|>\n<|assistant|>yes<|eos|>"
-    assert text.rejected == "<|eos|>\n<|assistant|>no<|eos|>"
+    assert text == PairText("<|user|>hi<|eos|>\n<|assistant|>Well,", "yes<|eos|>", "no<|eos|>")
 
 
 def test_answers_without_a_prompt(tokenizer: Any) -> None:
@@ -174,14 +173,14 @@ def test_the_end_of_turn_is_trained_where_it_is_not_the_end_of_sequence(tokenize
     tokenizer.chat_template = CHATML.replace("<|eos|>", "<|im_end|>")
     text = render(CHAT, tokenizer)
     assert isinstance(text, PairText)
-    assert (text.chosen, text.rejected) == ("yes<|im_end|>\n", "no<|im_end|>\n")
+    assert (text.chosen, text.rejected) == ("yes<|im_end|>", "no<|im_end|>")
 
 
 @pytest.mark.parametrize(
     ("record", "found"),
     [
         (Record("<|bos|>p", "c<|eos|>", "r <|eos|>"), None),
-        (Record("p", "c", "r<|eos|>\n"), "rejected contains the special token <|eos|>"),
+        (Record("p", "c", "r<|eos|>\n"), None),
         (Record("p", "c", "r"), None),
         (Record("p <|bos|>", "c", "r"), "prompt contains the special token <|bos|>"),
         (Record("p", "c<|eos|>d", "r"), "chosen contains the special token <|eos|>"),
@@ -228,9 +227,9 @@ def test_special_tokens_are_found_in_calls_of_tools_too(tokenizer: Any) -> None:
     assert refusal.detail.startswith("chosen contains the special token <|eos|>")
 
 
-def test_an_answer_of_nothing_but_its_end_is_empty() -> None:
+def test_an_answer_of_nothing_but_its_end_is_empty(tokenizer: Any) -> None:
     for answer in ("<|eos|>", " <|eos|>\n", "  "):
-        refusal = empty_answer(PairText("p", "c", answer), "<|eos|>")
+        refusal = empty_answer(PairText("p", "c", answer), tokenizer)
         assert refusal is not None
         assert refusal.reason is Reason.EMPTY_REJECTED
-    assert empty_answer(PairText("p", "c<|eos|>", "r"), "<|eos|>") is None
+    assert empty_answer(PairText("p", "c<|eos|>", "r"), tokenizer) is None

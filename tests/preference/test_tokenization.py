@@ -16,7 +16,8 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from orpo_ray.demo.model import train_tokenizer
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
-from orpo_ray.preference.records import Reason, Record, Refusal, normalise
+from orpo_ray.preference.pairing import normalise
+from orpo_ray.preference.records import Reason, Record, Refusal
 from orpo_ray.preference.templates import PairText, shared_length
 from orpo_ray.preference.tokenization import Limits, PairTokenizer, TokenizedPair
 

@@ -1,6 +1,7 @@
 """What a run directory says of its data."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,37 @@ def test_counts_and_refused_rows_of_every_set(tmp_path: Path) -> None:
     assert [path.name for path in (run / "quarantine").iterdir()] == ["train.jsonl"]
     lines = (run / "quarantine" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["file"] for line in lines] == ["0\u00e9", "2\u00e9"]
+
+
+def test_the_same_files_for_training_and_evaluation_are_an_overlap(tmp_path: Path) -> None:
+    """Both sets have one folder then, as have those that `val_set_size` holds out."""
+    tokens = token_set(tmp_path / "set", counts(3, 3, 0), counts(3, 3, 0))
+    held_out = replace(tokens, is_held_out=True)
+    sets = {"train": tokens, "eval_": tokens, "eval_x_": tokens, "eval_held_out_": held_out}
+    report = write_data_report(tmp_path, sets, CONFIG, {})
+    assert [report[name].get("rows_read") for name in report] == [3, 3, 3, None]
+    assert report["train"]["overlapping_pairs"] == 3
+    report = write_data_report(tmp_path, {"train": tokens, "eval_": held_out}, CONFIG, {})
+    assert report["train"]["overlapping_pairs"] == 0
+    assert data_lines("eval", report["eval"]) == [
+        "eval data: 0 rows held out of the training files"
+    ]
+
+
+def test_files_that_were_passed_over_are_in_the_report_and_said(tmp_path: Path) -> None:
+    """Also those that turn out to have no row."""
+    tokens = token_set(tmp_path / "set", counts(3, 3, 0), counts(3, 3, 0), counts(0, 0, 0))
+    passed_over = {"train": {"hidden": (4, (".a", "_b/", ".c", ".d")), "empty": (1, ("e.csv",))}}
+    written = write_data_report(tmp_path, {"train": tokens}, CONFIG, {}, passed_over)["train"]
+    assert json.loads((tmp_path / "data_report.json").read_text())["train"]["passed_over"] == {
+        "hidden": {"files": 4, "first": [".a", "_b/", ".c", ".d"]},
+        "empty": {"files": 2, "first": ["e.csv", "1"]},
+    }
+    notes = dict.fromkeys(("truncated_prompts", "truncated_completions", "pairs_left_out"), 0)
+    figures = written | notes | {"duplicate_pairs": 0, "shapes": {}, "ignored_columns": []}
+    assert data_lines("train", figures)[-1] == (
+        "train data: passed over: 4 hidden (.a, _b/, .c, ...), 2 empty (e.csv, 1)"
+    )
 
 
 def test_a_run_that_goes_on_does_not_count_twice(tmp_path: Path) -> None:
@@ -189,9 +221,11 @@ def test_the_lines_of_a_data_set() -> None:
         "truncated_completions": 0,
         "pairs_left_out": 0,
         "duplicate_pairs": 2,
+        "contradicting_pairs": 4,
         "ignored_columns": ["id"],
     }
     assert data_lines("train", figures) == [
         "train data: 10 rows read, 7 kept, 1 held out, 2 refused (2 empty_chosen); texts",
-        "train data: 3 prompts truncated; 2 duplicate pairs (drop_duplicates); columns ignored: id",
+        "train data: 3 prompts truncated; 2 duplicate pairs (drop_duplicates); 4 pairs that "
+        "another pair contradicts (chosen and rejected swapped); columns ignored: id",
     ]

@@ -1,6 +1,5 @@
 """The page of a run: every chart with its points, before and after, data, faults, config."""
 
-import io
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ from orpo_ray.reports.live import RunWatcher, sparkline
 from orpo_ray.reports.run import write_run_report
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.storage.folder import Folder
+from tests.reports.test_live import Terminal
 
 pytestmark = pytest.mark.long  # pages with a dozen charts each
 
@@ -247,15 +247,22 @@ def test_a_line_of_blocks_goes_from_the_least_to_the_greatest() -> None:
     assert sparkline([], 8) == ""
 
 
-def test_a_terminal_shows_progress_curves_and_the_last_evaluation(tmp_path: Path) -> None:
+def test_a_terminal_shows_progress_curves_and_the_last_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was last drawn, once the escape sequences are taken away."""
-    text = io.StringIO()
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    text = Terminal()
     console = Console(file=text, force_terminal=True, width=120, legacy_windows=False)
     with RunWatcher(tmp_path, 60, console):
         write_lines(tmp_path, ("eval_",))
         wait_for(text.getvalue, "60/60")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue())
-    assert re.search(r"60/60 loss 4\.0000 +accuracy 0\.800 +margin 0\.2500", shown)
+    assert re.search(
+        r"step 60/60  0:00:00 left  loss 4\.0000 +accuracy 0\.800 +margin 0\.2500", shown
+    )
     assert "margin   ▁▂▄▅▇█ 0.2500" in shown
     assert "accuracy ▁▂▄▅▇█ 0.800" in shown
     assert "evaluation at step 60: accuracy 0.800 " in shown

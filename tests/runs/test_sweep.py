@@ -9,14 +9,14 @@ from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.runs.sweep import Goal, read_trials, table_rows
 
 ACCURACY, NLL = "eval_rewards/accuracies", "eval_nll_loss"
+STOPPED = {"stopped_early": True}
 
 
-def add_trial(folder, name, accuracies, nlls, finished=True, failure=None, **values):
+def add_trial(folder, name, accuracies, nlls, finished=True, end=None, **values):
+    """Write a trial's files; `end` is what its record says besides."""
     run = folder / "trials" / name
     run.mkdir(parents=True)
-    record = {"trial": name, "values": {"beta": 0.1} | values} | (
-        {"failure": failure} if failure else {}
-    )
+    record = {"trial": name, "values": {"beta": 0.1} | values} | (end or {})
     (run / "trial.json").write_text(json.dumps(record))
     lines = [
         {"step": 10 * i, ACCURACY: accuracy, NLL: nll}
@@ -31,10 +31,10 @@ def add_trial(folder, name, accuracies, nlls, finished=True, failure=None, **val
 def sweep(tmp_path):
     """The most accurate lost half a nat; the next was stopped; then two, and one that failed."""
     add_trial(tmp_path, "collapsed", [0.5, 0.95], [2.0, 2.5])
-    add_trial(tmp_path, "stopped", [0.5, 0.9], [2.0, 1.8], finished=False)
+    add_trial(tmp_path, "stopped", [0.5, 0.9], [2.0, 1.8], finished=False, end=STOPPED)
     add_trial(tmp_path, "good", [0.5, 0.8], [2.0, 1.9])
     add_trial(tmp_path, "weaker", [0.5, 0.7], [2.0, 1.5])
-    add_trial(tmp_path, "failed", [], [], finished=False, failure="step 3: not finite")
+    add_trial(tmp_path, "failed", [], [], finished=False, end={"failure": "step 3: not finite"})
     return read_trials(tmp_path)
 
 
@@ -50,6 +50,11 @@ def test_the_guard_rules_out_accuracy_bought_with_nll(sweep):
     ]
     assert Goal.from_config(ORPOConfig(max_nll_increase=None)).best(sweep).name == "collapsed"
     assert Goal.from_config(ORPOConfig(max_nll_increase=0.6)).best(sweep).name == "collapsed"
+
+
+def test_a_trial_that_was_cut_with_its_sweep_was_not_stopped_early(tmp_path):
+    add_trial(tmp_path, "cut", [0.5, 0.9], [2.0, 1.8], finished=False)
+    assert read_trials(tmp_path)[0].status == "unfinished"
 
 
 def test_losses_are_minimised_unless_told_otherwise(sweep):

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from orpo_ray.dataset.shards import read_shard
-from orpo_ray.runs.files import count_events
+from orpo_ray.runs.files import STOP, count_events
+from orpo_ray.training.errors import NotSavedError, StoppedError
 from tests.reference.small_run import metrics_without_times, token_stream, train_small
 
 
@@ -226,6 +227,62 @@ def test_a_full_disk_is_an_alarm_and_training_goes_on(run_ranks, whole_run, inpu
     assert steps[-1] == "step-00000024"
     assert weights_digest(run) == weights_digest(whole_run)
     assert metrics_without_times(run) == metrics_without_times(whole_run)
+
+
+ENDLESS = {"max_steps": 100_000, "save_steps": 100_000, "eval_steps": None, "evaluate": False}
+
+
+def train_until_stopped(folder: Path, run: Path, file_bytes: int) -> str:
+    """Ask for a stop after the first step, where no file may grow beyond a size; how it ended."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, limits[1]))
+
+    def ask() -> None:
+        while not (run / "ledger.jsonl").exists():
+            time.sleep(0.01)
+        (run / STOP).touch()
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        train_small(folder, run, ENDLESS)
+    except (StoppedError, NotSavedError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return "finished"
+
+
+def test_a_stop_on_request_saves_the_step_that_it_names(run_ranks, inputs, tmp_path):
+    run = tmp_path / "run"
+    (end,) = run_ranks(1, train_until_stopped, inputs, run, 1 << 30, new_processes=True)
+    (step,) = [int(path.parent.name[5:]) for path in run.glob("checkpoints/*/MANIFEST.json")]
+    assert end == f"StoppedError: stopped at step {step} of 100000"
+
+
+def test_a_stop_whose_checkpoint_is_not_saved_claims_none(run_ranks, inputs, tmp_path):
+    """16 KiB are too few for a checkpoint."""
+    run = tmp_path / "run"
+    (end,) = run_ranks(1, train_until_stopped, inputs, run, 16384, new_processes=True)
+    assert end.startswith("NotSavedError: stopped at step ")
+    assert ", and its checkpoint was not saved: " in end
+    assert end.endswith("the same command with the same run_name goes on from the beginning")
+    assert not list(run.glob("checkpoints/*/MANIFEST.json"))
+
+
+def train_when_asked_to_stop(folder: Path, run: Path) -> str:
+    with pytest.raises(StoppedError) as caught:
+        train_small(folder, run, {})
+    return str(caught.value)
+
+
+def test_workers_that_start_again_while_a_run_stops_make_no_step(
+    run_ranks, whole_run, inputs, tmp_path
+):
+    run = interrupted_copy(whole_run, tmp_path / "run", last_step=14)
+    (run / STOP).touch()
+    ends = run_ranks(2, train_when_asked_to_stop, inputs, run)
+    assert set(ends) == {"stopped at step 14 of 24"}
+    assert len(ledger(run)) == 14
 
 
 def test_a_loss_far_above_the_usual_is_said(run_ranks, whole_run, inputs, tmp_path):

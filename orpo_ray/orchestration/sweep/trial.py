@@ -1,6 +1,7 @@
 """One trial of a sweep: a training run with some settings of its own; in Tune's trial actors."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,13 +13,12 @@ from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig, settings_that_decide
 from orpo_ray.orchestration.start import Start, start_run
 from orpo_ray.orchestration.train import train_run
-from orpo_ray.orchestration.workers import TrainingError
 from orpo_ray.preference.errors import DataError
-from orpo_ray.runs.files import CONFIG, TRIAL_RECORD, TRIALS
+from orpo_ray.runs.files import CONFIG, STOP, TRIAL_RECORD, TRIALS
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.storage.files import first_line, read_json
 from orpo_ray.storage.folder import Folder
-from orpo_ray.training.errors import StoppedError
+from orpo_ray.training.errors import StoppedError, TrainingError
 
 
 def trial_function(start: Start) -> Callable[[dict[str, Any]], None]:
@@ -26,7 +26,11 @@ def trial_function(start: Start) -> Callable[[dict[str, Any]], None]:
 
     def trial(values: dict[str, Any]) -> None:
         name = ray.tune.get_context().get_trial_id()
-        run_trial(start, name, values, (TuneReportCallback(),))
+        try:
+            run_trial(start, name, values, (TuneReportCallback(),))
+        except StoppedError:
+            # The sweep is being stopped. Only what Ray Tune takes for running does it resume.
+            threading.Event().wait()
 
     return trial
 
@@ -36,15 +40,20 @@ def run_trial(
 ) -> None:
     """Train one trial, from its newest checkpoint if it has one.
 
-    Why it failed is written into its folder as well, unless it was ended from outside.
+    Why it failed or where it was stopped is written into its folder as well, unless it was ended
+    from outside.
     """
     folder = (start.folder / TRIALS / name).make()
+    folder.remove(STOP)
     record = {"trial": name, "values": dict(values)}
     folder.write_json(TRIAL_RECORD, record)
     try:
         with working_on(folder):
             train_run(_start(start, folder, values), callbacks=callbacks)
-    except (ConfigError, DataError, StoppedError, TrainingError, TrainingFailedError) as error:
+    except StoppedError as error:
+        folder.write_json(TRIAL_RECORD, record | {"stopped": str(error)})
+        raise
+    except (ConfigError, DataError, TrainingError, TrainingFailedError) as error:
         folder.write_json(TRIAL_RECORD, record | {"failure": first_line(error)})
         raise
 

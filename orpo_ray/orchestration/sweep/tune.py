@@ -1,6 +1,7 @@
 """A sweep: Ray Tune over training runs, from one config to a champion; on the driver."""
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.start import Start, run_directory_of, start_run, with_run_name
+from orpo_ray.orchestration.sweep.running import TrialEnds, stopping_trials
 from orpo_ray.orchestration.sweep.search_space import search_space
 from orpo_ray.orchestration.sweep.trial import (
     record_failure,
@@ -32,6 +34,7 @@ from orpo_ray.orchestration.sweep.trial import (
     trial_function,
 )
 from orpo_ray.orchestration.trackers import refuse_missing
+from orpo_ray.orchestration.train import stopping_on_signals
 from orpo_ray.preference.errors import DataError
 from orpo_ray.reports.live_sweep import SweepWatcher, trial_text
 from orpo_ray.reports.sweep import write_sweep_report
@@ -39,6 +42,7 @@ from orpo_ray.runs.files import FINAL, TRIALS
 from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.mirror import TUNE_STATE, refresh, working_on
 from orpo_ray.runs.sweep import Goal, Trial, goal_problems, read_trials, table_rows
+from orpo_ray.training.errors import StoppedError
 
 BETA_ZERO = "beta-0"
 CHAMPION, BEST_CONFIG = "champion", "best_config.yaml"
@@ -62,6 +66,11 @@ class SweepResult:
     trials: list[Trial]
     model_directory: str | None
     report: str
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether every trial failed."""
+        return bool(self.trials) and all(trial.failure for trial in self.trials)
 
 
 def trainable(config: ORPOConfig) -> Callable[[dict[str, Any]], None]:
@@ -91,6 +100,9 @@ def tune(
     Raises:
         ConfigError: for a search or a goal that makes no sense, and what `train` refuses.
         DataError: for missing files, no usable row, and no evaluation data.
+        StoppedError: when this process got SIGTERM or SIGHUP, once every running trial has saved a
+            checkpoint.
+        KeyboardInterrupt: on Ctrl-C, likewise, but for a second one.
     """
     refuse_missing(config.output.report_to)
     problems: list[str] = []
@@ -122,12 +134,42 @@ def _search(
     start = _with_evaluations(start)
     tuner = _tuner(start, space, goal)
     _log.info(_plan_text(start, space, goal))
-    with SweepWatcher(start.run_directory, goal, console):
+    watcher = SweepWatcher(start.run_directory, goal, console)
+    with watcher, stopping_trials(start.folder) as asked_to_stop:
         for result in tuner.fit():
             if result.error is not None:
                 reason = str(result.error).strip().splitlines()[-1]
                 record_failure(start.folder / TRIALS / Path(result.path).name, reason)
-    return _conclude(start, goal)
+        if asked_to_stop.is_set():
+            _log_unfinished(start, space, goal)
+            raise StoppedError("the sweep is not finished")
+    with stopping_on_signals(start.folder / TRIALS / BETA_ZERO):
+        return _conclude(start, goal)
+
+
+def _log_unfinished(start: Start, space: Mapping[str, Any], goal: Goal) -> None:
+    """Log how far a sweep came that was stopped."""
+    refresh(start.folder)
+    trials = [t for t in read_trials(start.run_directory) if t.name != BETA_ZERO]
+    cut = [trial.name for trial in trials if trial.status == "unfinished"]
+    n_samples = _n_samples(start.config, space)
+    _log.info("the trials so far, of which none is chosen yet:")
+    for trial in goal.ranked(trials):
+        _log.info(trial_text(trial, goal))
+    parts = [f"the sweep stopped with {len(trials) - len(cut)} of {n_samples} samples done"]
+    if cut:
+        parts.append(f"unfinished: {', '.join(cut)}")
+    if len(trials) < n_samples:
+        n_left = n_samples - len(trials)
+        last = f"samples {len(trials) + 1} to {n_samples}" if n_left > 1 else f"sample {n_samples}"
+        parts.append(f"not begun: {last}")
+    _log.info("; ".join(parts))
+
+
+def _n_samples(config: ORPOConfig, space: Mapping[str, Any]) -> int:
+    """How many trials a whole sweep has: every point of the grids, `num_samples` times."""
+    grids = (domain.get("grid_search") for domain in space.values() if isinstance(domain, dict))
+    return config.tune.num_samples * math.prod(len(grid) for grid in grids if grid)
 
 
 def _repeat_problems(config: ORPOConfig, space: Mapping[str, Any]) -> list[str]:
@@ -177,7 +219,10 @@ def _tuner(start: Start, space: Mapping[str, Any], goal: Goal) -> ray_tune.Tuner
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=ray_tune.RunConfig(
-            name=TUNE_STATE, storage_path=start.folder.address, verbose=0
+            name=TUNE_STATE,
+            storage_path=start.folder.address,
+            verbose=0,
+            callbacks=[TrialEnds(start.folder)],
         ),
     )
 
@@ -247,8 +292,11 @@ def _conclude(start: Start, goal: Goal) -> SweepResult:
         settings = trial_config(start.config, best.values).replace(run_name=None)
         folder.write_text(BEST_CONFIG, to_yaml(settings))
         champion = folder / CHAMPION
+        beside = champion.path.with_name(f"{CHAMPION}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree((folder / TRIALS / best.name / FINAL).fetch(), beside)
         champion.remove()
-        shutil.copytree((folder / TRIALS / best.name / FINAL).fetch(), champion)
+        beside.rename(champion.path)
         champion.publish_all()
     report = write_sweep_report(directory, trials, goal, baseline)
     return SweepResult(
@@ -297,6 +345,9 @@ def end_text(result: SweepResult, config: ORPOConfig, command: str) -> str:
             f"ruled out, NLL rose by more than max_nll_increase={goal.max_nll_increase}: "
             f"{', '.join(ruled_out)}"
         )
+    failed = [trial.name for trial in result.trials if trial.failure]
+    if failed:
+        lines.append(f"{len(failed)} of {len(result.trials)} trials failed: {', '.join(failed)}")
     if result.best is None:
         lines.append("no finished trial is left to choose")
     else:

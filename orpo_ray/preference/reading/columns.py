@@ -89,8 +89,10 @@ def read_parquet(split: Split) -> Iterator[RawRow]:
 def read_arrow(path: str) -> Iterator[RawRow]:
     """Read a file of Arrow's IPC stream format, as `datasets` writes it, or IPC file format."""
     with open_file(path) as file:
-        is_file_format = file.read(6) == b"ARROW1"
-    if is_file_format:
+        start = file.read(6)
+    if not start:  # an archive of nothing
+        return
+    if start == b"ARROW1":
         with open_file(path, seekable=True) as file:
             reader = pa.ipc.open_file(file)
             yield from _records(map(reader.get_batch, range(reader.num_record_batches)))
@@ -171,7 +173,7 @@ def _as_bytes(kind: Any) -> Any:
 def _batch_rows(batch: Any, number: int) -> Iterator[RawRow]:
     """Convert a batch; if that fails, convert row by row so that only the bad rows are lost."""
     try:
-        records = batch.to_pylist()
+        records = _to_records(batch)
     except (ValueError, OverflowError):
         for index in range(len(batch)):
             yield _one_row(batch.slice(index, 1), number + index)
@@ -182,8 +184,27 @@ def _batch_rows(batch: Any, number: int) -> Iterator[RawRow]:
 
 def _one_row(batch: Any, number: int) -> RawRow:
     try:
-        return RawRow(number, batch.to_pylist()[0])
+        return RawRow(number, _to_records(batch)[0])
     except UnicodeDecodeError:
         return RawRow(number, None, Reason.NOT_UTF8)
     except (ValueError, OverflowError):
         return RawRow(number, None, Reason.WRONG_TYPE)
+
+
+def _to_records(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch; maps are dicts, and fields that Arrow added to structs are left out.
+
+    A column of structs has the fields of all rows; those that a row does not have are null in it.
+    """
+    records: list[dict[str, Any]] = batch.to_pylist(maps_as_pydicts="strict")
+    nested = [field.name for field in batch.schema if pa.types.is_nested(field.type)]
+    for record in records if nested else ():
+        for name in nested:
+            record[name] = _without_nulls(record[name])
+    return records
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -22,6 +22,7 @@ from orpo_ray.preference.reading.sources import (
     PARQUET,
     STREAMED,
     TABLES,
+    is_plain,
     kind_of,
     open_file,
 )
@@ -39,9 +40,9 @@ def split_file(path: str, rows_per_split: int) -> list[Split]:
     Raises:
         DataError: if a Parquet file cannot be opened.
     """
-    if path.endswith(PARQUET):
+    if is_plain(path, PARQUET):
         return split_parquet(path, rows_per_split)
-    if path.endswith(LINES) and not path.startswith(STREAMED):
+    if is_plain(path, LINES) and not path.startswith(STREAMED):
         return _split_lines(path, rows_per_split)
     return [Split(path)]
 
@@ -67,7 +68,7 @@ def _split_lines(path: str, rows_per_split: int) -> list[Split]:
 
 def count_rows(path: str) -> int:
     """Count the rows of a file, blank lines included, without parsing where possible."""
-    if path.endswith(PARQUET):
+    if is_plain(path, PARQUET):
         return count_parquet(path)
     if kind_of(path) not in LINES:
         return sum(1 for _ in read_split(Split(path)))
@@ -173,9 +174,11 @@ def _problem(record: Any) -> Reason | None:
 
 
 def _read_array(path: str) -> Iterator[RawRow]:
-    """Read the elements of a JSON array; a `.json` file may also contain JSON lines."""
+    """Read the elements of a JSON array; a `.json` file may also contain JSON lines, or nothing."""
     with open_file(path) as file:
         content = file.read().removeprefix(_UTF8_BOM)
+    if not content.strip():
+        return
     try:
         array = _parsed(content)
     except (ValueError, RecursionError) as error:
@@ -193,13 +196,13 @@ def _read_table(path: str, delimiter: str) -> Iterator[RawRow]:
     with open_file(path) as raw:
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header = next(reader, [])
+        header = next((cells for cells in reader if any(map(str.strip, cells))), [])
         if len(set(header)) < len(header):
             raise DataError([f"{path}: the header has a duplicate column: {', '.join(header)}"])
         number = reader.line_num
         try:
             for cells in reader:
-                if cells:
+                if len(cells) > 1 or any(map(str.strip, cells)):  # else a blank line
                     yield _table_row(number, header, cells)
                 number = reader.line_num
         except csv.Error as error:

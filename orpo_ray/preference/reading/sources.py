@@ -1,20 +1,17 @@
-"""Finding, opening and fingerprinting source files, local or on any remote file system."""
+"""Opening and fingerprinting source files, local or on any remote file system."""
 
 import bz2
 import contextlib
-import glob
 import gzip
 import io
 import json
 import lzma
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
-from orpo_ray.preference.errors import DataError
 from orpo_ray.storage.bucket import file_system
 
 LINES, ARRAYS, TABLES = (".jsonl", ".ndjson"), (".json",), (".csv", ".tsv")
@@ -23,112 +20,29 @@ KINDS = (*LINES, *ARRAYS, *TABLES, *PARQUET, *ARROW)
 # pyarrow has file systems for these; every other protocol is left to fsspec.
 _PYARROW_URLS = ("s3://", "gs://", "gcs://")
 _BUFFER_BYTES = 4 << 20
-# Prefix of a bucket's name that asks for access without credentials.
-_ANONYMOUS = "anonymous@"
 # Not every HTTP server supports range requests, so these are read from the start.
 STREAMED = ("http://", "https://")
 
 
 def kind_of(path: str) -> str:
-    """Return the suffix that determines the reader, ignoring a compression suffix."""
+    """Return the suffix that determines the reader, in small letters, without a compression's."""
+    path = path.lower()
     for packed in COMPRESSIONS:
         path = path.removesuffix(packed)
     return PurePosixPath(path).suffix
 
 
-def find_files(patterns: Sequence[str]) -> list[str]:
-    """Resolve paths, globs, folders and URLs to files, without repeats.
-
-    The files of one pattern are sorted; those of a folder written by `datasets.save_to_disk` keep
-    their order.
-
-    Raises:
-        DataError: with every pattern that matches no file and every unsupported or empty file.
-    """
-    found: dict[str, str] = {}
-    problems = []
-    for pattern in patterns:
-        try:
-            matches = _remote_matches(pattern) if "://" in pattern else _local_matches(pattern)
-            problems += [f"{path}: {what}" for path in matches if (what := _file_problem(path))]
-        except DataError as error:
-            problems += error.lines
-            continue
-        except Exception as error:
-            # Every file system raises its own exceptions; those of aiohttp are no OSError.
-            problems.append(f"{pattern}: cannot be listed: {type(error).__name__}: {error}")
-            continue
-        if not matches:
-            folder = Path(pattern).expanduser().is_dir()
-            what = f"no file in it ends in {_KINDS_TEXT}" if folder else "no such file or folder"
-            problems.append(f"{pattern}: {what}")
-        for path in matches:
-            found.setdefault(path if "://" in path else str(Path(path).resolve()), path)
-    if problems:
-        raise DataError(problems)
-    return list(found.values())
+def is_supported(path: str) -> bool:
+    """Whether the name of a file ends as that of a format that can be read."""
+    return path.lower().endswith(_SUFFIXES)
 
 
-def _file_problem(path: str) -> str | None:
-    """Why a file cannot be read, as far as its name and size tell; else None."""
-    if not path.endswith(SUFFIXES):
-        return f"not a supported file type ({_KINDS_TEXT})"
-    return "is empty" if file_fingerprint(path)[0] == 0 else None
+def is_plain(path: str, kinds: tuple[str, ...]) -> bool:
+    """Whether the name of a file ends as one of `kinds`, without a compression's suffix."""
+    return path.lower().endswith(kinds)
 
 
-def _local_matches(pattern: str) -> list[str]:
-    """Match a local path, glob or folder; a folder means all supported files below it."""
-    expanded = Path(pattern).expanduser()
-    if expanded.is_dir():
-        saved = _saved_to_disk(str(expanded), lambda name: (expanded / name).open("rb"))
-        if saved is not None:
-            return [str((expanded / name).resolve()) for name in saved]
-        below = [path for path in expanded.rglob("*") if path.name.endswith(SUFFIXES)]
-    else:
-        below = [Path(path) for path in glob.glob(str(expanded), recursive=True)]
-    if expanded.is_file():  # its name may contain glob characters
-        below = [expanded]
-    # Symlinks are not resolved: in the hub's cache they point to files without a suffix.
-    return sorted(os.path.abspath(path) for path in below if path.is_file())
-
-
-def _saved_to_disk(folder: str, open_in: Callable[[str], Any]) -> list[str] | None:
-    """List the files of a folder written by `datasets.save_to_disk`; None for other folders."""
-
-    def content(name: str) -> Any:
-        try:
-            with open_in(name) as file:
-                return json.load(file)
-        except (FileNotFoundError, ValueError):
-            return {}
-
-    splits = content("dataset_dict.json").get("splits")
-    if splits:
-        raise DataError(
-            [f"{folder}: contains the splits {', '.join(splits)}; give the folder of one"]
-        )
-    files = content("state.json").get("_data_files")
-    return None if files is None else [file["filename"] for file in files]
-
-
-def _remote_matches(pattern: str) -> list[str]:
-    """Match a URL, with a glob or of a folder, on its file system."""
-    system, path = _filesystem(pattern)
-    protocol, _, rest = pattern.partition("://")
-    head = f"{protocol}://{_ANONYMOUS if rest.startswith(_ANONYMOUS) else ''}"
-    if pattern.startswith(STREAMED):  # isdir and glob would download the page
-        return [pattern] if system.exists(path) else []
-    if system.isdir(path):
-        saved = _saved_to_disk(pattern, lambda name: system.open(f"{path}/{name}", "rb"))
-        if saved is not None:
-            return [f"{pattern.rstrip('/')}/{name}" for name in saved]
-        paths = [name for name in system.find(path) if name.endswith(SUFFIXES)]
-    else:
-        paths = [path] if system.exists(path) else system.glob(path)
-    return sorted(f"{head}{name}" for name in paths)
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
+def remote_file_system(url: str) -> tuple[Any, str]:
     """Return a file system with fsspec's interface and the path of `url` in it."""
     import fsspec
     from fsspec.implementations.arrow import ArrowFSWrapper
@@ -149,7 +63,7 @@ def file_fingerprint(path: str) -> tuple[int | None, Any]:
     if "://" not in path:
         stat = Path(path).stat()
         return stat.st_size, stat.st_mtime_ns
-    system, inner = _filesystem(path)
+    system, inner = remote_file_system(path)
     info = system.info(inner)
     return info.get("size"), json.dumps(info, sort_keys=True, default=str)
 
@@ -165,14 +79,14 @@ def open_file(path: str, seekable: bool = False) -> Iterator[Any]:
     """
     with contextlib.ExitStack() as stack:
         if "://" in path:
-            system, inner = _filesystem(path)
+            system, inner = remote_file_system(path)
             raw: Any = stack.enter_context(system.open(inner, "rb"))
             if path.startswith(_PYARROW_URLS) and not seekable:
                 # Unbuffered, readline would send a request for every byte.
                 raw = stack.enter_context(io.BufferedReader(raw.stream, _BUFFER_BYTES))
         else:
             raw = stack.enter_context(open(path, "rb"))
-        packed = PurePosixPath(path).suffix
+        packed = PurePosixPath(path).suffix.lower()
         file = stack.enter_context(_UNPACK[packed](raw)) if packed in _UNPACK else raw
         whole = seekable and (packed in _UNPACK or path.startswith(STREAMED))
         yield io.BytesIO(file.read()) if whole else file
@@ -189,5 +103,5 @@ _UNPACK: dict[str, Callable[[Any], Any]] = {
     ".zst": _unpack_zstd,
 }
 COMPRESSIONS = tuple(_UNPACK)
-SUFFIXES = (*KINDS, *(kind + packed for kind in KINDS for packed in COMPRESSIONS))
-_KINDS_TEXT = f"{', '.join(KINDS)}, also with {', '.join(COMPRESSIONS)}"
+_SUFFIXES = (*KINDS, *(kind + packed for kind in KINDS for packed in COMPRESSIONS))
+KINDS_TEXT = f"{', '.join(KINDS)}, also with {', '.join(COMPRESSIONS)}"

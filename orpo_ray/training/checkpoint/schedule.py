@@ -37,7 +37,7 @@ class CheckpointSchedule:
     """Restores the newest valid checkpoint and decides when the next one is saved.
 
     Every rank makes the same calls. `stops` is set once the run was asked to stop; a checkpoint is
-    due then.
+    due then. `problem` is why the last save failed.
 
     Args:
         config: the run's config.
@@ -68,6 +68,7 @@ class CheckpointSchedule:
         self._retry_at: int | None = None
         self._last_notice: str | None = None
         self.stops = False
+        self.problem: str | None = None
         self._must_wait = False
         self._polled = (0, time.perf_counter())
         self._next_poll = 0
@@ -93,6 +94,18 @@ class CheckpointSchedule:
         self._polled = (self._next_poll, time.perf_counter())
         state = self._state
         return load_checkpoint(run, manifest["step"], state.model, state.optimizer)
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint; -1 where there is none."""
+        return self._committed_step
+
+    def asked_to_stop(self) -> bool:
+        """Whether the run was asked to stop before its next step; a collective."""
+        stops = torch.tensor([self._files.stop_requested], dtype=torch.long)
+        stops = stops.to(self._state.device)
+        dist.broadcast(stops, 0)
+        return bool(stops.item())
 
     def is_due(self, step: int, last: bool) -> bool:
         """Whether to save a checkpoint after a step; finishes a save that is ready.
@@ -169,7 +182,7 @@ class CheckpointSchedule:
         """Wait for the save in progress, if there is one, and log its failure."""
         if not self._saver.is_busy:
             return
-        problem = self._saver.finish()
+        problem = self.problem = self._saver.finish()
         if problem is None:
             self._committed_step, self._retry_at = self._saving_step, None
             return

@@ -22,7 +22,8 @@ import orpo_ray
 from orpo_ray.config.file import load_config
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.inputs import find_inputs
-from orpo_ray.runs.sweep import read_trials
+from orpo_ray.orchestration.sweep.tune import SweepResult, end_text
+from orpo_ray.runs.sweep import Trial, read_trials
 from tests.conftest import ROOT
 
 COMMAND = [
@@ -72,6 +73,7 @@ def test_a_bad_trial_is_recorded_and_the_best_of_the_others_is_kept(run_command,
     assert "step 1: the gradient is not finite" in rows[bad]["failure"]
     assert "Rows (source:row) 0:" in rows[bad]["failure"]
     assert rows[bad]["failure"] in done.stdout
+    assert f"1 of 2 trials failed: {rows[bad]['trial']}\n" in done.stdout
     AutoModelForCausalLM.from_pretrained(sweep / "champion")
     best = load_config(str(sweep / "best_config.yaml"), [])
     assert best.orpo.beta == 0.7
@@ -91,6 +93,41 @@ def test_a_bad_trial_is_recorded_and_the_best_of_the_others_is_kept(run_command,
     assert page.count("<svg") >= 2
     assert not re.findall(r'(?:src|href)="http', page)  # but for SVG's own, `xlink:href="#..."`
     assert (sweep / "results.csv").read_text().count("\n") == 3
+
+
+def test_a_sweep_has_failed_if_every_trial_has():
+    failed = Trial("a", Path("a"), {}, "step 1: the loss is not finite", [])
+    cut = Trial("b", Path("b"), {}, None, [])
+    assert SweepResult("d", None, [failed], None, "r").has_failed
+    assert not SweepResult("d", None, [failed, cut], None, "r").has_failed
+    assert not SweepResult("d", None, [], None, "r").has_failed
+
+
+def test_a_sweep_says_which_trials_failed():
+    failed = Trial("a", Path("a"), {"beta": 0.1}, "step 1: the loss is not finite", [])
+    cut = Trial("b", Path("b"), {"beta": 0.2}, None, [])
+    text = end_text(SweepResult("d", None, [failed, cut], None, "r"), ORPOConfig(), "train")
+    assert "1 of 2 trials failed: a\nno finished trial is left to choose\n" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_of_which_every_trial_fails_is_exit_1(run_command, tmp_path):
+    """Their model has a weight that is not a number."""
+    write_pairs(tmp_path)
+    good = tmp_path / "runs" / "demo-42" / "base-model"
+    find_inputs(ORPOConfig(train_files=str(tmp_path / "train.jsonl")), tmp_path / "runs")
+    broken = AutoModelForCausalLM.from_pretrained(good)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "bad")
+    AutoTokenizer.from_pretrained(good).save_pretrained(tmp_path / "bad")
+    bad = ("max_steps=12", "eval_steps=6", f"model_name_or_path={tmp_path / 'bad'}")
+    done = run_command(tmp_path, *COMMAND, *bad, "search.beta=grid(0.5, 0.7)")
+    assert done.returncode == 1
+    assert "2 of 2 trials failed: " in done.stdout
+    assert done.stderr == "error: all 2 trials failed\n"
+    assert not (tmp_path / "runs" / "sweep" / "champion").exists()
 
 
 @pytest.mark.slow
@@ -177,8 +214,9 @@ def test_the_demos_sweep_ends_with_a_champion(run_command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_an_interrupted_sweep_goes_on(tmp_path):
-    """SIGKILL once a trial is finished and another has a checkpoint; then the same command."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_sweep_goes_on(number, tmp_path):
+    """A signal once a trial is finished and another has a checkpoint; then the same command."""
     write_pairs(tmp_path)
     command = [sys.executable, str(ROOT / COMMAND[0]), *COMMAND[1:]]
     command += ["max_steps=300", "save_steps=20", "eval_steps=50", "compare_beta_zero=false"]
@@ -195,10 +233,9 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
         assert process.poll() is None
         time.sleep(0.3)
     children = psutil.Process(process.pid).children(recursive=True)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    workers = [child for child in children if "RayTrainWorker" in child.name()]
-    psutil.wait_procs(workers, timeout=60)
+    os.kill(process.pid, number)
+    assert process.wait() == (130 if number == signal.SIGINT else -number)
+    assert not psutil.wait_procs(children, timeout=60)[1]
     before = {path: path.stat().st_mtime_ns for path in sweep.glob("trials/*/final/*.safetensors")}
     assert 1 <= len(before) < 4
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -12,7 +12,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.reading.finding import find_files
 from orpo_ray.preference.reading.readers import count_rows, read_split, split_file
 from orpo_ray.preference.reading.rows import RawRow, Split
-from orpo_ray.preference.reading.sources import file_fingerprint, find_files
+from orpo_ray.preference.reading.sources import file_fingerprint, kind_of
 from orpo_ray.preference.records import Reason
 
 BOM = b"\xef\xbb\xbf"
@@ -148,25 +148,6 @@ def test_a_large_row_group_is_not_decoded_for_every_split(tmp_path: Path) -> Non
 def test_rows_are_counted_without_looking_at_them(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name)
     assert count_rows(str(tmp_path / name)) == 7
-
-
-def test_a_folder_that_datasets_saved_has_its_files_in_their_order(tmp_path: Path) -> None:
-    saved = datasets.Dataset.from_list([{"a": i} for i in range(30)])
-    saved.save_to_disk(tmp_path / "saved", num_shards=12)
-    files = find_files([str(tmp_path / "saved")])
-    rows = [raw.record for path in files for raw in read_all(Path(path), 100)]
-    assert rows == [{"a": i} for i in range(30)]
-    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(DataError, match="contains the splits train, test; give the folder"):
-        find_files([str(tmp_path / "splits")])
-    assert len(find_files([str(tmp_path / "splits" / "test")])) == 1
-    remote = [f"file://{path}" for path in files]
-    assert find_files([f"file://{tmp_path}/saved"]) == remote
-    with pytest.raises(DataError, match="contains the splits train, test; give the folder"):
-        find_files([f"file://{tmp_path}/splits"])
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "state.json").write_text('{"a": 1}')
-    assert find_files([str(tmp_path / "other")]) == [str(tmp_path / "other" / "state.json")]
 
 
 @pytest.fixture
@@ -327,7 +308,7 @@ def test_json_files_that_are_no_arrays(tmp_path: Path) -> None:
     assert [(raw.number, raw.record) for raw in lines] == [(0, {"a": 0}), (2, None), (3, {"a": 3})]
 
 
-@pytest.mark.parametrize("content", [b'[{"a": 0}, {"a"', b"[\xff]", b"prompt,chosen", b" "])
+@pytest.mark.parametrize("content", [b'[{"a": 0}, {"a"', b"[\xff]", b"prompt,chosen"])
 def test_a_broken_array_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError, match=r"broken\.json: not a JSON array"):
         read_bytes(tmp_path / "broken.json", content)
@@ -350,6 +331,31 @@ def test_a_parquet_file_damaged_inside_is_refused_by_name(tmp_path: Path) -> Non
     content[4:60] = bytes(56)
     with pytest.raises(DataError, match=r"rows\.parquet: cannot be read"):
         read_bytes(tmp_path / "rows.parquet", bytes(content))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.ndjson"])
+@pytest.mark.parametrize("content", [b"", b" \n\t\r\n", BOM])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_of_blanks_has_no_rows(
+    tmp_path: Path, name: str, content: bytes, packed: bool
+) -> None:
+    """Nor has an archive of nothing, or a table of a header alone."""
+    path = tmp_path / f"{name}{'.gz' * packed}"
+    assert read_bytes(path, gzip.compress(content) if packed else content) == []
+    if kind_of(name) == ".csv":
+        assert read_bytes(tmp_path / "header.csv", b"prompt,chosen,rejected\n") == []
+    if packed:
+        assert read_bytes(tmp_path / "a.arrow.gz", gzip.compress(b"")) == []
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_suffixes_in_capitals_are_read(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    loud = (tmp_path / name).rename(tmp_path / f"ROWS.{name.partition('.')[2].upper()}")
+    assert kind_of(str(loud)) == kind_of(name)
+    assert [raw.record for raw in read_all(loud, 3)] == ROWS
+    assert len(split_file(str(loud), 3)) == len(split_file(str(loud.rename(tmp_path / name)), 3))
+    assert count_rows(str(tmp_path / name)) == 7
 
 
 def test_a_parquet_file_without_rows_has_no_split(tmp_path: Path) -> None:
@@ -382,69 +388,3 @@ def test_a_repeated_key_in_an_array_costs_one_row(tmp_path: Path) -> None:
 def test_a_table_that_cannot_be_read_on_names_the_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"bad\.csv:3: cannot be read further"):
         read_bytes(tmp_path / "bad.csv", b'prompt,chosen\na,b\n"x"y,c\n')
-
-
-def make_files(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("{}")
-
-
-def test_folders_globs_and_paths(tmp_path: Path) -> None:
-    """Sorted within a pattern, patterns in their order, each file once, other files left alone."""
-    make_files(tmp_path, "b.jsonl", "a.json", "deep/c.parquet", "deep/d.jsonl.gz", "README.md")
-    make_files(tmp_path, "z[1].json.gz")
-
-    def names(*patterns: str) -> list[str]:
-        found = find_files([str(tmp_path / pattern) for pattern in patterns])
-        return [str(Path(path).relative_to(tmp_path)) for path in found]
-
-    everything = ["a.json", "b.jsonl", "deep/c.parquet", "deep/d.jsonl.gz", "z[1].json.gz"]
-    assert names(".") == everything
-    assert names("*.json*") == ["a.json", "b.jsonl", "z[1].json.gz"]
-    assert names("**/*.parquet") == ["deep/c.parquet"]
-    assert names("z[1].json.gz") == ["z[1].json.gz"]
-    mixed = names("deep", "b.jsonl", ".", "a.json")
-    assert mixed == ["deep/c.parquet", "deep/d.jsonl.gz", "b.jsonl", "a.json", "z[1].json.gz"]
-
-
-def test_relative_paths_and_the_home_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_files(tmp_path, "a.jsonl")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert find_files(["a.jsonl", "./a.jsonl", "~/a.jsonl", "*.jsonl"]) == [
-        str(tmp_path / "a.jsonl")
-    ]
-
-
-def test_a_link_has_its_own_name_and_is_no_second_file(tmp_path: Path) -> None:
-    """As in the cache of the hub, whose files are links to names without a suffix."""
-    (tmp_path / "blob").write_text("{}")
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "train.jsonl").symlink_to(tmp_path / "blob")
-    (tmp_path / "again.jsonl").symlink_to(tmp_path / "blob")
-    link = str(tmp_path / "snapshot" / "train.jsonl")
-    assert find_files([str(tmp_path / "snapshot")]) == [link]
-    assert find_files([link, str(tmp_path / "again.jsonl")]) == [link]
-
-
-def test_two_names_of_one_file_are_one_file(tmp_path: Path) -> None:
-    """Else its rows would be trained twice an epoch."""
-    make_files(tmp_path, "a.jsonl", "deep/b.jsonl")
-    patterns = [str(tmp_path / "a.jsonl"), str(tmp_path / "deep" / ".." / "a.jsonl")]
-    assert find_files(patterns) == [str(tmp_path / "a.jsonl")]
-
-
-def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
-    make_files(tmp_path, "a.jsonl", "notes.txt")
-    (tmp_path / "empty.jsonl").touch()
-    patterns = ["gone.jsonl", "a.jsonl", "*.csv", "notes.txt", "empty.jsonl"]
-    with pytest.raises(DataError) as caught:
-        find_files([str(tmp_path / pattern) for pattern in patterns])
-    gone, csv, notes, empty = caught.value.lines
-    assert gone == f"{tmp_path}/gone.jsonl: no such file or folder"
-    assert csv == f"{tmp_path}/*.csv: no such file or folder"
-    assert notes.startswith(f"{tmp_path}/notes.txt: not a supported file type (.jsonl, ")
-    assert empty == f"{tmp_path}/empty.jsonl: is empty"

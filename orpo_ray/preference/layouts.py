@@ -1,0 +1,45 @@
+"""The names of columns that rows are read from, and the layouts (shapes) that they make up."""
+
+from enum import StrEnum
+
+from orpo_ray.preference.scores import COMPARISONS, SCORE_COLUMNS
+
+ANSWERS = ("completions", "responses", "answers")
+SCORES = ("scores", "ratings", "ranks", "ranking")
+# Columns of a prompt: of messages, of the user's question, and of what belongs to the question.
+CONVERSATIONS = ("messages", "conversations", "conversation", "context", "history", "dialogue")
+QUESTIONS = ("instruction", "question", "query", "problem")
+INPUTS = ("input", "context")
+SYSTEMS = ("system", "system_prompt")
+TEMPLATE = ("tools", "chat_template_kwargs")
+SIDES = ("chosen", "rejected")
+OPENAI = ("preferred_output", "non_preferred_output")
+REJECTED = ("rejected_response", "rejected_messages")
+
+
+class Shape(StrEnum):
+    """Layout of a row's columns; the values are the names in reports."""
+
+    TEXT = "texts (prompt, chosen, rejected)"
+    DIALOGUES = "dialogues in text (chosen, rejected)"
+    MESSAGES = "messages (prompt, chosen, rejected)"
+    CONVERSATIONS = "messages (chosen, rejected)"
+    PROMPTED = "messages (chosen, rejected) with the prompt beside them"
+    SHAREGPT = "ShareGPT turns (conversations, chosen, rejected)"
+    BESIDE = "answers (chosen, rejected) beside messages"
+    ALPACA = "Alpaca (instruction, input, chosen, rejected)"
+    QUESTION = "chat texts (question, system, chosen, rejected)"
+    OPENAI = "OpenAI preferences (input, preferred_output, non_preferred_output)"
+    REJECTED = "conversations with a second answer (messages, rejected_response)"
+    COMPARISON = "two answers and which one is preferred"
+    RANKING = "rankings (one prompt, scored answers)"
+
+
+COLUMN_NAMES = frozenset(
+    {
+        *("prompt", *SIDES, *ANSWERS, *SCORES, *CONVERSATIONS, *QUESTIONS, *INPUTS, *SYSTEMS),
+        *(*TEMPLATE, *OPENAI, *REJECTED, *(n for names in SCORE_COLUMNS for n in names)),
+        *(name for form in COMPARISONS for name in (*form.answers, form.column)),
+    }
+)
+"""Every column that some shape reads, and which `column_mapping` may name."""
