@@ -225,10 +225,10 @@ def _refuse_other_weights(source: ModelSource, folder: str) -> None:
         return Path(found) if found else None
 
     # In a folder also those of variants of the weights.
-    indexes = (
-        [*Path(folder).glob(f"*{_INDEX.removeprefix('model')}")] if os.path.isdir(folder) else []
-    )
-    for index in indexes or [find(_INDEX)]:
+    indexes: list[Path | None] = [find(_INDEX)]
+    if os.path.isdir(folder):
+        indexes = list(Path(folder).glob("*.safetensors.index.json"))
+    for index in indexes:
         if index is not None:
             _indexed(source.model, index)
     config = find("config.json")

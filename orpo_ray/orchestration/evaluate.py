@@ -56,8 +56,8 @@ class SetEvaluation:
         subsets: the same for the pairs of each value of `eval_subset_column`.
         lengths: the same for four groups of pairs of about the same length, the shortest first.
         differences: from the baseline, if there is one.
-        pairs_compared: pairs of which they are: those that both tokenizers take.
         scores: the file with a row a pair.
+        pairs_compared: pairs of which the differences are: those that both tokenizers take.
     """
 
     pairs: int
@@ -65,8 +65,8 @@ class SetEvaluation:
     subsets: dict[str, dict[str, Any]]
     lengths: dict[str, dict[str, Any]]
     differences: dict[str, Difference]
-    pairs_compared: int
     scores: str
+    pairs_compared: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from orpo_ray.config.file import load_config
 from orpo_ray.config.schema import ConfigError
 from orpo_ray.orchestration.inputs import find_inputs
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.reading.sources import find_files
+from orpo_ray.preference.reading.finding import find_files
 from orpo_ray.storage.folder import DRIVER, VIEWS, WORKERS, Folder
 from orpo_ray.storage.names import UnsafeNameError, is_plain
 from orpo_ray.storage.scratch import copies_root
