@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from orpo_ray.config.file import load_config, to_yaml
 from orpo_ray.config.schema import SECTIONS, ConfigError, ORPOConfig
-from orpo_ray.config.secrets import hide
 from orpo_ray.orchestration.stopping import (
     TERMINATED,
     SignalInterrupt,
@@ -24,7 +23,8 @@ from orpo_ray.orchestration.stopping import (
     received,
 )
 from orpo_ray.preference.errors import DataError
-from orpo_ray.storage.files import first_line
+from orpo_ray.storage.files import first_line, one_line
+from orpo_ray.storage.hiding import hide, printable
 from orpo_ray.training.errors import StoppedError, TrainingError
 from orpo_ray.version import __version__
 
@@ -71,14 +71,14 @@ def _train(config: ORPOConfig, console: "Console") -> None:
     from orpo_ray.orchestration.train import end_text, train
 
     result = train(config, console=console)
-    console.print(end_text(result, config, _called("train")), markup=False)
+    console.print(printable(hide(end_text(result, config, _called("train")))), markup=False)
 
 
 def _tune(config: ORPOConfig, console: "Console") -> None:
     from orpo_ray.orchestration.sweep.tune import end_text, tune
 
     result = tune(config, console=console)
-    console.print(end_text(result, config, _called("train")), markup=False)
+    console.print(printable(hide(end_text(result, config, _called("train")))), markup=False)
     if result.has_failed:
         raise TrainingError(f"all {len(result.trials)} trials failed")
 
@@ -98,8 +98,13 @@ def _prepare(config: ORPOConfig, console: "Console") -> None:
 def _status(directory: str, as_json: bool) -> None:
     from orpo_ray.reports.status import show_status
     from orpo_ray.storage.folder import VIEWS, Folder
+    from orpo_ray.storage.names import UnsafeNameError
 
-    show_status(Folder.at(directory, VIEWS), as_json)
+    try:
+        folder = Folder.at(directory, VIEWS)
+    except UnsafeNameError as error:
+        raise ConfigError([str(error)]) from error
+    show_status(folder, as_json)
 
 
 _ACTIONS: Mapping[str, Callable[[ORPOConfig, "Console"], None]] = {
@@ -129,6 +134,9 @@ def _run_on_config(name: str, argv: Sequence[str]) -> int:
 
     def run() -> None:
         config = read_arguments(arguments.settings)
+        if name == "prepare" and (arguments.list_cache or arguments.clear_cache):
+            _show_cache(config, arguments.clear_cache)
+            return
         if arguments.dry_run:
             _print_plan(config)
             return
@@ -190,10 +198,10 @@ def _exit_code(action: Callable[[], object]) -> int:
         action()
     except (ConfigError, DataError) as error:
         for line in error.lines:
-            print(f"error: {hide(line)}", file=sys.stderr)
+            print(f"error: {printable(line)}", file=sys.stderr)
         return REFUSED
     except TrainingError as error:
-        print(f"error: {hide(str(error))}", file=sys.stderr)
+        print(f"error: {printable(hide(str(error)))}", file=sys.stderr)
         return FAILED
     except StoppedError as error:
         print(f"{error}; the same command with the same run_name goes on")
@@ -203,10 +211,10 @@ def _exit_code(action: Callable[[], object]) -> int:
     except Exception as error:
         number = received()
         if number is None:
-            print(hide(traceback.format_exc()), end="", file=sys.stderr)
+            print(printable(hide(traceback.format_exc())), end="", file=sys.stderr)
             return FAILED
         # What the signal ended besides, such as a Ray of this machine, fails in ways of its own.
-        print(f"{type(error).__name__}: {hide(first_line(error))}", file=sys.stderr)
+        print(f"{type(error).__name__}: {printable(first_line(error))}", file=sys.stderr)
         return _print_interrupt(SignalInterrupt(number))
     return DONE
 
@@ -235,7 +243,8 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             mark = "warning: " if record.levelno >= logging.WARNING else ""
-            self._console.print(f"{mark}{record.getMessage()}", markup=False)
+            text = printable(hide(record.getMessage()))
+            self._console.print(f"{mark}{text}", markup=False)
         except Exception:
             self.handleError(record)
 
@@ -302,6 +311,15 @@ def _config_parser(name: str) -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the config, batch, steps and memory, and stop"
     )
     parser.add_argument("--print-schema", action="store_true", help="print the JSON schema")
+    if name == "prepare":
+        parser.add_argument(
+            "--list-cache", action="store_true", help="print the token sets in the cache, and stop"
+        )
+        parser.add_argument(
+            "--clear-cache",
+            metavar="older_than=30d",
+            help="delete token sets that are older (d, h or m), print them, and stop",
+        )
     return parser
 
 
@@ -352,6 +370,29 @@ def _called(command: str) -> str:
     if script.name == "__main__.py":
         return f"python -m orpo_ray {command}"
     return f"{PROGRAM} {command}"
+
+
+def _show_cache(config: ORPOConfig, clear: str | None) -> None:
+    """List the token sets in the cache of a config, or delete the old ones and list those."""
+    from orpo_ray.dataset.cache import age_in_seconds, cached_sets, clear_cache
+    from orpo_ray.runs.formatting import format_duration
+    from orpo_ray.storage.folder import Folder
+
+    cache = Folder.at(config.data.token_cache_dir or f"{config.output.output_dir}/token_cache")
+    try:
+        if clear is None:
+            found = cached_sets(cache)
+        else:
+            found = clear_cache(cache, age_in_seconds(clear.removeprefix("older_than=")))
+    except ValueError as error:
+        raise ConfigError([f"--clear-cache: {error}"]) from error
+    except OSError as error:
+        raise ConfigError([f"{cache}: cannot be read: {one_line(error)}"]) from error
+    for one in found:
+        print(f"{one.name}  {one.size_bytes / 1e6:9.1f} MB  {format_duration(one.age_s)} old")
+    what = "in" if clear is None else "deleted from"
+    total = sum(one.size_bytes for one in found) / 1e6
+    print(f"{len(found)} token sets of {total:.1f} MB {what} {cache}")
 
 
 def _print_plan(config: ORPOConfig) -> None:

@@ -4,6 +4,7 @@ Used on the driver, training workers and data tasks; imports transformers only w
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.model import ModelSection
-from orpo_ray.storage.files import first_line, one_line
+from orpo_ray.storage.files import first_line, one_line, read_json
 from orpo_ray.storage.folder import Folder, Names, everything, light
+from orpo_ray.storage.names import is_plain
 
 
 class UnsupportedModelError(ValueError):
@@ -120,8 +122,8 @@ def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
     # Otherwise transformers may load weights that a hub service converted, of another revision.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     folder = on_this_node(source.model, everything)
-    _refuse_odd_index(source, folder)
     with _as_refusals(source.model):
+        _refuse_other_weights(source, folder)
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             use_safetensors=True,
@@ -170,6 +172,8 @@ def refuse_unsafe(source: ModelSource) -> None:
             raise UnsupportedModelError(_no_safetensors(source.model))
     if folder.is_dir():
         weight_files(source)
+        with _as_refusals(source.model):
+            _refuse_other_weights(source, str(folder))
     if source.trust_remote_code:
         return
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
@@ -197,19 +201,46 @@ def weight_files(source: ModelSource) -> list[Path]:
     return [folder / name for name in _indexed(source.model, index)]
 
 
-def _refuse_odd_index(source: ModelSource, folder: str) -> None:
-    """Refuse an index that names anything but safetensors files beside it, before they are read."""
-    from transformers.utils import cached_file
+def _refuse_other_weights(source: ModelSource, folder: str) -> None:
+    """Refuse a model whose files name weights that are not its own safetensors.
 
-    index = cached_file(
-        folder,
-        _INDEX,
-        revision=source.revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if index is not None:
-        _indexed(source.model, Path(index))
+    transformers reads what they name: a pickle by its suffix, and a file anywhere. For adapters
+    their base model is looked at, too.
+
+    Args:
+        source: of the model.
+        folder: its folder on this node, or its hub id.
+    """
+    from transformers.utils import cached_file, find_adapter_config_file
+
+    def find(name: str) -> Path | None:
+        found = cached_file(
+            folder,
+            name,
+            revision=source.revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return Path(found) if found else None
+
+    # In a folder also those of variants of the weights.
+    indexes: list[Path | None] = [find(_INDEX)]
+    if os.path.isdir(folder):
+        indexes = list(Path(folder).glob("*.safetensors.index.json"))
+    for index in indexes:
+        if index is not None:
+            _indexed(source.model, index)
+    config = find("config.json")
+    if config is not None and (other := read_json(config).get("transformers_weights")) is not None:
+        raise UnsupportedModelError(
+            f"{source.model}: config.json names {other!r} as transformers_weights; weights are "
+            "read from model*.safetensors only: rename the file and delete the setting"
+        )
+    adapters = find_adapter_config_file(folder, revision=source.revision)
+    base = read_json(Path(adapters)).get("base_model_name_or_path") if adapters else None
+    if base and base != folder:
+        _refuse_other_weights(dataclasses.replace(source, model=base, revision=None), base)
 
 
 def _indexed(name: str | Folder, index: Path) -> list[str]:
@@ -217,14 +248,20 @@ def _indexed(name: str | Folder, index: Path) -> list[str]:
     try:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{name}: {_INDEX} is no index of weights: {first_line(error)}"
+        problem = f"{name}: {index.name} is no index of weights: {first_line(error)}"
         raise UnsupportedModelError(problem) from error
-    odd = [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]
+    odd = [f for f in files if not _is_own_weights(f)]
     if odd:
         raise UnsupportedModelError(
-            f"{name}: {_INDEX} names {odd[0]!r}; only safetensors files in the same folder are read"
+            f"{name}: {index.name} names {odd[0]!r}; only safetensors files in the same folder "
+            "are read"
         )
     return files
+
+
+def _is_own_weights(file: object) -> bool:
+    is_name = isinstance(file, str) and is_plain(file) and "/" not in file
+    return is_name and str(file).endswith(".safetensors")
 
 
 def refuse_incomplete(name: str | Folder, found: Mapping[str, Any]) -> None:

@@ -13,8 +13,10 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from orpo_ray.config.secrets import HIDDEN, find_secrets
+from orpo_ray.config.secrets import find_secrets
 from orpo_ray.storage.bucket import PROTOCOLS
+from orpo_ray.storage.hiding import HIDDEN
+from orpo_ray.storage.names import UnsafeNameError, refuse_unsafe_url
 
 Decides = Literal["tokens", "weights", "run"]
 """What a setting decides.
@@ -43,7 +45,13 @@ def _known_place(value: str) -> str:
     protocol, is_url, rest = value.partition("://")
     if is_url and (protocol not in PROTOCOLS or not rest.strip("/")):
         raise ValueError("give a path, s3://bucket/folder or gs://bucket/folder")
-    return value.rstrip("/") if is_url else value
+    if not is_url:
+        return value
+    try:
+        refuse_unsafe_url(value)
+    except UnsafeNameError as error:
+        raise ValueError(str(error)) from error
+    return value.rstrip("/")
 
 
 PositiveInt = Annotated[int, Field(ge=1)]

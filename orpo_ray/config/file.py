@@ -1,13 +1,13 @@
 """Loading a config from a YAML file and overrides; all its errors are reported at once."""
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from orpo_ray.config.references import escape_references, take_out_references
 from orpo_ray.config.schema import (
     SECTION_OF,
     SECTIONS,
@@ -79,17 +79,17 @@ def to_yaml(config: ORPOConfig) -> str:
     """The config as YAML, which `load_config` reads back to an equal value."""
     import yaml
 
-    text: str = yaml.safe_dump(_escaped(config.model_dump(mode="json")), sort_keys=False)
+    class Dumper(yaml.SafeDumper):
+        """Quotes whatever may be read as a number: readers differ in what is one."""
+
+    def text_node(dumper: Any, text: str) -> Any:
+        style = "'" if text.startswith(tuple("+-.0123456789")) else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, text_node)
+    content = escape_references(config.model_dump(mode="json"))
+    text: str = yaml.dump(content, Dumper=Dumper, sort_keys=False)
     return text
-
-
-def _escaped(value: Any) -> Any:
-    """A value in which OmegaConf finds no interpolation: `${` in texts has its escape."""
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", value)
-    if isinstance(value, Mapping):
-        return {key: _escaped(part) for key, part in value.items()}
-    return [_escaped(part) for part in value] if isinstance(value, list) else value
 
 
 def _has(layer: Any, place: Sequence[int | str]) -> bool:
@@ -116,7 +116,7 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
         findings.append(f"{path}: no such config file")
     except (OSError, UnicodeDecodeError) as error:
         findings.append(f"{path}: cannot be read: {one_line(error)}")
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         findings.append(f"{path}: not valid YAML: {one_line(error)}")
     else:
         if isinstance(values, dict):
@@ -146,14 +146,14 @@ def _override_layer(override: str, findings: list[str]) -> dict[str, Any]:
         return {}
     try:
         values = _resolved(OmegaConf.from_dotlist([override]), findings)
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         findings.append(f"{override}: not valid YAML: {one_line(error)}")
         return {}
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def _resolved(read: Any, findings: list[str]) -> Any:
-    """Resolve OmegaConf's interpolations and remove secrets, which are added to the findings.
+    """Resolve references and remove secrets, which are added to the findings.
 
     References to variables named like secrets are found before resolving, other values after it.
     """
@@ -163,6 +163,7 @@ def _resolved(read: Any, findings: list[str]) -> Any:
     if not isinstance(raw, dict):
         return raw
     findings += take_out_secrets(raw)
+    findings += take_out_references(raw)
     values: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
     findings += take_out_secrets(values)
     return values

@@ -11,14 +11,15 @@ from orpo_ray.config.fields import Decides, Section
 from orpo_ray.config.model import ModelSection
 from orpo_ray.config.run import OutputSection, RaySection, TuneSection
 from orpo_ray.config.train import OrpoSection, TrainSection
+from orpo_ray.storage.hiding import hide
 
 
 class ConfigError(ValueError):
-    """An invalid config; each of `lines` is one finding with its field and the fix."""
+    """An invalid config; each of `lines` is one finding with field and fix, without secrets."""
 
     def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = tuple(lines)
+        self.lines = tuple(map(hide, lines))
+        super().__init__("\n".join(self.lines))
 
 
 class ORPOConfig(Section):

@@ -322,5 +322,6 @@ _WHY_NO_RECORD = {
     Reason.MALFORMED_TABLE: "its number of cells differs from the header's",
     Reason.TORN_LINE: "the last line is not valid JSON and has no newline; is the file cut off?",
     Reason.NOT_UTF8: "not valid UTF-8",
+    Reason.TOO_DEEP: "lists and objects within one another, deeper than any row of preference data",
     Reason.DUPLICATE_KEY: "an object has a duplicate key, whose value depends on the parser",
 }

@@ -92,6 +92,7 @@ def _write_adapted(
 def _restore_config(path: Path, base: PreTrainedConfig) -> None:
     """Training changed dropout and caching settings; the model's own are exported."""
     exported = json.loads(path.read_text(encoding="utf-8"))
+    exported.pop("_name_or_path", None)  # a folder of this machine, or of whoever made the base
     exported |= {
         name: value
         for name, value in base.to_diff_dict().items()

@@ -22,6 +22,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.address import LOCAL, cluster_address
+from orpo_ray.orchestration.loopback import (
+    interface_settings,
+    keep_to_this_machine,
+    keep_token_private,
+)
 from orpo_ray.orchestration.stopping import interrupted_by, kept_handlers
 from orpo_ray.pretrained import UnsupportedModelError
 from orpo_ray.storage.files import one_line
@@ -35,6 +40,8 @@ _LOOK_S, _SAY_S = 1.0, 60.0
 _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",  # unless asked for
+    "RAY_task_oom_retries": "3",  # else without end: a file may hold rows that no node has room for
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's other output is silent when it is told to be
 }
 # Fills the Train page of a cluster's dashboard: runs by name, attempts, workers, logs. The config
@@ -67,6 +74,9 @@ def connect(dashboard: bool = False) -> None:
     address = cluster_address()
     is_local = address == LOCAL
     local = {"include_dashboard": dashboard} if is_local else {}
+    if is_local:
+        keep_to_this_machine()
+        keep_token_private()
     with kept_handlers(), _no_hangup():
         try:
             context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
@@ -303,5 +313,7 @@ def run_settings(config: ORPOConfig, run: Folder, callbacks: list[UserCallback])
         ),
         logging_config=LoggingConfig(log_level="ERROR"),
         callbacks=callbacks,
-        worker_runtime_env={"env_vars": memory_settings(bool(config.ray.use_gpu))},
+        worker_runtime_env={
+            "env_vars": {**memory_settings(bool(config.ray.use_gpu)), **interface_settings()}
+        },
     )

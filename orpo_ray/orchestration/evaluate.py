@@ -32,6 +32,7 @@ from orpo_ray.orchestration.start import (
 from orpo_ray.orchestration.workers import evaluate_worker, run_workers, scores_file
 from orpo_ray.preference.errors import DataError
 from orpo_ray.pretrained import ModelSource, load_tokenizer
+from orpo_ray.reports.text import as_text
 from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.metrics import set_name
 from orpo_ray.runs.mirror import working_on
@@ -56,8 +57,8 @@ class SetEvaluation:
         subsets: the same for the pairs of each value of `eval_subset_column`.
         lengths: the same for four groups of pairs of about the same length, the shortest first.
         differences: from the baseline, if there is one.
-        pairs_compared: pairs of which they are: those that both tokenizers take.
         scores: the file with a row a pair.
+        pairs_compared: pairs of which the differences are: those that both tokenizers take.
     """
 
     pairs: int
@@ -65,8 +66,8 @@ class SetEvaluation:
     subsets: dict[str, dict[str, Any]]
     lengths: dict[str, dict[str, Any]]
     differences: dict[str, Difference]
-    pairs_compared: int
     scores: str
+    pairs_compared: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,9 @@ def show_evaluation(result: EvaluationResult, console: Console) -> None:
     for name, part in result.sets.items():
         for table in _tables(name, part):
             console.print(table)
-    console.print(f"evaluation: {result.run_directory}/{RESULT}", markup=False)
+    console.print(as_text(f"evaluation: {result.run_directory}/{RESULT}"))
     for part in result.sets.values():
-        console.print(f"a row a pair: {part.scores}", markup=False)
+        console.print(as_text(f"a row a pair: {part.scores}"))
 
 
 @dataclass(frozen=True)
@@ -339,14 +340,14 @@ def _tables(name: str, part: SetEvaluation) -> list[Table]:
     table = Table(
         "95 % intervals",
         *(h.replace("_", " ") for h in heads),
-        title=f"{name} data",
+        title=as_text(f"{name} data"),
         box=box.SIMPLE,
     )
     table.add_row(f"all {part.pairs} pairs", *_cells(part.figures))
     for groups in (part.subsets, part.lengths):
         table.add_section()
         for group, values in groups.items():
-            table.add_row(f"{group} ({values['pairs']})", *_cells(values["figures"]))
+            table.add_row(as_text(f"{group} ({values['pairs']})"), *_cells(values["figures"]))
     if not part.differences:
         return [table]
     against = Table(

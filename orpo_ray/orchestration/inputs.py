@@ -168,11 +168,14 @@ def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]
     holds no model, or a model that would run code, is added to `problems`.
     """
     is_url = "://" in name
-    folder = Folder.at(name) if is_url else None
+    folder = None
+    if is_url:
+        try:
+            folder = _fetched(name)
+        except (OSError, ValueError) as error:
+            problems.append(f"{setting}: {name}: {one_line(error)}")
+            return ModelSource.from_config(config.model, name)
     path = folder.path if folder else Path(name).expanduser()
-    if folder and (problem := _unfetched(folder)):
-        problems.append(f"{setting}: {problem}")
-        return ModelSource.from_config(config.model, name)
     found = str(path.resolve()) if path.is_dir() else name
     source = ModelSource.from_config(config.model, folder or found)
     if path.is_dir():
@@ -189,15 +192,16 @@ def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]
     return source
 
 
-def _unfetched(model: Folder) -> str | None:
-    """Fetch all of a model in a bucket but its weights; says why that cannot be done."""
-    if not model.address.startswith(URLS):
-        return f"{model}: give a folder, a hub id, s3:// or gs://"
-    try:
-        model.fetch(light)
-    except OSError as error:
-        return f"{model}: cannot be read: {one_line(error)}"
-    return None
+def _fetched(url: str) -> Folder:
+    """A model in a bucket, of which all but the weights is fetched.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: for a URL that is none of a bucket.
+    """
+    if not url.startswith(URLS):
+        raise ValueError("give a folder, a hub id, s3:// or gs://")
+    return Folder.at(url).fetch(light)
 
 
 def _make_demo(output_directory: FolderLike, seed: int) -> RunInputs:

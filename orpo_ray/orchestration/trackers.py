@@ -5,6 +5,7 @@ tracker that cannot be reached costs a run nothing but its lines there.
 """
 
 import contextlib
+import html
 import importlib.util
 import json
 import logging
@@ -18,9 +19,10 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.config.secrets import hide
+from orpo_ray.reports.page import fenced
 from orpo_ray.runs.files import read_metrics
 from orpo_ray.storage.files import one_line, read_json, write_json
+from orpo_ray.storage.hiding import hide
 
 PROJECT = "orpo_ray"
 _STATE, _STEPS = "trackers.json", "steps"
@@ -106,7 +108,8 @@ class Trackers:
                 write_json(self._directory / _STATE, self._state)
 
     def log_texts(self, texts: Mapping[str, str]) -> None:
-        """Log documents by name: resolved config, data report, final tables."""
+        """Log documents by name: resolved config, data report, final tables; without secrets."""
+        texts = {title: hide(text) for title, text in texts.items()}
 
         def log(name: str, tracker: GeneralTracker) -> None:
             if name == "mlflow":
@@ -118,15 +121,15 @@ class Trackers:
                 import wandb
 
                 for title, text in texts.items():
-                    tracker.log({title: wandb.Html(text)})
+                    tracker.log({title: wandb.Html(f"<pre>{html.escape(text)}</pre>")})
             elif name == "trackio":
                 import trackio
 
                 for title, text in texts.items():
-                    tracker.log({title: trackio.Markdown(f"```\n{text}\n```")})
+                    tracker.log({title: trackio.Markdown(fenced(text))})
             elif name == "tensorboard":
                 for title, text in texts.items():
-                    tracker.log({title: f"```\n{text}\n```"})
+                    tracker.log({title: fenced(text)})
 
         self._each(log)
 
@@ -158,8 +161,8 @@ class Trackers:
             try:
                 act(name, tracker)
             except Exception as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                _log.warning("report_to: %s is given up: %s", name, hide(reason))
+                reason = one_line(f"{type(error).__name__}: {error}")
+                _log.warning("report_to: %s is given up: %s", name, reason)
                 del self._trackers[name]
 
 

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 from ray.train import UserCallback
-from ray.train.torch import TorchConfig
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.request import TRAIN
@@ -21,6 +20,7 @@ from orpo_ray.orchestration.controller import Trainer, fit
 from orpo_ray.orchestration.failures import out_of_memory_text
 from orpo_ray.orchestration.feed import PlannedFeed
 from orpo_ray.orchestration.gauges import RunGauges
+from orpo_ray.orchestration.loopback import torch_config
 from orpo_ray.orchestration.start import Start
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
 from orpo_ray.runs.files import STOP
@@ -188,9 +188,9 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
     def trainer() -> Trainer:
         return Trainer(
             partial(work, config, start.inputs.model, folder.on(WORKERS), evals),
-            torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
-                timeout_s=int(config.ray.process_group_timeout_s),
+            torch_config=torch_config(
+                "cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
+                int(config.ray.process_group_timeout_s),
             ),
             scaling_config=cluster.scaling(config),
             run_config=cluster.run_settings(config, folder, list(callbacks)),

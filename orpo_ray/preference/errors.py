@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 
+from orpo_ray.storage.hiding import hide
+
 
 class DataError(ValueError):
     """Files or settings of the data cannot be used; single bad rows are a `Refusal` instead.
 
     Args:
-        lines: one finding each: the setting, file or row, what is wrong, and the fix.
+        lines: one finding each: the setting, file or row, what is wrong, and the fix. Secrets in
+            them are hidden.
     """
 
     def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = tuple(lines)
+        self.lines = tuple(map(hide, lines))
+        super().__init__("\n".join(self.lines))
 
     def __reduce__(self) -> tuple[type["DataError"], tuple[tuple[str, ...]]]:
         """Keep `lines` when the error is pickled from a data task to the driver."""

@@ -20,6 +20,7 @@ class Reason(StrEnum):
     TORN_LINE = "torn_last_line"
     NOT_UTF8 = "not_utf8"
     DUPLICATE_KEY = "duplicate_key"
+    TOO_DEEP = "nested_too_deep"
     BAD_SURROGATE = "bad_surrogate"
     NOT_AN_OBJECT = "not_an_object"
     MISSING_FIELD = "missing_field"

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ORPOConfig
@@ -18,6 +20,12 @@ from orpo_ray.runs.formatting import format_rows
 from orpo_ray.runs.metrics import HEADLINE
 from orpo_ray.storage.folder import Folder
 from orpo_ray.version import __version__
+
+# Settings that say where something is.
+_PLACES = {
+    "model": ("model_name_or_path", "baseline"),
+    "data": ("dataset_name", "train_files", "eval_files", "token_cache_dir", "chat_template"),
+}
 
 
 def write_model_card(run: Folder, config: ORPOConfig, data_report: Mapping[str, Any]) -> Path:
@@ -34,35 +42,87 @@ def write_model_card(run: Folder, config: ORPOConfig, data_report: Mapping[str, 
     run_directory, final = run.path, run.path / FINAL
     lines = read_metrics(run_directory)
     evaluations = read_evaluations(run_directory, lines, exported_step(final))
-    name = config.model.model_name_or_path
-    is_hub_id = name is not None and "://" not in name and not Path(name).expanduser().exists()
     curves = run_directory / CURVES
     if curves.exists():
         shutil.copyfile(curves, final / CURVES)
-    data = ModelCardData(
-        library_name="transformers",
-        base_model=name if is_hub_id else None,
-        tags=["orpo", "preference", "orpo_ray"],
-    )
+    name = config.model.model_name_or_path
+    public = _without_places(config)
+    shown = public.model.model_name_or_path
     text = render(
         "card.md.j2",
-        card_data=data.to_yaml(),
-        base=f"`{name}`" if name else "a small random decoder",
+        card_data=_metadata(config).to_yaml(),
+        base=f"`{shown}`" if shown else "a small random decoder",
+        is_here=name is not None and shown != name,
         run_name=run_directory.name,
         version=__version__,
-        facts=facts(config, data_report, lines),
+        facts=facts(public, _without_places_of_data(data_report), lines),
         adapter=config.model.lora_r is not None and not config.model.merge_adapter,
         data=[_data_text(name, counts) for name, counts in data_report.items()],
         names=[metric.label for metric in HEADLINE],
         rows=headline(evaluations, data_report),
         curves=CURVES if curves.exists() else None,
         max_length=config.data.max_length,
-        settings=to_yaml(config),
+        settings=to_yaml(public),
     )
     path = final / "README.md"
     ModelCard(text).save(path)
     (run / FINAL).publish(*(n for n in (CURVES, path.name) if (final / n).exists()))
     return path
+
+
+def _metadata(config: ORPOConfig) -> ModelCardData:
+    """What the hub knows a model by; only what is on the hub itself is named."""
+    base, data = config.model.model_name_or_path, config.data.dataset_name
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base if is_hub_id(base) else None,
+        datasets=[data] if data and is_hub_id(data) else None,
+        tags=["orpo", "preference", "orpo_ray"],
+    )
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name is that of a repository on the hub, and no folder here."""
+    if name is None or "://" in name or Path(name).expanduser().exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _without_places(config: ORPOConfig) -> ORPOConfig:
+    """The config with the last part of every path and URL: where things lay concerns nobody."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: shorten(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [shorten(inner) for inner in value]
+        return _last_part(value) if isinstance(value, str) else value
+
+    values = config.model_dump(mode="json")
+    for section, names in _PLACES.items():
+        for name in names:
+            values[section][name] = shorten(values[section][name])
+    values["output"]["output_dir"] = ORPOConfig().output.output_dir
+    return ORPOConfig.model_validate(values)
+
+
+def _without_places_of_data(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: dict(counts)
+        | {"sources": {_last_part(path): part for path, part in counts.get("sources", {}).items()}}
+        for name, counts in report.items()
+    }
+
+
+def _last_part(place: str) -> str:
+    """The name of a file or a folder; a hub id stays whole, and so does a template's text."""
+    is_place = "://" in place or place.startswith(("/", "~", ".")) or Path(place).exists()
+    return place.rstrip("/").rpartition("/")[2] if is_place and "\n" not in place else place
 
 
 def _data_text(name: str, counts: Mapping[str, Any]) -> str:

@@ -28,6 +28,8 @@ from orpo_ray.runs.metrics import (
     eval_prefixes,
     set_name,
 )
+from orpo_ray.storage.files import one_line
+from orpo_ray.storage.hiding import printable
 
 _log = logging.getLogger(__name__)
 
@@ -253,7 +255,7 @@ class LiveView:
 
 def _cut(line: str) -> Text:
     """A line that is cut where the terminal ends."""
-    return Text(line, no_wrap=True, overflow="ellipsis")
+    return Text(printable(line), no_wrap=True, overflow="ellipsis")
 
 
 def _try(show: Callable[[], object]) -> None:
@@ -298,7 +300,7 @@ def try_report(write_report: Callable[[], object]) -> None:
     try:
         write_report()
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         _log.warning("report.html was not written: %s", reason)
 
 

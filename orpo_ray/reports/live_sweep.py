@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orpo_ray.reports.live import Watcher
+from orpo_ray.reports.text import as_text
 from orpo_ray.runs.formatting import format_metric, format_setting, format_settings
 from orpo_ray.runs.sweep import Goal, Trial, read_trials
 
@@ -47,14 +48,16 @@ def leaderboard(trials: list[Trial], goal: Goal) -> Table:
     """The trials as they stand, the best first."""
     settings = list(dict.fromkeys(name for trial in trials for name in trial.values))
     columns = [goal.metric, f"{goal.prefix}nll_loss"]
-    table = Table(*["trial", *settings, "step", *columns, "status"])
+    table = Table()
+    for heading in ("trial", *settings, "step", *columns, "status"):
+        table.add_column(as_text(heading))
     for trial in trials:
         table.add_row(
-            trial.name,
-            *[format_setting(trial.values.get(name)) for name in settings],
+            as_text(trial.name),
+            *[as_text(format_setting(trial.values.get(name))) for name in settings],
             str(_step(trial)),
             *[format_metric(trial.last(name), ".4g") for name in columns],
-            "" if trial.status == "unfinished" else trial.status,
+            as_text("" if trial.status == "unfinished" else trial.status),
         )
     return table
 

@@ -1,21 +1,51 @@
 """Rendering of the HTML pages and the model card: templates and SVG figures; on the driver."""
 
+import html
 import io
+import re
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from orpo_ray.storage.hiding import hide, printable
+
+# An underscore within a word is no markup.
+_MARKDOWN = re.compile(r"[\\`*\[\]#|!~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 @cache
 def _environment() -> Environment:
     """The templates of this package; values are escaped in HTML, and not in Markdown."""
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("orpo_ray.reports"),
         autoescape=select_autoescape(enabled_extensions=("html.j2",)),
         undefined=StrictUndefined,
+        finalize=_shown,
         keep_trailing_newline=True,
     )
+    environment.filters |= {"markdown": as_markdown, "fenced": fenced}
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    """A value without secrets and control characters; figures are markup, and stay as they are."""
+    is_text = isinstance(value, str) and not isinstance(value, Markup)
+    return printable(hide(value)) if is_text else value
+
+
+def as_markdown(value: object) -> str:
+    """A value as one line of Markdown that shows it as it is: no markup, no HTML, no cell's end."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return _MARKDOWN.sub(r"\\\g<0>", text)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A text as a block of code in Markdown, which no line of it ends."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def render(template: str, **values: Any) -> str:

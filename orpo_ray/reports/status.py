@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from orpo_ray.reports.text import as_text
 from orpo_ray.runs.files import EVENTS
 from orpo_ray.runs.formatting import (
     format_duration,
@@ -19,6 +19,7 @@ from orpo_ray.runs.formatting import (
 from orpo_ray.runs.metrics import BY_KEY, BY_NAME
 from orpo_ray.runs.status import RunStatus, read_status
 from orpo_ray.storage.folder import FolderLike
+from orpo_ray.storage.hiding import hide
 
 _FILE_WIDTH = 10_000
 
@@ -32,7 +33,7 @@ def show_status(directory: FolderLike, as_json: bool, console: Console | None = 
     status = read_status(directory)
     console = console or Console(highlight=False, soft_wrap=True)
     if as_json:
-        _print_plain(console, json.dumps(dataclasses.asdict(status), indent=1))
+        _print_plain(console, hide(json.dumps(dataclasses.asdict(status), indent=1)))
         return
     if isinstance(status, RunStatus):
         _print_table(console, (), run_rows(status))
@@ -144,7 +145,7 @@ def _print_table(console: Console, heading: Sequence[str], rows: Iterable[Sequen
     """Print in columns: on a terminal folded to its width, in a file a line a row."""
     table = Table.grid(padding=(0, 2))
     for cells in ([heading] if heading else []) + [*rows]:
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(as_text, cells))
     if console.is_terminal:
         console.print(table)
         return

@@ -13,6 +13,7 @@ from typing import Any
 from orpo_ray.preference.groups import RowId
 from orpo_ray.storage.files import one_line, read_json, read_lines
 from orpo_ray.storage.folder import Folder
+from orpo_ray.storage.hiding import hide
 
 CONFIG = "config.yaml"
 DATA_REPORT = "data_report.json"
@@ -66,14 +67,14 @@ class RunFiles:
         return self.is_writer and (self.directory / STOP).exists()
 
     def notice(self, text: str) -> None:
-        """Add a line to the log, which the driver shows."""
-        self._append(LOG, text + "\n")
+        """Add a line to the log, which the driver shows, without secrets."""
+        self._append(LOG, hide(text) + "\n")
 
     def event(self, text: str, **counts: int) -> None:
         """Log an event that should not occur in a run, and record its counts."""
         self.notice(text)
         counts = {kind: count for kind, count in counts.items() if count}
-        line = {"time": time.time(), "text": text, "counts": counts}
+        line = {"time": time.time(), "text": hide(text), "counts": counts}
         self._append(EVENTS, json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_ray.storage.files import replacing
+from orpo_ray.storage.names import refuse_unsafe_name, refuse_unsafe_url
 
 PROTOCOLS = ("s3", "gs")
 URLS = tuple(f"{protocol}://" for protocol in PROTOCOLS)
@@ -21,8 +22,9 @@ def file_system(url: str) -> tuple[Any, str]:
     """The file system of pyarrow that a URL is in, and the path in it.
 
     Raises:
-        OSError: when there is no such bucket.
+        OSError: when there is no such bucket, and for a path with `..`, `.` or empty parts.
     """
+    refuse_unsafe_url(url)
     protocol, _, rest = url.partition("://")
     bucket, _, inner = rest.partition("/")
     system, name = _file_system(protocol, bucket)
@@ -79,12 +81,19 @@ def download(system: Any, info: Any, path: Path) -> None:
 
 
 def listed(url: str) -> dict[str, Any]:
-    """`FileInfo` of pyarrow for all files below a folder in the bucket, by relative name."""
+    """`FileInfo` of pyarrow for all files below a folder in the bucket, by relative name.
+
+    Raises:
+        UnsafeNameError: for an object whose name would lead out of a folder.
+    """
     from pyarrow.fs import FileSelector
 
     system, key = file_system(url)
     infos = system.get_file_info(FileSelector(key, recursive=True, allow_not_found=True))
-    return {info.path.removeprefix(f"{key}/"): info for info in infos if info.is_file}
+    found = {info.path.removeprefix(f"{key}/"): info for info in infos if info.is_file}
+    for name in found:
+        refuse_unsafe_name(name, url)
+    return found
 
 
 def files_below(folder: Path) -> Iterator[Path]:

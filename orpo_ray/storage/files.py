@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.storage.hiding import hide
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -83,13 +85,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def one_line(error: BaseException | str) -> str:
-    """The whole text of an error on one line."""
-    return " ".join(str(error).split())
+    """The whole text of an error on one line, without secrets."""
+    return hide(" ".join(str(error).split()))
 
 
 def first_line(error: BaseException | str) -> str:
-    """The first line of an error whose other lines are a traceback or general advice."""
-    return next(iter(str(error).strip().splitlines()), "")
+    """The first line of an error, whose others are a traceback or advice, without secrets."""
+    return hide(next(iter(str(error).strip().splitlines()), ""))
 
 
 def _sync(path: Path) -> None:

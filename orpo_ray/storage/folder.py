@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from orpo_ray.storage.bucket import (
     stamp,
     upload,
 )
+from orpo_ray.storage.names import refuse_unsafe_name, refuse_unsafe_url
+from orpo_ray.storage.scratch import copies_root, make_own
 
 # Who works on copies. Each has copies of its own, also on one node, so that it makes no difference
 # on which node a worker is.
@@ -71,15 +72,17 @@ class Folder:
 
         `s3://bucket/runs` is worked on at `<scratch>/orpo_ray-copies/driver/s3/bucket/runs`.
         <scratch> is ORPO_RAY_SCRATCH, else a folder of the user in the system's temporary one.
+
+        Raises:
+            UnsafeNameError: for a URL with `..`, `.` or empty parts.
         """
         if isinstance(place, Folder):
             return place
         protocol, separator, rest = str(place).partition("://")
         if not separator:
             return Folder(Path(place).expanduser().resolve())
-        default = Path(tempfile.gettempdir(), f"orpo_ray-{os.getuid()}")
-        scratch = Path(os.environ.get("ORPO_RAY_SCRATCH") or default).expanduser().resolve()
-        root, inner = scratch / "orpo_ray-copies", rest.strip("/")
+        refuse_unsafe_url(str(place))
+        root, inner = copies_root(), rest.removesuffix("/")
         return Folder(root / side / protocol / inner, f"{protocol}://{inner}", root)
 
     def on(self, side: str) -> "Folder":
@@ -87,11 +90,19 @@ class Folder:
         return self if self.url is None else Folder.at(self.url, side)
 
     def __truediv__(self, name: str) -> "Folder":
-        """A folder below this one."""
+        """A folder below this one.
+
+        Raises:
+            UnsafeNameError: for a name with `..`, `.` or empty parts; so do all methods with one.
+        """
         url = None if self.url is None else f"{self.url}/{name}"
-        below = Folder(self.path / name, url, self._root)
+        below = Folder(self._below(name), url, self._root)
         below._uploading = self._uploading
         return below
+
+    def _below(self, name: str) -> Path:
+        refuse_unsafe_name(name, self)
+        return self.path / name
 
     @property
     def parent(self) -> "Folder":
@@ -128,20 +139,19 @@ class Folder:
         return Folder, (self.path, self.url, self._root)
 
     def make(self) -> "Folder":
-        """Make the folder; that of all copies is for this user alone.
+        """Make the folder; that of a copy is for this user alone.
 
         Raises:
-            PermissionError: when the folder of all copies is another user's.
+            PermissionError: when a level of the copy's path is another user's or a link.
         """
-        self._make_root()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make(self.path)
         return self
 
-    def _make_root(self) -> None:
+    def _make(self, folder: Path) -> None:
         if self._root is not None:
-            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self._root.stat().st_uid != os.getuid():
-                raise PermissionError(f"{self._root} is another user's; set ORPO_RAY_SCRATCH")
+            make_own(self._root, folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
 
     def write_text(self, name: str, text: str) -> Path:
         """Write and publish a file, whole or not at all."""
@@ -195,9 +205,9 @@ class Folder:
             name: relative to this folder.
             once: for a file that never changes: what is here is taken.
         """
-        path = self.path / name
+        path = self._below(name)
         if self.url is not None and not (once and path.exists()):
-            self._make_root()
+            self._make(path.parent)
             system, key = file_system(f"{self.url}/{name}")
             download(system, system.get_file_info(key), path)
         return path
@@ -225,6 +235,8 @@ class Folder:
                 return self
             system, _ = file_system(self.url)
             found = {name: info for name, info in there.items() if wanted(name)}
+            for parent in {(self.path / name).parent for name in found}:
+                self._make(parent)
             for path in files_below(self.path):
                 name = path.relative_to(self.path).as_posix()
                 if wanted(name) and name not in found:
@@ -236,6 +248,7 @@ class Folder:
     def fetch_again(self) -> "Folder":
         """Fetch everything of a copy, also what seems to be here already."""
         if self.url is not None:
+            self.make()
             shutil.rmtree(self.path, ignore_errors=True)
         return self.fetch()
 
@@ -251,7 +264,9 @@ class Folder:
         Args:
             name: relative to this folder, which itself is deleted without one.
         """
-        path = self.path / name
+        path = self._below(name) if name else self.path
+        if self.url is not None:
+            self._make(path.parent)
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -267,7 +282,7 @@ class Folder:
 
     def rename(self, name: str, target: str) -> None:
         """Move a file or a folder below this one to where there is none, here and in the bucket."""
-        (self.path / name).rename(self.path / target)
+        self._below(name).rename(self._below(target))
         if self.url is not None:
             system, key = file_system(f"{self.url}/{name}")
             _, target_key = file_system(f"{self.url}/{target}")

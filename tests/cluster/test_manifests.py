@@ -118,6 +118,7 @@ def test_pods_run_without_root_and_without_privileges(name):
     for pod, container in containers(name):
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         }, pod
 

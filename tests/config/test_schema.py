@@ -4,6 +4,8 @@ import itertools
 from typing import get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from orpo_ray.config.fields import Decides
@@ -240,3 +242,21 @@ def test_a_run_name_cannot_leave_the_output_directory(name):
         ORPOConfig(run_name=name)
     with pytest.raises(ValidationError, match="name"):
         ORPOConfig(eval_files=[{"path": "a.jsonl", "name": name}])
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.text(alphabet="\\\\${}:a\"' ,.[]?\n#-", max_size=12)
+    | st.text(max_size=10)
+    | st.from_regex(r"[-+]?[0-9._]+([eE][-+]?[0-9_]+)?", fullmatch=True)
+    | st.sampled_from(["yes", "null", "~", "2024-01-01", "???", "0x1F", "1:30", "${oc.env:HOME}"])
+)
+def test_a_config_reads_back_whatever_texts_it_holds(tmp_path_factory, text):
+    try:
+        config = ORPOConfig(sample_prompts=(text,), column_mapping={"prompt": text or "p"})
+        content = to_yaml(config).encode()
+    except (ValidationError, UnicodeEncodeError):
+        return  # a text that no config holds, or no file
+    path = tmp_path_factory.getbasetemp() / "texts.yaml"
+    path.write_bytes(content)
+    assert load_config(str(path), []) == config

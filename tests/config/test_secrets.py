@@ -6,7 +6,8 @@ from pydantic import ValidationError
 from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import load_config
 from orpo_ray.config.schema import SECTION_OF, SECTIONS, ConfigError, ORPOConfig
-from orpo_ray.config.secrets import HIDDEN, hide, is_secret_name
+from orpo_ray.preference.errors import DataError
+from orpo_ray.storage.hiding import HIDDEN, hide, is_secret_name, printable
 
 CANARY = "canary0value1to2find"
 NAMES = [
@@ -23,6 +24,12 @@ NAMES = [
     "aws_secret_access_key",
     "AWS_ACCESS_KEY_ID",
     "client_secret",
+    "DB_PASS",
+    "AZURE_STORAGE_KEY",
+    "SENTRY_DSN",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "SLACK_WEBHOOK_URL",
+    "encryption_key",
 ]
 HARMLESS = [
     "s3://bucket/a.jsonl",
@@ -32,6 +39,9 @@ HARMLESS = [
     "runs/AKIRA",
     "0123456789abcdef0123456789abcdef",
     "hf://datasets/org/name@main/x.parquet",
+    "runs/token=short",
+    "s3://bucket/part-?.jsonl",
+    "APACHELICENSE and ACCOUNTING",
 ]
 # Put together here, so that no scanner takes this file for a leak.
 VALUES = [
@@ -42,6 +52,15 @@ VALUES = [
     "ghp" + "_" + "aB3" * 12,
     f"https://me:{CANARY}@host/pairs.jsonl",
     f"s3://{CANARY}:{CANARY}@bucket/*.parquet",
+    "xoxb-1234567890-" + "aB3" * 8,
+    "AIza" + "aB3" * 11 + "aB",
+    "glpat-" + "aB3" * 7,
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0." + "aB3" * 14,
+    "SG." + "aB3" * 7 + "a." + "aB3" * 14 + "a",
+    "sk_live_" + "aB3" * 8,
+    "https://h.example/p.jsonl?X-Goog-Signature=" + "0a" * 32,
+    "https://h.example/c/p.jsonl?sv=2024&se=2027&sig=abc%2Bdef0123456789%3D",
+    "Endpoint=sb://x.example;SharedAccessKey=" + "aB3/" * 10 + "=",
 ]
 
 
@@ -103,6 +122,7 @@ def test_other_values_are_left_alone(value):
 def test_the_environments_secrets_are_not_interpolated(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", CANARY)
     monkeypatch.setenv("WHERE", "runs/there")
+    monkeypatch.setenv("ORPO_RAY_CONFIG_ENV", "WHERE, HF_TOKEN, UNSET_API_KEY")
     monkeypatch.setenv("PWD", str(tmp_path))
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
     file = tmp_path / "c.yaml"
@@ -113,9 +133,70 @@ def test_the_environments_secrets_are_not_interpolated(tmp_path, monkeypatch):
             assert CANARY not in lines
     # By whatever way it came there.
     file.write_text("output_dir: '${oc.env:${run_name}}'\nrun_name: HF_TOKEN\n")
-    for lines in (refused(str(file)), refused(None, f"output_dir=a/{CANARY}/b")):
-        assert lines.startswith("output_dir: its value looks like a secret")
-        assert CANARY not in lines
+    assert refused(str(file)).startswith("output_dir: `${` begins a reference")
+    lines = refused(None, f"output_dir=a/{CANARY}/b")
+    assert lines.startswith("output_dir: its value looks like a secret")
+    assert CANARY not in lines
     assert load_config(None, [f"output_dir={tmp_path}"]).output.output_dir == str(tmp_path)
     assert load_config(None, ["output_dir=${oc.env:WHERE}"]).output.output_dir == "runs/there"
     assert hide(f"401 for {CANARY}") == f"401 for {HIDDEN}"
+
+
+@pytest.mark.parametrize("name", ["AZURE_STORAGE_KEY", "DB_PASS", "HOME", "USER", "NOT_SET"])
+def test_no_variable_is_read_that_the_user_did_not_list(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("ORPO_RAY_CONFIG_ENV", "WHERE,HOMES,OTHER_HOME")
+    (tmp_path / "c.yaml").write_text(f"output_dir: 'x/${{oc.env:{name}}}'\n")
+    for lines in (
+        refused(str(tmp_path / "c.yaml")),
+        refused(None, f"output_dir=${{oc.env:{name}}}"),
+    ):
+        assert lines.startswith("output_dir: reads the ")
+        assert "/home/someone" not in lines
+        assert is_secret_name(name) or f"set ORPO_RAY_CONFIG_ENV={name}" in lines
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.decode:abc}",
+        "${oc.create:{a: 1}}",
+        "${oc.select:train.seed}",
+        "${oc.dict.keys:train}",
+        "${oc.env:${run_name}}",
+        "${.seed}",
+        "${oc.env}}${oc.decode:1}",
+        "${5}",
+        "${train.seed}${oc.env:HOME}",
+    ],
+)
+def test_nothing_else_is_computed_in_a_config(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(f"train:\n  sample_prompts: ['{text}']\n")
+    lines = refused(str(tmp_path / "c.yaml"))
+    assert lines.startswith("train.sample_prompts.0: ")
+    assert "\n" not in lines
+
+
+def test_settings_may_refer_to_settings_but_not_in_a_circle(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {seed: 7}\noutput: {run_name: 'run-${train.seed}'}\n")
+    assert load_config(str(file), []).output.run_name == "run-7"
+    file.write_text(
+        "output: {run_name: '${output.output_dir}', output_dir: '${output.run_name}'}\n"
+    )
+    assert "not valid YAML" in refused(str(file))
+
+
+def test_a_query_of_a_url_is_shown_nowhere():
+    url = "https://host/p.jsonl?download=true&id=7"
+    assert hide(f"{url}: 404, see s3://bucket/p-?.jsonl") == (
+        f"https://host/p.jsonl?{HIDDEN}: 404, see s3://bucket/p-?.jsonl"
+    )
+    assert "is a URL with a query" in refused(None, f"train_files={url}")
+    for error in (ConfigError([url]), DataError([url])):
+        assert "download" not in f"{error} {error.lines}"
+    assert load_config(None, [f"sample_prompts=['What is at {url}?']"]).train.sample_prompts
+
+
+def test_control_characters_are_shown_as_escapes():
+    assert printable("a\x1b[2Jb\r\x9b\u202ec\td\n") == "a\\x1b[2Jb\\r\\x9b\\u202ec\td\n"

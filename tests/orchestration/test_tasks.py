@@ -96,3 +96,25 @@ def test_an_error_of_a_task_is_raised_as_it_is(tokenizer_folder, tmp_path):
     assert list(tmp_path.rglob(MANIFEST_NAME)) == []
     with pytest.raises(ZeroDivisionError):
         map_tasks([{}], lambda item: 1 / 0)
+
+
+class DiesAtFile:
+    """A reader that one file ends the process of, each time."""
+
+    def __call__(self, row: dict[str, str]) -> list[dict[str, str]]:
+        """Answer for every other file."""
+        item = json.loads(row["item"])
+        if "damaged" in item.get("path", item.get("split", {}).get("path", "")):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return [row]
+
+
+@pytest.mark.commands
+def test_a_file_that_ends_each_process_is_named_after_a_few_tries():
+    files = ["/data/a.jsonl", "/data/damaged.arrow", "/data/b.jsonl"]
+    items = [{"path": files[0]}, *({"split": {"path": file}} for file in files[1:])]
+    with pytest.raises(
+        DataError, match=r"/data/damaged\.arrow: the process that reads it"
+    ) as error:
+        map_tasks(items, DiesAtFile())
+    assert len(error.value.lines) == 1

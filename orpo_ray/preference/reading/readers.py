@@ -30,6 +30,8 @@ from orpo_ray.preference.records import Reason
 
 _BLOCK_BYTES = 1 << 20
 _UTF8_BOM = b"\xef\xbb\xbf"
+# Of lists and objects within one another. Whatever handles a row may recurse to this depth.
+_MAX_DEPTH = 100
 
 
 def split_file(path: str, rows_per_split: int) -> list[Split]:
@@ -120,7 +122,9 @@ def _decoded(number: int, line: bytes) -> RawRow:
         record = _parsed(line)
     except UnicodeDecodeError:
         return RawRow(number, None, Reason.NOT_UTF8, excerpt)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        return RawRow(number, None, Reason.TOO_DEEP, excerpt)
+    except ValueError:
         whole = line.endswith(
             b"\n"
         )  # only the last line of a file can be without one: it may be cut off
@@ -133,10 +137,13 @@ def _parsed(content: bytes) -> Any:
 
 
 def _row(number: int, record: Any, excerpt: str = "") -> RawRow:
+    problem = _problem(record)
+    if problem is Reason.TOO_DEEP:  # and so it cannot be shown as text either
+        return RawRow(number, None, problem, excerpt)
     if not isinstance(record, dict):
         return RawRow(number, None, Reason.NOT_AN_OBJECT, excerpt or str(record)[:200])
-    if _has_duplicate_keys(record):
-        return RawRow(number, None, Reason.DUPLICATE_KEY, excerpt or str(record)[:200])
+    if problem:
+        return RawRow(number, None, problem, excerpt or str(record)[:200])
     return RawRow(number, record, excerpt=excerpt)
 
 
@@ -149,10 +156,21 @@ def _mark_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values if len(values) == len(pairs) else _DuplicateKeys(values)
 
 
-def _has_duplicate_keys(value: Any) -> bool:
-    if isinstance(value, dict):
-        return isinstance(value, _DuplicateKeys) or any(map(_has_duplicate_keys, value.values()))
-    return isinstance(value, list) and any(map(_has_duplicate_keys, value))
+def _problem(record: Any) -> Reason | None:
+    """Why a parsed value is no row, level by level: recursion would end with the deepest ones."""
+    level, has_duplicates = [record], False
+    for _ in range(_MAX_DEPTH + 1):
+        has_duplicates |= any(isinstance(value, _DuplicateKeys) for value in level)
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return Reason.DUPLICATE_KEY if has_duplicates else None
+    return Reason.TOO_DEEP
 
 
 def _read_array(path: str) -> Iterator[RawRow]:

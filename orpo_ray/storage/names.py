@@ -1,0 +1,54 @@
+"""Names in buckets and URLs, and which of them may become a path on a disk."""
+
+import re
+
+# Without credentials, query or fragment; `anonymous@` asks for access without credentials.
+_BUCKET = re.compile(r"(anonymous@)?[A-Za-z0-9][A-Za-z0-9._-]*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class UnsafeNameError(OSError):
+    """A name that would lead out of the folder it is used in.
+
+    An OSError, so that whoever handles a bucket that cannot be read handles this, too.
+    """
+
+
+def is_plain(name: str) -> bool:
+    """Whether a relative name stays below its folder: no empty part, `.`, `..` or control code."""
+    return not _CONTROL.search(name) and not {"", ".", ".."}.intersection(name.split("/"))
+
+
+def refuse_unsafe_name(name: str, where: object) -> None:
+    """Refuse a relative name that is not plain.
+
+    Args:
+        name: of a file or folder.
+        where: the folder, for the message.
+
+    Raises:
+        UnsafeNameError: naming both.
+    """
+    if not is_plain(name):
+        raise UnsafeNameError(
+            f"{where}: {name!r} is not used as a name in it: it has an empty part, `.`, `..` or a "
+            "control character"
+        )
+
+
+def refuse_unsafe_url(url: str) -> None:
+    """Refuse a URL of a bucket whose path is not plain; one slash at its end is none.
+
+    Raises:
+        UnsafeNameError: naming it.
+    """
+    protocol, _, rest = url.partition("://")
+    bucket, _, _ = rest.partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise UnsafeNameError(
+            f"{url!r} names no bucket: give {protocol}://bucket/folder, without credentials"
+        )
+    if not is_plain(rest.removesuffix("/")):
+        raise UnsafeNameError(
+            f"{url!r} has an empty part, `.`, `..` or a control character: write its path without"
+        )

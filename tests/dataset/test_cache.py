@@ -1,0 +1,74 @@
+"""The token cache: listed with sizes and ages, and cleared of what is old and its own."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from orpo_ray.dataset.cache import age_in_seconds, cached_sets, clear_cache
+from orpo_ray.storage.folder import Folder
+
+OLD, NEW = "0" * 32, "f" * 32
+DAY_S = 86400
+
+
+def fill(folder: Path) -> None:
+    """An old token set, a new one, and what the project did not make."""
+    for name, age_days in ((OLD, 40), (NEW, 1), ("notes", 90), ("0" * 31, 90)):
+        (folder / name / "quarantine").mkdir(parents=True)
+        for file in ("a.parquet", "quarantine/a.jsonl"):
+            path = folder / name / file
+            path.write_text("12345")
+            os.utime(path, (time.time() - age_days * DAY_S,) * 2)
+    (folder / "loose.txt").write_text("x")
+
+
+def test_token_sets_are_listed_the_oldest_first(tmp_path):
+    fill(tmp_path)
+    found = cached_sets(Folder.at(tmp_path))
+    assert [(one.name, one.size_bytes, round(one.age_s / DAY_S)) for one in found] == [
+        (OLD, 10, 40),
+        (NEW, 10, 1),
+    ]
+    assert cached_sets(Folder.at(tmp_path / "missing")) == []
+
+
+def test_only_old_token_sets_are_deleted(tmp_path):
+    fill(tmp_path)
+    assert [one.name for one in clear_cache(Folder.at(tmp_path), 30 * DAY_S)] == [OLD]
+    assert {path.name for path in tmp_path.iterdir()} == {NEW, "notes", "0" * 31, "loose.txt"}
+
+
+def test_a_cache_in_a_bucket_is_cleared_there(bucket):
+    for name in (f"{OLD}/a.parquet", f"{OLD}/done/a.json", "notes/x"):
+        bucket.put_object(Bucket="bucket", Key=f"runs/token_cache/{name}", Body=b"12345")
+    cache = Folder.at("s3://bucket/runs/token_cache")
+    assert [(one.name, one.size_bytes) for one in cached_sets(cache)] == [(OLD, 10)]
+    assert clear_cache(cache, 3600.0) == []
+    assert [one.name for one in clear_cache(cache, 0.0)] == [OLD]
+    kept = bucket.list_objects_v2(Bucket="bucket", Prefix="runs/token_cache/")["Contents"]
+    assert [entry["Key"] for entry in kept if entry["Size"]] == ["runs/token_cache/notes/x"]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30d", 2592000), ("12h", 43200), ("5m", 300)])
+def test_ages(text, seconds):
+    assert age_in_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "d", "-1d", "1w", "30d ", "1e3d"])
+def test_what_is_no_age_is_refused(text):
+    with pytest.raises(ValueError, match="is no age"):
+        age_in_seconds(text)
+
+
+def test_prepare_lists_and_clears_without_preparing(run_here, tmp_path):
+    fill(tmp_path / "runs" / "token_cache")
+    done = run_here(tmp_path, "jobs/prepare.py", "--list-cache")
+    assert (done.returncode, done.stdout.count(" MB")) == (0, 3)
+    done = run_here(tmp_path, "jobs/prepare.py", "--clear-cache", "older_than=30d")
+    assert OLD in done.stdout
+    assert "1 token sets of 0.0 MB deleted from" in done.stdout
+    assert not (tmp_path / "runs" / "token_cache" / OLD).exists()
+    done = run_here(tmp_path, "jobs/prepare.py", "--clear-cache", "tomorrow")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
