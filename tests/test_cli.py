@@ -20,7 +20,7 @@ from orpo_ray.training.errors import TrainingError
 from tests.conftest import ROOT
 
 TRAIN = "jobs/train.py"
-COMMANDS = ("train", "tune", "evaluate", "prepare", "status")
+COMMANDS = ("train", "tune", "evaluate", "prepare", "status", "doctor")
 
 
 def imported_by(job: str, *arguments: str) -> tuple[int, set[str]]:
@@ -66,11 +66,12 @@ def test_the_version_is_printed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "no command given; the commands are train, tune, evaluate, prepare, status"),
+        ([], "no command given; the commands are train, tune, evaluate, prepare, status, doctor"),
         (["trian"], "trian: no such command; did you mean train?"),
         (
             ["max_steps=2"],
-            "max_steps=2: no such command; the commands are train, tune, evaluate, prepare, status",
+            "max_steps=2: no such command; the commands are train, tune, evaluate, prepare, "
+            "status, doctor",
         ),
         (
             ["status"],

@@ -58,15 +58,18 @@ def load_config(path: str | None, overrides: Sequence[str]) -> ORPOConfig:
         ConfigError: with all findings, a line each.
     """
     findings: list[str] = []
-    layers = [_file_layer(path, findings)] if path is not None else []
-    layers += [_override_layer(override, findings) for override in overrides]
+    in_file = leaves_into_sections({} if path is None else _file_layer(path, findings))
+    layers = [leaves_into_sections(_override_layer(text, findings)) for text in overrides]
     merged: dict[str, Any] = {}
-    for layer in layers:
-        _merge(merged, leaves_into_sections(layer), findings)
+    for layer in (in_file, *layers):
+        _merge(merged, layer, findings)
     try:
         config = ORPOConfig.model_validate(merged)
     except ValidationError as error:
-        findings += [_finding(details) for details in error.errors()]
+        for details in error.errors():
+            place = details["loc"]
+            is_of_file = _has(in_file, place) and not any(_has(layer, place) for layer in layers)
+            findings.append(f"{path}: {_finding(details)}" if is_of_file else _finding(details))
     if findings:
         raise ConfigError(findings)
     return config
@@ -87,6 +90,17 @@ def to_yaml(config: ORPOConfig) -> str:
     content = escape_references(config.model_dump(mode="json"))
     text: str = yaml.dump(content, Dumper=Dumper, sort_keys=False)
     return text
+
+
+def _has(layer: Any, place: Sequence[int | str]) -> bool:
+    """Whether a layer of settings says something at a place."""
+    for key in place:
+        if not isinstance(layer, Mapping):
+            return True  # a part of what it says
+        if key not in layer:
+            return False
+        layer = layer[key]
+    return bool(place)
 
 
 def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:

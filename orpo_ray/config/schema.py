@@ -56,9 +56,13 @@ class ORPOConfig(Section):
     @property
     def pairs_per_step(self) -> int:
         """Pairs per optimizer step, over all workers."""
+        return self.train.global_batch_size or self.pairs_per_worker * self.ray.max_workers
+
+    @property
+    def pairs_per_worker(self) -> int:
+        """Pairs per optimizer step and worker, where `global_batch_size` does not say otherwise."""
         train = self.train
-        per_worker = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        return train.global_batch_size or per_worker * self.ray.max_workers
+        return train.per_device_train_batch_size * train.gradient_accumulation_steps
 
     @property
     def microbatch_tokens(self) -> int:

@@ -7,6 +7,7 @@ shards does not depend on scheduling. The manifest, written last, commits the to
 
 import dataclasses
 import json
+import logging
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
@@ -24,11 +25,14 @@ from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.sources import file_fingerprint
 from orpo_ray.preference.records import Reason
 from orpo_ray.preference.templates import uses_clock
+from orpo_ray.storage.files import locked, one_line
 from orpo_ray.storage.folder import Folder
 
+_log = logging.getLogger(__name__)
 # Part of the cache key; increased whenever the same input would give other tokens or reports.
 CODE_VERSION = 7
 LENGTHS = "lengths.npz"
+_LOCK = ".lock"
 _COUNTS = (
     *("rows_read", "rows_kept", "rows_held_out", "pairs_left_out"),
     *("truncated_pairs", "truncated_prompts", "truncated_completions", "duplicate_pairs"),
@@ -48,16 +52,38 @@ def ingest(request: IngestRequest, map_tasks: MapTasks) -> TokenSet:
     """
     tokens = Folder.at(request.cache_directory) / _cache_key(request)
     found = TokenSet.load(tokens)
-    if found is None:
+    if found is not None:
+        return found
+    try:
         make_folders(tokens)
-        found = _build_token_set(request, tokens, map_tasks)
-        found.save()
-        tokens.remove(DONE)
-        kept = {shard.name for shard in (*found.shards, *found.held_out)}
-        for name in tokens.sizes():
-            if name.endswith(".parquet") and name not in kept:  # replaced by a regrouped shard
-                tokens.remove(name)
-    return found
+    except OSError as error:
+        problem = f"token_cache_dir: {tokens.parent} cannot be written: {one_line(error)}"
+        raise DataError([problem]) from error
+    waits = "%s: another command tokenizes these files; waiting for it"
+    with locked(tokens.path / _LOCK, lambda: _log.info(waits, ", ".join(request.files))):
+        return TokenSet.load(tokens) or _build_and_save(request, tokens, map_tasks)
+
+
+def _build_and_save(request: IngestRequest, tokens: Folder, map_tasks: MapTasks) -> TokenSet:
+    """Build the token set and commit it.
+
+    On another machine, of which a lock may say nothing, a command may build the same set. It makes
+    the same files, and removes what is no longer needed when it is done.
+    """
+    try:
+        built = _build_token_set(request, tokens, map_tasks)
+    except Exception:
+        found = TokenSet.load(tokens)
+        if found is None:
+            raise
+        return found
+    built.save()
+    tokens.remove(DONE)
+    kept = {shard.name for shard in (*built.shards, *built.held_out)}
+    for name in tokens.sizes():
+        if name.endswith(".parquet") and name not in kept:  # replaced by a regrouped shard
+            tokens.remove(name)
+    return built
 
 
 def _cache_key(request: IngestRequest) -> str:

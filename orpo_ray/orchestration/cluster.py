@@ -4,8 +4,9 @@ import logging
 import math
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -16,9 +17,11 @@ from ray.train import (
     ScalingConfig,
     UserCallback,
 )
+from ray.util import placement_group_table
 from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.orchestration.address import LOCAL, cluster_address
 from orpo_ray.orchestration.loopback import (
     interface_settings,
     keep_to_this_machine,
@@ -26,12 +29,13 @@ from orpo_ray.orchestration.loopback import (
 )
 from orpo_ray.orchestration.stopping import interrupted_by, kept_handlers
 from orpo_ray.pretrained import UnsupportedModelError
+from orpo_ray.storage.files import one_line
 from orpo_ray.storage.folder import Folder
 from orpo_ray.training.allocator import memory_settings
 
 _KIND = "accelerator_type:"
 _connected: list[object] = []  # the contexts of what `connect` joined or started
-_LOOK_S = 1.0
+_LOOK_S, _SAY_S = 1.0, 60.0
 # Read by Ray where `fit` is called and passed on. The poll sets how fast a report is taken up.
 _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -43,6 +47,9 @@ _RAY_SETTINGS = {
 # Fills the Train page of a cluster's dashboard: runs by name, attempts, workers, logs. The config
 # is shown there; no setting of it is a secret. An actor of 0.4 GB on the head node keeps all that.
 _TRAIN_PAGE = ("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+# Ray copies a job's working directory here on every node, and deletes the copies.
+_JOB_COPIES = "working_dir_files"
+_log = logging.getLogger(__name__)
 
 
 def connect(dashboard: bool = False) -> None:
@@ -51,25 +58,36 @@ def connect(dashboard: bool = False) -> None:
     Args:
         dashboard: start it with a Ray of this machine. A sweep needs it: what frees the workers
             of a trial that is stopped asks it which they are.
+
+    Raises:
+        ConfigError: when no cluster answers there, and when Ray cannot be started.
     """
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     disable_progress_bar()
     for logger in ("ray", "ray.data"):
         logging.getLogger(logger).setLevel(logging.ERROR)
+    # Of a trial that fails, or is stopped with its sweep, the sweep tells by itself.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     if ray.is_initialized():
         return
-    local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": dashboard}
-    if local:
+    address = cluster_address()
+    is_local = address == LOCAL
+    local = {"include_dashboard": dashboard} if is_local else {}
+    if is_local:
         keep_to_this_machine()
         keep_token_private()
     with kept_handlers(), _no_hangup():
         try:
-            context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+            context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
         except SystemExit as end:  # by the handler of SIGTERM that Ray installs
             raise interrupted_by(signal.SIGTERM) from end
+        except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
+            what = "started on this machine" if is_local else f"joined at {address}"
+            hint = "; set RAY_TMPDIR to a short path that can be written" if is_local else ""
+            raise ConfigError([f"Ray cannot be {what}: {one_line(error)}{hint}"]) from error
     _connected.append(context)
-    if not local and context.dashboard_url:
+    if not is_local and context.dashboard_url:
         os.environ.setdefault(*_TRAIN_PAGE)
 
 
@@ -93,6 +111,16 @@ def disconnect() -> None:
         ray.shutdown()
 
 
+def output_warning(run: Folder) -> str | None:
+    """A line for a run directory that Ray deletes and that other nodes do not have, else None."""
+    if run.url is not None or _JOB_COPIES not in run.path.parts:
+        return None
+    return (
+        f"output_dir: {run.parent} is in the copy that Ray made of the job's working directory: it "
+        "is deleted, and other nodes do not have it; give a path that all nodes share, or a URL"
+    )
+
+
 def with_cluster(config: ORPOConfig) -> ORPOConfig:
     """Settle what was left to the cluster: GPUs or not, and each worker's resources.
 
@@ -102,6 +130,15 @@ def with_cluster(config: ORPOConfig) -> ORPOConfig:
         ConfigError: when the cluster cannot hold the workers, with what is asked and what is there;
             and for settings that need GPUs where workers have none.
     """
+    asked = config.ray.resources_per_worker
+    if asked is not None and not any(asked.values()):
+        shown = ", ".join(f"{name}: {amount:g}" for name, amount in asked.items())
+        raise ConfigError(
+            [
+                f"resources_per_worker: Ray starts no worker that asks for nothing (got "
+                f"{{{shown}}}); give a share, such as {{CPU: 0.1}}"
+            ]
+        )
     deadline = time.monotonic() + config.ray.cluster_wait_s
     while True:
         total = ray.cluster_resources()
@@ -187,10 +224,64 @@ def _fair_share(num_workers: int, use_gpu: bool) -> dict[str, float]:
     """A GPU and a CPU each, or without GPUs an equal share of the largest node's CPUs."""
     if use_gpu:
         return {"CPU": 1.0, "GPU": 1.0}
-    nodes = _nodes()
-    per_node = math.ceil(num_workers / len(nodes))
-    share = max(node.get("CPU", 0.0) for node in nodes) / per_node
-    return {"CPU": float(math.floor(share)) if share >= 1 else share}
+    return {"CPU": cpu_share(num_workers, [node.get("CPU", 0.0) for node in _nodes()])}
+
+
+def cpu_share(num_workers: int, cpus: Sequence[float]) -> float:
+    """The largest share of the largest node's CPUs of which the nodes hold all workers.
+
+    Args:
+        num_workers: how many workers there are.
+        cpus: of every node; a head node often has none.
+    """
+    most = max(cpus)
+    for per_node in range(1, num_workers + 1):
+        share = most / per_node
+        share = float(math.floor(share)) if share >= 1 else share
+        # A share such as a third, added up, may be a little more than the whole.
+        if share and sum(int(n / share + 1e-6) for n in cpus) >= num_workers:
+            return share
+    return 1.0  # no node has any: what is missing is said
+
+
+@contextmanager
+def reporting_waits(config: ORPOConfig) -> Iterator[None]:
+    """While it lasts, log once a minute what workers of a settled config wait for, if they do."""
+    ended = threading.Event()
+
+    def report() -> None:
+        while not ended.wait(_SAY_S):
+            text = waiting_text(config)
+            if text:
+                _log.warning(text)
+
+    thread = threading.Thread(target=report, name="orpo-waits", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def waiting_text(config: ORPOConfig) -> str | None:
+    """What workers of a settled config wait for; None where none do."""
+    wanted = {n: amount for n, amount in (config.ray.resources_per_worker or {}).items() if amount}
+    waiting = [
+        bundle
+        for group in placement_group_table().values()
+        if group["state"] in ("PENDING", "RESCHEDULING")
+        for bundle in group["bundles"].values()
+        if wanted.items() <= bundle.items()
+    ]
+    if not waiting:
+        return None
+    total, free = ray.cluster_resources(), ray.available_resources()
+    need = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    left = ", ".join(f"{free.get(n, 0):g} of {total.get(n, 0):g} {n}" for n in wanted)
+    return (
+        f"waiting for resources: {len(waiting)} workers need {need} each, and {left} are free; "
+        "other programs hold the rest, or a node is gone"
+    )
 
 
 def ask_for_timeouts(config: ORPOConfig) -> None:

@@ -33,6 +33,7 @@ from orpo_ray.orchestration.workers import evaluate_worker, run_workers, scores_
 from orpo_ray.preference.errors import DataError
 from orpo_ray.pretrained import ModelSource, load_tokenizer
 from orpo_ray.reports.text import as_text
+from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.metrics import set_name
 from orpo_ray.runs.mirror import working_on
 from orpo_ray.runs.statistics import Difference, Estimate, Scores, differences, estimates
@@ -96,14 +97,15 @@ def evaluate(config: ORPOConfig, inputs: RunInputs | None = None) -> EvaluationR
         inputs: files and model, when they are not those that the config names.
 
     Raises:
-        ConfigError: for settings that the cluster cannot meet, and for models that are not
-            supported.
+        ConfigError: for settings that the cluster cannot meet, for models that are not supported,
+            and while another driver has the run directory.
         DataError: for missing files or models, no evaluation data, and when no row is usable.
         ray.train.TrainingFailedError: when workers keep failing.
     """
     baseline = _baseline(config)
     config = with_run_name(config)
-    with working_on(run_directory_of(config)):
+    run_directory = run_directory_of(config)
+    with claimed(run_directory), working_on(run_directory):
         start = start_run(config, inputs, only_evals=True)
         if not start.token_sets:
             raise DataError(["eval_files: nothing to evaluate on; name files"])

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 
 import grpc
 import ray
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-_TIMEOUT_S = 5.0
+from orpo_ray.orchestration.address import control_store_status
 
 
 def exposure_warning() -> str | None:
@@ -37,13 +36,7 @@ def asks_for_token(address: str) -> bool:
     Args:
         address: of the control store (GCS), `host:port`.
     """
-    with grpc.insecure_channel(address) as channel:
-        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        try:
-            stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_TIMEOUT_S)
-        except grpc.RpcError:
-            return True
-    return False
+    return control_store_status(address) is not grpc.StatusCode.OK
 
 
 def _is_loopback(address: str) -> bool:

@@ -21,7 +21,7 @@ from orpo_ray.preference.reading.splits import TRAIN_SPLIT
 from orpo_ray.preference.templates import template_text
 from orpo_ray.pretrained import ModelSource, refuse_unsafe
 from orpo_ray.storage.bucket import URLS
-from orpo_ray.storage.files import first_line, one_line, read_json, read_lines
+from orpo_ray.storage.files import first_line, locked, one_line, read_json, read_lines
 from orpo_ray.storage.folder import Folder, FolderLike, light
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400
@@ -208,19 +208,19 @@ def _make_demo(output_directory: FolderLike, seed: int) -> RunInputs:
     """The demo's pairs, tokenizer and random base model, made once below the output directory."""
     home = (Folder.at(output_directory) / f"demo-{seed}").fetch()
     model, train, evals = home / "base-model", "train.jsonl", "eval.jsonl"
-    if not (model.path / "config.json").exists():
-        from transformers.utils.logging import disable_progress_bar
+    with locked(home.make().path / ".lock"):
+        if not (model.path / "config.json").exists():
+            from transformers.utils.logging import disable_progress_bar
 
-        from orpo_ray.demo.model import make_demo_model
+            from orpo_ray.demo.model import make_demo_model
 
-        disable_progress_bar()
-        home.make()
-        write_demo_pairs(str(home.path), DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS, seed)
-        texts = []
-        for pair in read_lines(home.path / train):
-            texts += [pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]]
-        make_demo_model(str(model.path), texts, seed)
-        home.publish(train, evals, model.name)
+            disable_progress_bar()
+            write_demo_pairs(str(home.path), DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS, seed)
+            texts = []
+            for pair in read_lines(home.path / train):
+                texts += [pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]]
+            make_demo_model(str(model.path), texts, seed)
+            home.publish(train, evals, model.name)
     source = ModelSource(model, model)
     files, eval_files = as_sources([f"{home}/{train}"]), as_sources([f"{home}/{evals}"])
     return RunInputs(files, {"eval_": eval_files}, source)

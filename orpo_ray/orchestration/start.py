@@ -1,17 +1,23 @@
-"""What every command does first: name the run, find its files, join Ray, ingest; on the driver."""
+"""What every command does first: name the run, find its files, join Ray, ingest; on the driver.
+
+What would be refused is refused before the next, slower step, and before anything is written into
+the run directory.
+"""
 
 import dataclasses
 import logging
+import secrets
 import time
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.data import DataSource
-from orpo_ray.config.file import load_config, to_yaml
+from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.ingest import held_out_set, ingest
-from orpo_ray.dataset.request import TRAIN, IngestRequest
+from orpo_ray.dataset.request import TRAIN, IngestRequest, MapTasks
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.exposure import exposure_warning
@@ -19,12 +25,15 @@ from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
 from orpo_ray.orchestration.preflight import check_model
 from orpo_ray.orchestration.tasks import map_tasks
+from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits
 from orpo_ray.reports.data import data_lines, first_pair_lines, refuse_bad_data, write_data_report
-from orpo_ray.runs.files import CONFIG
-from orpo_ray.runs.resume import ResumeError, decisive_settings, newest_manifest, refuse_changes
+from orpo_ray.runs.files import CONFIG, holds_run
+from orpo_ray.runs.resume import ResumeError, newest_manifest, refuse_changes, with_batch_size
 from orpo_ray.storage.folder import Folder
+from orpo_ray.training.checkpoint.best import Evaluations
+from orpo_ray.training.errors import EvaluationError
 
 _EVALUATED_GROUPS = 256
 _log = logging.getLogger(__name__)
@@ -78,27 +87,17 @@ class Start:
         weights = [source.weight for source in self.inputs.train_files]
         return train_plan(self.config, self.token_sets[TRAIN], weights)
 
-    def refuse_another_run(self) -> None:
-        """Say before workers start what they would refuse, and before anything is written over.
-
-        Raises:
-            ConfigError: for settings or data other than those of the newest checkpoint.
-        """
-        manifest = newest_manifest(self.run_directory)
-        if manifest is None or TRAIN not in self.token_sets or self.config.train.resume_changed:
-            return
-        digest = self._train_plan().stream(0, 1).data_digest
-        try:
-            refuse_changes(manifest, decisive_settings(self.config, digest))
-        except ResumeError as error:
-            raise ConfigError(str(error).splitlines()) from error
+    @property
+    def data_digest(self) -> str:
+        """Digest of the pairs that are trained on, which checkpoints record."""
+        return self._train_plan().stream(0, 1).data_digest
 
 
 def with_run_name(config: ORPOConfig) -> ORPOConfig:
-    """The config with a name by the time where it has none."""
+    """The config with a name by the time where it has none; no two commands get the same."""
     if config.output.run_name:
         return config
-    return config.replace(run_name=time.strftime("orpo-%Y%m%d-%H%M%S"))
+    return config.replace(run_name=f"{time.strftime('orpo-%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
 
 
 def run_directory_of(config: ORPOConfig) -> Folder:
@@ -110,8 +109,18 @@ def start_run(
     config: ORPOConfig,
     inputs: RunInputs | None = None,
     only_evals: bool = False,
+    trains: bool = True,
+    refuse: Callable[[str], object] = lambda data_digest: None,
 ) -> Start:
     """Name the run, find its files, join the cluster, ingest, and write down all of it.
+
+    Args:
+        config: the run.
+        inputs: files and model, when they are not those that the config names.
+        only_evals: nothing is trained, and no training data is ingested.
+        trains: whether the run is then trained. A command that does not leaves the config and the
+            data report of a run as they are, and writes its own into a folder below.
+        refuse: called with the digest of the training pairs before anything is written.
 
     Raises:
         ConfigError: for settings that the cluster cannot meet, for settings or data other than
@@ -120,41 +129,112 @@ def start_run(
     """
     config = with_run_name(config)
     folder = run_directory_of(config)
-    run_directory, output_directory = folder.path, folder.parent
-    config = _with_batch_size(config, run_directory)
-    inputs = inputs or find_inputs(config, output_directory, only_evals)
+    trains = trains and not only_evals
+    manifest = newest_manifest(folder.path) if trains else None
+    config = _resumed(config, folder, manifest)
+    inputs = inputs or find_inputs(config, folder.parent, only_evals)
+    if trains:
+        _refuse_unknown_metric(config, eval_names(config, inputs))
     cluster.connect()
-    warning = exposure_warning()
-    if warning:
-        _log.warning(warning)
+    for warning in (cluster.output_warning(folder), exposure_warning()):
+        if warning:
+            _log.warning(warning)
     config = cluster.with_cluster(config)
-    token_sets = ingest_all(config, inputs, output_directory, only_evals)
+    token_sets = ingest_all(config, inputs, folder.parent, only_evals)
     start = Start(config, inputs, folder, token_sets, {})
-    start.refuse_another_run()
+    if manifest is not None:
+        _refuse_another_run(config, folder, manifest, start.data_digest)
+    if trains:
+        refuse(start.data_digest)
     check_model(config, inputs.model, token_sets)
-    folder.make()
+    reports = folder
+    if not trains and holds_run(folder.path):
+        reports = folder / ("evaluation" if only_evals else "preparation")
+        _log.info("%s holds a run: config and data report are in %s", folder, reports)
+    report = _report_data(start, reports)
+    if TRAIN in token_sets:
+        tokenizer = _request(config, inputs, (), folder.parent).pair_tokenizer().tokenizer
+        for line in first_pair_lines(token_sets[TRAIN], tokenizer, config.orpo.nll_scope):
+            _log.info(line)
+    reports.write_text(CONFIG, to_yaml(config))
+    return dataclasses.replace(start, folder=folder if only_evals else reports, data_report=report)
+
+
+def _resumed(config: ORPOConfig, run: Folder, manifest: Mapping[str, Any] | None) -> ORPOConfig:
+    """The config with its pairs per step, for an attempt that the newest checkpoint allows.
+
+    Raises:
+        ConfigError: for settings other than those of the checkpoint.
+    """
+    settled = with_batch_size(config, manifest)
+    if manifest is not None:
+        _refuse_another_run(settled, run, manifest)
+        if settled.pairs_per_step != config.pairs_per_step:
+            _log.info("resuming with %s pairs per step, as before", settled.pairs_per_step)
+    return settled
+
+
+def _refuse_another_run(
+    config: ORPOConfig, run: Folder, manifest: Mapping[str, Any], data_digest: str | None = None
+) -> None:
+    """Say before workers start what they would refuse.
+
+    Raises:
+        ConfigError: for settings or data other than those of the newest checkpoint.
+    """
+    try:
+        refuse_changes(run, manifest, config, data_digest)
+    except ResumeError as error:
+        raise ConfigError(str(error).splitlines()) from error
+
+
+def _refuse_unknown_metric(config: ORPOConfig, names: list[str]) -> None:
+    """Say before workers start that no evaluation has the metric of the best model.
+
+    Raises:
+        ConfigError: naming those that there are.
+    """
+    try:
+        Evaluations.from_config(config.train, names)
+    except EvaluationError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def _report_data(start: Start, place: Folder) -> dict[str, Any]:
+    """Write and log the data report; that of data which is refused leaves an earlier one as it is.
+
+    Raises:
+        DataError: for what `refuse_bad_data` refuses.
+    """
+    problem: DataError | None = None
+    refused = place / "refused" if holds_run(start.run_directory) else place
+    try:
+        refuse_bad_data(refused, start.token_sets, start.config)
+    except DataError as error:
+        place, problem = refused, error
+    inputs, path = start.inputs, place.make().path
     report = write_data_report(
-        run_directory, token_sets, config, _names(inputs), inputs.passed_over
+        path, start.token_sets, start.config, _names(inputs), inputs.passed_over
     )
     for name, figures in report.items():
         for line in data_lines(name, figures):
             _log.info(line)
-    refuse_bad_data(folder, token_sets, config)
-    if TRAIN in token_sets:
-        tokenizer = _request(config, inputs, (), output_directory).pair_tokenizer().tokenizer
-        for line in first_pair_lines(token_sets[TRAIN], tokenizer, config.orpo.nll_scope):
-            _log.info(line)
-    folder.write_text(CONFIG, to_yaml(config))
-    return dataclasses.replace(start, data_report=report)
+    if problem is not None:
+        raise problem
+    return report
 
 
 def ingest_all(
-    config: ORPOConfig, inputs: RunInputs, output_directory: Folder, only_evals: bool
+    config: ORPOConfig,
+    inputs: RunInputs,
+    output_directory: Folder,
+    only_evals: bool,
+    run_tasks: MapTasks = map_tasks,
 ) -> dict[str, TokenSet]:
     """The token set of every data set, by its name in the feed; the training set comes first."""
     data = config.data
     evals = {
-        name: ingest(_request(config, inputs, sources, output_directory), map_tasks)
+        name: ingest(_request(config, inputs, sources, output_directory), run_tasks)
         for name, sources in inputs.eval_files.items()
     }
     if only_evals:
@@ -166,11 +246,22 @@ def ingest_all(
         drop_duplicates=data.drop_duplicates,
         other_sets=tuple(t.folder for t in evals.values()) if data.drop_overlap else (),
     )
-    train = ingest(request, map_tasks)
+    train = ingest(request, run_tasks)
     if data.val_set_size:
-        free = [name for name in ("eval_", "eval_held_out_", "eval_val_set_") if name not in evals]
-        evals[free[0]] = held_out_set(train, data.val_set_size)
+        evals[_held_out_name(evals)] = held_out_set(train, data.val_set_size)
     return {TRAIN: train} | evals
+
+
+def eval_names(config: ORPOConfig, inputs: RunInputs) -> list[str]:
+    """The names of the evaluation sets in the feed, which are the prefixes of their metrics."""
+    names = list(inputs.eval_files)
+    return [*names, _held_out_name(names)] if config.data.val_set_size else names
+
+
+def _held_out_name(others: Container[str]) -> str:
+    """The name in the feed of what is held out of the training files."""
+    names = ("eval_", "eval_held_out_", "eval_val_set_")
+    return next(name for name in names if name not in others)
 
 
 def _names(inputs: RunInputs) -> dict[str, str]:
@@ -179,19 +270,6 @@ def _names(inputs: RunInputs) -> dict[str, str]:
     for source in (*inputs.train_files, *(s for part in inputs.eval_files.values() for s in part)):
         names.setdefault(source.path, set()).add(source.name or "")
     return {path: min(given) for path, given in names.items() if len(given) == 1 and all(given)}
-
-
-def _with_batch_size(config: ORPOConfig, run_directory: Path) -> ORPOConfig:
-    """Set the pairs per step; a run that resumes with other workers keeps what it had."""
-    earlier = run_directory / CONFIG
-    if config.train.global_batch_size is None and earlier.exists():
-        before = load_config(str(earlier), [])
-        shares = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        same_shares = all(getattr(before.train, n) == getattr(config.train, n) for n in shares)
-        if same_shares and before.pairs_per_step != config.pairs_per_step:
-            _log.info("resuming with %s pairs per step, as before", before.pairs_per_step)
-            return config.replace(global_batch_size=before.pairs_per_step)
-    return config.replace(global_batch_size=config.pairs_per_step)
 
 
 def _request(

@@ -4,6 +4,7 @@ They are fed from the run's files, so a worker that is started again logs nothin
 tracker that cannot be reached costs a run nothing but its lines there.
 """
 
+import contextlib
 import html
 import importlib.util
 import json
@@ -19,11 +20,12 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.reports.page import fenced
+from orpo_ray.runs.files import read_metrics
 from orpo_ray.storage.files import one_line, read_json, write_json
 from orpo_ray.storage.hiding import hide
 
 PROJECT = "orpo_ray"
-_STATE = "trackers.json"
+_STATE, _STEPS = "trackers.json", "steps"
 _MODULES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
@@ -49,8 +51,10 @@ class Trackers:
 
     def __init__(self, config: ORPOConfig, run_directory: Path) -> None:
         self._directory = run_directory
-        self._state = read_json(run_directory / _STATE)
+        self._state: dict[str, Any] = read_json(run_directory / _STATE)
         self._trackers: dict[str, GeneralTracker] = {}
+        # The last step that each tracker has, also of a driver that was killed.
+        self._steps: dict[str, int] = self._state.setdefault(_STEPS, {})
         refuse_missing(config.output.report_to)
         for variable, value in _PATIENCE.items():
             os.environ.setdefault(variable, value)
@@ -69,6 +73,7 @@ class Trackers:
                 problem = f"report_to: {name} cannot be used: {one_line(error)}"
                 raise ConfigError([problem]) from error
             self._trackers[name] = tracker
+            self._steps[name] = self._step_of(name)
             self._state[name] = self._mlflow_run if name == "mlflow" else run_directory.name
         if self._trackers:
             write_json(run_directory / _STATE, self._state)
@@ -78,7 +83,10 @@ class Trackers:
         self._each(lambda _, tracker: tracker.finish())
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Log a line of `metrics.jsonl` under its step; what is not finite is left out."""
+        """Log a line of `metrics.jsonl` under its step to the trackers that do not have it yet.
+
+        So a step that is done again is there once. What is not finite is left out.
+        """
         values = {
             name: float(value)
             for name, value in line.items()
@@ -86,11 +94,18 @@ class Trackers:
         }
 
         def log(name: str, tracker: GeneralTracker) -> None:
+            if line["step"] <= self._steps[name]:
+                return
             # MLflow's run is that of a thread, and this may be another one.
             more = {"run_id": self._mlflow_run} if name == "mlflow" else {}
             tracker.log(values, step=line["step"], **more)
+            self._steps[name] = line["step"]
 
+        before = dict(self._steps)
         self._each(log)
+        if self._steps != before:
+            with contextlib.suppress(OSError):  # a full disk; the next line is written down
+                write_json(self._directory / _STATE, self._state)
 
     def log_texts(self, texts: Mapping[str, str]) -> None:
         """Log documents by name: resolved config, data report, final tables; without secrets."""
@@ -117,6 +132,13 @@ class Trackers:
                     tracker.log({title: fenced(text)})
 
         self._each(log)
+
+    def _step_of(self, name: str) -> int:
+        """The last step that a tracker has; -1 where it has none."""
+        if name in self._steps:
+            return self._steps[name]
+        lines = read_metrics(self._directory) if name in self._state else []
+        return max((line["step"] for line in lines), default=-1)  # as an earlier version left it
 
     @property
     def _mlflow_run(self) -> str:

@@ -177,11 +177,13 @@ def prepare(config: ORPOConfig) -> dict[str, Any]:
         What `data_report.json` holds.
 
     Raises:
+        ConfigError: while another driver has the run directory.
         DataError: for missing files and when no usable row is left.
     """
     config = with_run_name(config)
-    with working_on(run_directory_of(config)):
-        start = start_run(config)
+    run_directory = run_directory_of(config)
+    with claimed(run_directory), working_on(run_directory):
+        start = start_run(config, trains=False)
         for name, figures in start.data_report.items():
             for line in budget_lines(figures):
                 _log.info("%s %s", name, line)

@@ -1,12 +1,15 @@
 """ORPOTrainer: what a TRL user writes, with the import changed; on the driver."""
 
 import dataclasses
+import json
 import logging
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_ray.config.data import DataSource
@@ -18,6 +21,8 @@ from orpo_ray.orchestration.train import TrainResult, train
 from orpo_ray.preference.reading.finding import passed_over_text, search_files
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.runs.files import FINAL
+from orpo_ray.runs.lock import claimed
+from orpo_ray.runs.manifest import fingerprint
 from orpo_ray.storage.folder import Folder
 
 _log = logging.getLogger(__name__)
@@ -37,6 +42,7 @@ class ORPOTrainer:
         processing_class: the tokenizer; unset: the model's own.
 
     Raises:
+        ConfigError: while another driver has the run directory.
         DataError: for missing files and data that cannot be read.
     """
 
@@ -51,18 +57,18 @@ class ORPOTrainer:
         config = with_run_name(args or ORPOConfig())
         self._run_directory = run_directory_of(config)
         self._kept = self._run_directory / "inputs"
-        if model is not None:
-            name = model if isinstance(model, str) else self._keep_model(model)
-            config = config.replace(model_name_or_path=name)
-        if train_dataset is not None:
-            config = config.replace(train_files=self._files(train_dataset), dataset_name=None)
-        inputs = find_inputs(config, self._run_directory.parent)
-        if eval_dataset is not None:
-            inputs = dataclasses.replace(inputs, eval_files=self._eval_files(eval_dataset))
-        if processing_class is not None:
-            inputs = dataclasses.replace(
-                inputs, model=self._keep_tokenizer(processing_class, inputs)
-            )
+        with claimed(self._run_directory):
+            if model is not None:
+                name = model if isinstance(model, str) else self._keep_model(model)
+                config = config.replace(model_name_or_path=name)
+            if train_dataset is not None:
+                config = config.replace(train_files=self._files(train_dataset), dataset_name=None)
+            inputs = find_inputs(config, self._run_directory.parent)
+            if eval_dataset is not None:
+                inputs = dataclasses.replace(inputs, eval_files=self._eval_files(eval_dataset))
+            if processing_class is not None:
+                source = self._keep_tokenizer(processing_class, inputs)
+                inputs = dataclasses.replace(inputs, model=source)
         self.args = config
         self.result: TrainResult | None = None
         self._inputs = inputs
@@ -125,17 +131,37 @@ class ORPOTrainer:
 
     def _keep_model(self, model: PreTrainedModel) -> str:
         """Write a model held in memory into the run directory."""
-        folder = self._kept / "model"
-        model.save_pretrained(folder.path)
-        folder.publish_all()
-        return folder.address
+        return self._keep("model", model.save_pretrained, "*.safetensors").address
 
     def _keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase, inputs: RunInputs) -> ModelSource:
         """Write a tokenizer held in memory into the run directory."""
-        folder = self._kept / "tokenizer"
-        tokenizer.save_pretrained(folder.path)
-        folder.publish_all()
+        folder = self._keep("tokenizer", tokenizer.save_pretrained, "*")
         return dataclasses.replace(inputs.model, tokenizer=folder)
+
+    def _keep(self, name: str, save: Callable[[Path], object], compared: str) -> Folder:
+        """Write what is held in memory into a folder, unless an earlier attempt has done so.
+
+        That of an earlier attempt stays as it is; where it holds something else, there are two.
+
+        Args:
+            name: of the folder.
+            save: writes into a folder.
+            compared: pattern of the files by which two of them are the same.
+        """
+        new = self._kept / f"{name}-{os.getpid()}.tmp"
+        new.remove()
+        save(new.path)
+        files = [fingerprint(path) for path in sorted(new.path.glob(compared))]
+        for kept in (name, f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(files).encode())}"):
+            folder = (self._kept / kept).fetch()
+            if not folder.path.exists():
+                new.path.rename(folder.path)
+                folder.publish_all()
+                break
+            if files == [fingerprint(path) for path in sorted(folder.path.glob(compared))]:
+                break
+        new.remove()
+        return folder
 
 
 def _named_dataset(name: str, directory: Folder) -> tuple[str, ...]:

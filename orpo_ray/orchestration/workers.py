@@ -1,6 +1,7 @@
 """Ray Train workers: starting them on the driver, and what every rank runs."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.orchestration import cluster
 from orpo_ray.orchestration.controller import Trainer, fit
+from orpo_ray.orchestration.failures import out_of_memory_text
 from orpo_ray.orchestration.feed import PlannedFeed
 from orpo_ray.orchestration.gauges import RunGauges
 from orpo_ray.orchestration.loopback import torch_config
@@ -37,6 +39,8 @@ from orpo_ray.training.errors import (
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -195,8 +199,12 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
         )
 
     try:
-        answer: WorkerAnswer = fit(trainer, config.ray.max_failures, (folder.path / STOP).exists)
-    except BaseException:
+        with cluster.reporting_waits(config):
+            is_asked = (folder.path / STOP).exists
+            answer: WorkerAnswer = fit(trainer, config.ray.max_failures, is_asked)
+    except BaseException as error:
+        if text := out_of_memory_text(error):
+            _log.warning(text)
         with contextlib.suppress(OSError):
             folder.fetch(from_workers)
         raise

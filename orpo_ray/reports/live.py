@@ -111,7 +111,7 @@ class RunWatcher(Watcher):
         n_steps: optimizer steps of the whole run.
         console: shows the live view if it is a terminal. Default: progress is only logged.
         write_report: called from time to time while there are new metrics, and when the run fails.
-        log: called with every new line of the metrics.
+        log: called with every line of the metrics, also those of an earlier attempt.
         first_report_s: seconds before the first call of `write_report`. Importing matplotlib takes
             seconds of CPU time, which would slow down a short run.
     """
@@ -132,8 +132,11 @@ class RunWatcher(Watcher):
         self._report_is_old, self._refresh_at = False, time.monotonic() + first_report_s
         # Where a run resumes, only what is new is shown.
         self._shown_step = max((line["step"] for line in read_metrics(directory)), default=-1)
+        self._logged_step = -1
         self._log_offset = self._size(LOG)
-        self._metrics_seen = 0
+        # Lines that are there already are read once workers have cut off those of steps that are
+        # done again, and at the end.
+        self._metrics_seen = self._size(METRICS)
         self._stop_shown = False
         self._started_at: tuple[int, float] | None = None
 
@@ -143,6 +146,8 @@ class RunWatcher(Watcher):
             self._refresh()
 
     def _close(self, error: BaseException | None) -> None:
+        self._metrics_seen = -1
+        self._show_new()
         # Whoever presses Ctrl-C twice does not wait for a page.
         if isinstance(error, Exception) and self._shown_step >= 0:
             self._refresh()
@@ -176,9 +181,11 @@ class RunWatcher(Watcher):
         self._metrics_seen = self._size(METRICS)
         self._report_is_old = True
         for line in read_metrics(self._directory):
+            if line["step"] > self._logged_step:
+                self._logged_step = line["step"]
+                self._log(line)
             if line["step"] > self._shown_step:
                 self._shown_step = line["step"]
-                self._log(line)
                 _try(partial(self._show, line))
 
     def _show(self, line: dict[str, Any]) -> None:

@@ -155,6 +155,11 @@ class RunFiles:
         waiting.clear()
 
 
+def holds_run(directory: Path) -> bool:
+    """Whether a run or a sweep was begun in a directory, be it of no step yet."""
+    return any((directory / name).exists() for name in (METRICS, LEDGER, LOG, TRIALS))
+
+
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """All whole lines of a run's metrics."""
     return read_lines(directory / METRICS)

@@ -132,9 +132,12 @@ def claimed(run: Folder) -> Iterator[None]:
     Raises:
         ConfigError: when another driver has it, and when its bucket cannot be used.
     """
-    run.make()
     name = f"process {os.getpid()} on {socket.gethostname()}"
-    with (run.path / _LOCK).open("a+", encoding="utf-8") as file:
+    try:
+        lock = (run.make().path / _LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise unusable(run, error) from error
+    with lock as file:
         if not _takes(file):
             file.seek(0)
             raise in_use(run, file.read().strip() or "another run")

@@ -12,7 +12,8 @@ import xxhash
 
 from orpo_ray.config.model import ModelSection
 from orpo_ray.config.schema import SECTION_OF, ORPOConfig, settings_that_decide
-from orpo_ray.runs.manifest import checkpoint_directories, read_manifest
+from orpo_ray.runs.manifest import checkpoint, checkpoint_directories, read_manifest
+from orpo_ray.storage.folder import Folder
 
 
 class ResumeError(ValueError):
@@ -59,23 +60,56 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     return lines
 
 
-def refuse_changes(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse to resume with other settings or data.
+def refuse_changes(
+    run: Folder, manifest: Mapping[str, Any], config: ORPOConfig, data_digest: str | None = None
+) -> None:
+    """Refuse to resume with other settings or data; with `resume_changed`, with another batch.
+
+    Args:
+        run: the run directory.
+        manifest: of the checkpoint that the run would resume from.
+        config: of this attempt, with its pairs per step.
+        data_digest: see `decisive_settings`; None: the data is not known yet.
 
     Raises:
         ResumeError: with every difference.
     """
-    lines = changed_settings(manifest["settings"], settings)
-    if lines:
-        raise ResumeError(
-            "\n".join(
-                [
-                    *lines,
-                    f"the checkpoint of step {manifest['step']} was made with other settings or "
-                    "pairs: set them back, choose another run_name, or set resume_changed=true",
-                ]
-            )
+    made = checkpoint(run, manifest["step"])
+    lines = []
+    before, now = manifest["global_batch_pairs"], config.pairs_per_step
+    if before != now:
+        lines.append(
+            f"{made} counts {before} pairs a step, this config {now}; set "
+            f"global_batch_size={before}, or another run_name"
         )
+    settings = decisive_settings(config, data_digest or "")
+    if data_digest is None:
+        del settings["train_data"]
+    changed = changed_settings(manifest["settings"], settings)
+    if changed and not config.train.resume_changed:
+        lines += [
+            *changed,
+            f"{made} was made with other settings or pairs: set them back, choose another "
+            "run_name, or set resume_changed=true",
+        ]
+    if lines:
+        raise ResumeError("\n".join(lines))
+
+
+def with_batch_size(config: ORPOConfig, manifest: Mapping[str, Any] | None) -> ORPOConfig:
+    """Set the pairs per step; a run that resumes with other workers keeps those of its checkpoint.
+
+    Args:
+        config: of this attempt.
+        manifest: of the checkpoint that it resumes from, if there is one.
+    """
+    pairs = config.pairs_per_step
+    if manifest is not None and config.train.global_batch_size is None:
+        mine = config.pairs_per_worker
+        # An earlier version did not record them.
+        if manifest.get("pairs_per_worker", mine) == mine:
+            pairs = manifest["global_batch_pairs"]
+    return config.replace(global_batch_size=pairs)
 
 
 def newest_manifest(run_directory: Path) -> dict[str, Any] | None:

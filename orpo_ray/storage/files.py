@@ -1,10 +1,12 @@
 """Files that are written whole or not at all, and JSON read from them."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,29 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: Path, waits: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold a lock file, once another process has released it or has ended.
+
+    On a file system without locks nothing is held.
+
+    Args:
+        path: of the file, which is made if missing; its folder must exist.
+        waits: called once if another process holds it.
+    """
+    with path.open("a") as file:
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waits()
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        yield
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -33,7 +33,7 @@ from orpo_ray.training.evaluation import evaluate_streams
 from orpo_ray.training.flops import MfuMeter
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.metrics import MarginLog, StepLog
-from orpo_ray.training.optimizer import build_optimizer, build_scheduler
+from orpo_ray.training.optimizer import build_optimizer, build_scheduler, move_to_step
 from orpo_ray.training.samples import Sampler
 from orpo_ray.training.step import StepResult, TrainState, train_step
 
@@ -118,7 +118,7 @@ class _Loop:
         """Resume from the newest valid checkpoint."""
         progress = self.schedule.restore()
         if progress is not None:
-            self.state.scheduler.load_state_dict(progress.scheduler)
+            move_to_step(self.state.scheduler, progress.step)
             self.step, self.skipped_rows = progress.step, progress.skipped_rows
             self.log.restore(progress.sums, progress.logged_steps)
         redone = self.files.rewind(self.step if progress is not None else -1)
@@ -297,7 +297,6 @@ class _Loop:
         progress = Progress(
             step=self.step,
             global_batch_pairs=stream.plan.batch_groups,
-            scheduler=self.state.scheduler.state_dict(),
             sums=tuple(tuple(part.tolist()) for part in sums),
             logged_steps=self.log.steps,
             skipped_rows=self.skipped_rows,

@@ -34,3 +34,21 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainSection, n_st
         num_warmup_steps=warmup_steps,
         num_training_steps=n_steps,
     )
+
+
+def move_to_step(scheduler: Any, step: int) -> None:
+    """Give the optimizer the learning rate that the schedule has after `step` steps.
+
+    A checkpoint's own schedule is not restored: it is that of an earlier number of steps, or of
+    another learning rate.
+
+    Args:
+        scheduler: of `build_scheduler`.
+        step: optimizer steps done.
+    """
+    factors = (factor(step) for factor in scheduler.lr_lambdas)
+    rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    place = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    scheduler.load_state_dict(scheduler.state_dict() | place)

@@ -191,7 +191,21 @@ def test_the_entrypoint_is_a_command_of_the_project_with_a_config_it_takes(name,
     assert config.output.run_name
     assert config.output.output_dir.startswith("/data/")
     assert rayjob(name)["spec"]["backoffLimit"] > 0
-    assert rayjob(name)["spec"]["shutdownAfterJobFinishes"] is True
+
+
+@all_rayjobs
+def test_no_cluster_outlives_its_job_for_long_and_no_gpu_a_failure(name):
+    """Whatever the end; the rules replace `shutdownAfterJobFinishes`, which excludes them."""
+    spec = rayjob(name)["spec"]
+    assert spec["preRunningDeadlineSeconds"] <= 3600
+    assert not {"shutdownAfterJobFinishes", "ttlSecondsAfterFinished"} & spec.keys()
+    after: dict[str, dict[str, int]] = {}
+    for rule in spec["deletionStrategy"]["deletionRules"]:
+        (end,) = (value for key, value in rule["condition"].items() if key != "ttlSeconds")
+        after.setdefault(end, {})[rule["policy"]] = rule["condition"]["ttlSeconds"]
+    assert after.keys() == {"SUCCEEDED", "Failed"}
+    assert all(rules["DeleteCluster"] <= 3600 for rules in after.values())
+    assert after["Failed"]["DeleteWorkers"] == 0
 
 
 def test_what_is_searched_are_settings_with_domains(tmp_path):

@@ -164,6 +164,29 @@ def test_a_bad_file_is_refused_by_name(tmp_path, content, part):
     assert part in line
 
 
+def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path):
+    """An override that is wrong is the command's own, also where the file sets it too."""
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\n  of_another_version: 1\n  max_steps: soon\nbeta: -1\n")
+    lines = refusals("max_steps=later", "lr=1", path=str(path))
+    in_file = [line.removeprefix(f"{path}: ") for line in lines if line.startswith(str(path))]
+    assert sorted(line.partition(":")[0] for line in in_file) == [
+        "orpo.beta",
+        "train.of_another_version",
+    ]
+    others = [line.partition(":")[0] for line in lines if not line.startswith(str(path))]
+    assert sorted(others) == ["lr", "train.max_steps"]
+
+
+@pytest.mark.parametrize(
+    "text", ["it costs ${5}", "a\\${b}", "a\\\\${b} ${c}\\", "${", "{{ x }} ${y", "$5 \\ ???"]
+)
+def test_a_text_with_a_dollar_reads_back_as_it_is(tmp_path, text):
+    config = ORPOConfig(sample_prompts=(text,), search={"seed": [text]})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "config.yaml"), []) == config
+
+
 def test_a_missing_file_is_refused_with_all_else():
     lines = refusals("beta=-1", path="gone.yaml")
     assert lines[0] == "gone.yaml: no such config file"

@@ -1,6 +1,7 @@
 """Trackers read back by their own readers: TensorBoard's files, a server of MLflow."""
 
 import contextlib
+import json
 import math
 import os
 import socket
@@ -18,6 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.trackers import Trackers
+from orpo_ray.reports.live import RunWatcher
+from orpo_ray.runs.files import RunFiles
+from orpo_ray.runs.metrics import TRAINING_SUMMARY
+from orpo_ray.storage.folder import Folder
 
 LINES = [
     {"step": step, "time": 1e9 + step, "loss": 3.0 - step / 10, "eval_rewards/accuracies": acc}
@@ -55,6 +60,30 @@ def test_tensorboard_has_every_metric_at_its_step_also_of_a_run_that_went_on(tmp
     (shown, *_) = read.Tensors("data_report.json/text_summary")
     assert b'{"rows": 7}' in shown.tensor_proto.string_val[0]
     assert "beta: 0.25\n" in next((run / "tensorboard").glob("*/hparams.yml")).read_text()
+
+
+def test_tensorboard_has_every_line_once_after_a_driver_was_killed(tmp_path):
+    """It was killed when step 20 was logged and not tracked, step 30 neither; 30 is done again."""
+    run = tmp_path / "run"
+    log_some("tensorboard", run, LINES[:2])
+    lines = [*LINES, LINES[2] | {"step": 30}]
+    write = "".join(json.dumps(line) + "\n" for line in lines).replace("NaN", "null")
+    (run / "metrics.jsonl").write_text(write)
+    config = ORPOConfig(report_to=["tensorboard"], run_name=run.name)
+    trackers = Trackers(config, run)
+    with contextlib.closing(trackers), RunWatcher(run, 40, log=trackers.log):
+        files = RunFiles(Folder.at(run), is_writer=True)
+        files.rewind(20)
+        files.metrics(training_line(30, loss=5.0))
+        files.metrics(training_line(40, loss=4.0))
+    read = EventAccumulator(str(run / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in read.Scalars("loss")]
+    assert losses == [(0, 3.0), (10, 2.0), (20, 1.0), (30, 5.0), (40, 4.0)]
+
+
+def training_line(step: int, loss: float) -> dict[str, float]:
+    """A line of a logged step that a watcher can show."""
+    return {metric.name: 0.0 for metric in TRAINING_SUMMARY} | {"step": step, "loss": loss}
 
 
 @pytest.fixture

@@ -1,9 +1,18 @@
 """Which differences from a checkpoint make a run another one."""
 
+from typing import Any
+
 import pytest
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.runs.resume import ResumeError, changed_settings, decisive_settings, refuse_changes
+from orpo_ray.runs.resume import (
+    ResumeError,
+    changed_settings,
+    decisive_settings,
+    refuse_changes,
+    with_batch_size,
+)
+from orpo_ray.storage.folder import Folder
 
 # What a manifest records, besides the digest of the pairs.
 DECISIVE = {
@@ -23,6 +32,11 @@ def test_a_manifest_records_what_decides_the_weights():
     assert settings().keys() == DECISIVE | {"train_data"}
 
 
+def manifest(**changes: Any) -> dict[str, Any]:
+    about = {"step": 3, "global_batch_pairs": 8, "pairs_per_worker": 8, "settings": settings()}
+    return about | changes
+
+
 @pytest.mark.parametrize(
     "change",
     [{"beta": 0.2}, {"learning_rate": 1e-3}, {"seed": 1}, {"shuffle": False}, {"lora_r": 4}],
@@ -33,7 +47,7 @@ def test_what_decides_the_weights_is_refused_by_name(change):
     assert line.startswith(f"{name}: ")
     assert line.endswith(f"{str(value).lower() if isinstance(value, bool) else value} now")
     with pytest.raises(ResumeError, match="resume_changed=true"):
-        refuse_changes({"settings": settings(), "step": 3}, settings(**change))
+        refuse_changes(Folder.at("runs/r"), manifest(), ORPOConfig(**change))
 
 
 @pytest.mark.parametrize(
@@ -61,3 +75,42 @@ def test_a_setting_that_is_new_in_this_version_is_no_change():
 def test_other_pairs_are_a_change():
     (line,) = changed_settings(settings(), settings() | {"train_data": "other"})
     assert line == "train_data: the training pairs are not those of the checkpoint"
+
+
+def test_every_difference_is_said_with_the_checkpoint_that_has_it(tmp_path):
+    """`resume_changed` allows other settings and pairs, but not another number of pairs a step."""
+    run, other = Folder.at(tmp_path), {"per_device_train_batch_size": 4, "beta": 0.2}
+    with pytest.raises(ResumeError) as refused:
+        refuse_changes(run, manifest(), ORPOConfig(**other), "other")
+    counts, *changed, made = str(refused.value).splitlines()
+    made_by = f"{tmp_path}/checkpoints/step-00000003"
+    assert counts.startswith(f"{made_by} counts 8 pairs a step, this config 4; ")
+    assert [line.partition(":")[0] for line in changed] == ["beta", "train_data"]
+    assert made.startswith(f"{made_by} was made with other settings or pairs")
+    with pytest.raises(ResumeError, match=r"^.* this config 4; .*$"):
+        refuse_changes(run, manifest(), ORPOConfig(**other, resume_changed=True), "other")
+    refuse_changes(run, manifest(), ORPOConfig(resume_changed=True, beta=0.2), "other")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "change", "pairs"),
+    [
+        ({}, {"num_workers": 2}, 8),
+        ({}, {"num_workers": 2, "gradient_accumulation_steps": 2}, 32),
+        ({}, {"num_workers": 2, "global_batch_size": 16}, 16),
+        ({"pairs_per_worker": 2}, {"num_workers": 2}, 16),
+        ({"pairs_per_worker": 2}, {"per_device_train_batch_size": 2}, 8),
+    ],
+)
+def test_only_another_number_of_workers_keeps_the_pairs_per_step(recorded, change, pairs):
+    """The checkpoint counts 8 a step; 8 a worker are the default here."""
+    found = manifest(**recorded)
+    assert with_batch_size(ORPOConfig(**change), found).pairs_per_step == pairs
+
+
+def test_without_a_record_of_the_workers_the_checkpoint_decides():
+    found = manifest()
+    del found["pairs_per_worker"]
+    config = ORPOConfig(per_device_train_batch_size=2, num_workers=2)
+    assert with_batch_size(config, found).pairs_per_step == 8
+    assert with_batch_size(config, None).pairs_per_step == 4

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from orpo_ray.dataset.shards import read_shard
@@ -191,7 +192,9 @@ def test_another_batch_size_is_refused_with_both_numbers(run_ranks, whole_run, i
 
 def test_other_settings_are_refused_with_both_values(run_ranks, whole_run, inputs, tmp_path):
     run = interrupted_copy(whole_run, tmp_path / "run", last_step=14)
-    with pytest.raises(AssertionError, match=r"beta: 0.1 in the checkpoint, 0.3 now\n.*step 14"):
+    with pytest.raises(
+        AssertionError, match=r"beta: 0.1 in the checkpoint, 0.3 now\n.*step-00000014 was"
+    ):
         run_ranks(1, train_small, inputs, run, {"beta": 0.3}, new_processes=True)
     assert ledger(run) == ledger(whole_run)
     run_ranks(1, train_small, inputs, run, {"beta": 0.3, "resume_changed": True})
@@ -199,6 +202,48 @@ def test_other_settings_are_refused_with_both_values(run_ranks, whole_run, input
     assert (
         "resume_changed=true: beta: 0.1 in the checkpoint, 0.3 now" in (run / "run.log").read_text()
     )
+
+
+def rates(run: Path) -> list[float]:
+    return [line["learning_rate"] for line in metrics_without_times(run)]
+
+
+SHORT = {"logging_steps": 1, "evaluate": False, "save_steps": 100}
+
+
+def test_a_run_that_is_extended_has_the_rates_of_the_longer_run(run_ranks, inputs, tmp_path):
+    """The linear schedule of n steps, with a warmup over w = n / 4 of them.
+
+    Step k has k - 1 steps behind it. The rate is 1e-2 * (k - 1) / w in the warmup, and
+    1e-2 * (n - k + 1) / (n - w) after it.
+    """
+    run, changes = tmp_path / "run", SHORT | {"warmup_ratio": 0.25}
+    for n_steps in (4, 8):
+        run_ranks(1, train_small, inputs, run, changes | {"max_steps": n_steps})
+
+    def rate(behind: int, n: int) -> float:
+        warmup = n // 4
+        return 1e-2 * (behind / warmup if behind < warmup else (n - behind) / (n - warmup))
+
+    assert rates(run)[:4] == pytest.approx([rate(step, 4) for step in range(4)])
+    assert rates(run)[4:] == pytest.approx([rate(step, 8) for step in range(4, 8)])
+    assert rate(4, 8) == pytest.approx(1e-2 * 2 / 3)
+
+
+def test_another_learning_rate_is_that_of_every_later_step(run_ranks, inputs, tmp_path):
+    """Three steps at 1e-2, then three at 1e-9.
+
+    Adam moves a weight by about the rate in a step, so the later three move none by more than 1e-7,
+    the rounding of float32 for weights of about 1.
+    """
+    run, changes = tmp_path / "run", SHORT | {"lr_scheduler_type": "constant", "max_steps": 3}
+    run_ranks(1, train_small, inputs, run, changes)
+    before = load_file(run / "final" / "model.safetensors")
+    later = {"max_steps": 6, "learning_rate": 1e-9, "resume_changed": True}
+    run_ranks(1, train_small, inputs, run, changes | later)
+    assert rates(run) == [1e-2] * 3 + [1e-9] * 3
+    after = load_file(run / "final" / "model.safetensors")
+    assert all(torch.allclose(after[name], before[name], rtol=0, atol=1e-7) for name in before)
 
 
 def train_with_a_full_disk(folder: Path, run: Path, changes: dict[str, Any]) -> None:

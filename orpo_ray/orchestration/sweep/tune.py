@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from rich.console import Console
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.start import Start, run_directory_of, start_run, with_run_name
+from orpo_ray.orchestration.inputs import RunInputs, find_inputs
+from orpo_ray.orchestration.start import (
+    Start,
+    eval_names,
+    run_directory_of,
+    start_run,
+    with_run_name,
+)
+from orpo_ray.orchestration.sweep.earlier import SweepPart, refuse_another_sweep, sweep_parts
 from orpo_ray.orchestration.sweep.running import TrialEnds, stopping_trials
 from orpo_ray.orchestration.sweep.search_space import search_space
 from orpo_ray.orchestration.sweep.trial import (
@@ -38,9 +47,9 @@ from orpo_ray.orchestration.train import stopping_on_signals
 from orpo_ray.preference.errors import DataError
 from orpo_ray.reports.live_sweep import SweepWatcher, trial_text
 from orpo_ray.reports.sweep import write_sweep_report
-from orpo_ray.runs.files import FINAL, TRIALS
+from orpo_ray.runs.files import FINAL, TRIAL_RECORD, TRIALS
 from orpo_ray.runs.lock import claimed
-from orpo_ray.runs.mirror import TUNE_STATE, refresh, working_on
+from orpo_ray.runs.mirror import refresh, working_on
 from orpo_ray.runs.sweep import Goal, Trial, goal_problems, read_trials, table_rows
 from orpo_ray.training.errors import StoppedError
 
@@ -114,32 +123,41 @@ def tune(
     if problems:
         raise ConfigError(problems)
     goal = Goal.from_config(config)
+    config = with_run_name(config)
+    run_directory = run_directory_of(config)
+    inputs = find_inputs(config, run_directory.parent)
+    _refuse_unknown_set(goal, eval_names(config, inputs))
     if config.tune.repeats > 1:
         seed = config.train.seed
         space["seed"] = ray_tune.grid_search(list(range(seed, seed + config.tune.repeats)))
-    config = with_run_name(config)
-    run_directory = run_directory_of(config)
     with claimed(run_directory), working_on(run_directory):
-        return _search(config, space, goal, console)
+        refuse_another_sweep(run_directory, config, space)
+        return _search(config, inputs, space, goal, console)
 
 
 def _search(
-    config: ORPOConfig, space: Mapping[str, Any], goal: Goal, console: Console | None
+    config: ORPOConfig,
+    inputs: RunInputs,
+    space: Mapping[str, Any],
+    goal: Goal,
+    console: Console | None,
 ) -> SweepResult:
     """`tune` in a run directory that is ours."""
     cluster.connect(dashboard=True)
-    start = start_run(_one_cpu_each(config))
-    if len(start.token_sets) < 2:
-        raise DataError(["eval_files: a sweep compares trials on held-out pairs; name files"])
+    refuse = partial(refuse_another_sweep, run_directory_of(config), config, space)
+    start = start_run(_one_cpu_each(config), inputs, refuse=refuse)
+    parts = sweep_parts(start.folder, config, space, start.data_digest)
     start = _with_evaluations(start)
-    tuner = _tuner(start, space, goal)
     _log.info(_plan_text(start, space, goal))
     watcher = SweepWatcher(start.run_directory, goal, console)
     with watcher, stopping_trials(start.folder) as asked_to_stop:
-        for result in tuner.fit():
-            if result.error is not None:
-                reason = str(result.error).strip().splitlines()[-1]
-                record_failure(start.folder / TRIALS / Path(result.path).name, reason)
+        for part in parts:
+            if asked_to_stop.is_set():
+                break
+            for result in _tuner(start, space, goal, part).fit():
+                if result.error is not None:
+                    reason = str(result.error).strip().splitlines()[-1]
+                    record_failure(start.folder / TRIALS / Path(result.path).name, reason)
         if asked_to_stop.is_set():
             _log_unfinished(start, space, goal)
             raise StoppedError("the sweep is not finished")
@@ -172,6 +190,23 @@ def _n_samples(config: ORPOConfig, space: Mapping[str, Any]) -> int:
     return config.tune.num_samples * math.prod(len(grid) for grid in grids if grid)
 
 
+def _refuse_unknown_set(goal: Goal, names: list[str]) -> None:
+    """Refuse a sweep whose trials would have no evaluation with its metric.
+
+    Raises:
+        ConfigError: naming the evaluation sets that there are.
+        DataError: when there is none.
+    """
+    if not names:
+        raise DataError(["eval_files: a sweep compares trials on held-out pairs; name files"])
+    if goal.prefix not in names:
+        name = goal.metric.removeprefix(goal.prefix)
+        known = ", ".join(prefix + name for prefix in names)
+        raise ConfigError(
+            [f"tune.metric: no evaluation set of this sweep has {goal.metric}; known are {known}"]
+        )
+
+
 def _repeat_problems(config: ORPOConfig, space: Mapping[str, Any]) -> list[str]:
     if config.tune.repeats == 1:
         return []
@@ -197,30 +232,29 @@ def _with_evaluations(start: Start) -> Start:
     return replace(start, config=start.config.replace(eval_steps=max(1, start.n_steps // 8)))
 
 
-def _tuner(start: Start, space: Mapping[str, Any], goal: Goal) -> ray_tune.Tuner:
-    """A tuner of this sweep, restored from Ray Tune's own state if there is one."""
+def _tuner(start: Start, space: Mapping[str, Any], goal: Goal, part: SweepPart) -> ray_tune.Tuner:
+    """A tuner of a part of this sweep, restored from Ray Tune's own state if there is one."""
     # The actor of a trial only waits for its workers. Any share of a CPU would leave one less whole
     # CPU for workers, and Ray refuses to start an actor with no resource at all: it gets a byte.
     trainable = ray_tune.with_resources(trial_function(start), {"memory": 1})
-    state = (start.folder / TUNE_STATE).address
+    state = part.state.address
     if ray_tune.Tuner.can_restore(state):
         return ray_tune.Tuner.restore(state, trainable, resume_unfinished=True)
-    config = start.config.tune
     return ray_tune.Tuner(
         trainable,
         param_space=dict(space),
         tune_config=ray_tune.TuneConfig(
             metric=goal.metric,
             mode=goal.mode,
-            num_samples=config.num_samples,
+            num_samples=part.n_samples,
             max_concurrent_trials=_concurrent(start.config),
-            search_alg=_search_algorithm(start.config),
+            search_alg=_search_algorithm(start.config, part.n_before),
             scheduler=_scheduler(start),
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=ray_tune.RunConfig(
-            name=TUNE_STATE,
-            storage_path=start.folder.address,
+            name=part.state.name,
+            storage_path=part.state.parent.address,
             verbose=0,
             callbacks=[TrialEnds(start.folder)],
         ),
@@ -239,12 +273,14 @@ def _concurrent(config: ORPOConfig) -> int:
     return max(1, min([*fits, config.tune.max_concurrent_trials or 1 << 30]))
 
 
-def _search_algorithm(config: ORPOConfig) -> Any:
+def _search_algorithm(config: ORPOConfig, n_before: int) -> Any:
+    """What draws values; samples that were asked for later are drawn with a seed of their own."""
+    seed = (config.train.seed + n_before) % 2**32
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     if config.tune.search_algorithm == "random":
         return BasicVariantGenerator(
-            random_state=config.train.seed,
+            random_state=seed,
             max_concurrent=_concurrent(config),
             constant_grid_search=True,  # the runs of one setting draw their values once
         )
@@ -254,7 +290,7 @@ def _search_algorithm(config: ORPOConfig) -> Any:
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearch(seed=config.train.seed)
+    return OptunaSearch(seed=seed)
 
 
 def _scheduler(start: Start) -> TrialScheduler:
@@ -312,9 +348,13 @@ def _beta_zero(start: Start, best: Trial) -> Trial | None:
     """The best trial's settings without the odds-ratio term, for the figure of the paper."""
     if not start.config.tune.compare_beta_zero:
         return None
-    if not (start.run_directory / TRIALS / BETA_ZERO / FINAL).is_dir():
+    values = dict(best.values) | {"beta": 0.0}
+    folder = start.folder / TRIALS / BETA_ZERO
+    if folder.read_json(TRIAL_RECORD).get("values", values) != values:
+        folder.remove()  # of the best of fewer samples
+    if not (folder.path / FINAL).is_dir():
         _log.info("the best trial's settings with beta=0, for comparison")
-        run_trial(start, BETA_ZERO, dict(best.values) | {"beta": 0.0})
+        run_trial(start, BETA_ZERO, values)
     return next(t for t in read_trials(start.run_directory) if t.name == BETA_ZERO)
 
 

@@ -48,7 +48,6 @@ class Progress:
     Args:
         step: number of optimizer steps done.
         global_batch_pairs: pairs per step; the data order depends on it.
-        scheduler: state of the learning-rate schedule.
         sums: metric sums of every rank since the last logged step.
         logged_steps: steps that `sums` covers.
         skipped_rows: number of rows left out so far by on_nonfinite=skip.
@@ -56,7 +55,6 @@ class Progress:
 
     step: int
     global_batch_pairs: int
-    scheduler: dict[str, Any]
     sums: tuple[tuple[float, ...], ...]
     logged_steps: int
     skipped_rows: int
@@ -209,8 +207,15 @@ class CheckpointSaver:
 def load_checkpoint(
     run: Folder, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Progress:
-    """Load a verified checkpoint into a sharded model and its optimizer, at any world size."""
+    """Load a verified checkpoint into a sharded model and its optimizer, at any world size.
+
+    The optimizer keeps its own settings, such as weight decay, which the run's config decides.
+    """
     directory = _on_this_node(checkpoint(run, step))
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
     tensors = _tensors(model, optimizer)
     state_dict_loader.load(tensors, checkpoint_id=str(directory))
     set_state_dict(
@@ -220,7 +225,11 @@ def load_checkpoint(
         optim_state_dict=tensors["optimizer"],
         options=_OPTIONS,
     )
-    fields = read_json(directory / _PROGRESS)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    known = {field.name for field in dataclasses.fields(Progress)}
+    content = read_json(directory / _PROGRESS)  # perhaps of a version with more fields
+    fields = {name: value for name, value in content.items() if name in known}
     return Progress(**fields | {"sums": tuple(map(tuple, fields["sums"]))})
 
 

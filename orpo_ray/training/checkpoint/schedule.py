@@ -11,7 +11,7 @@ import torch.distributed as dist
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.runs.manifest import checkpoint_directory, newest_checkpoint, read_manifest
-from orpo_ray.runs.resume import ResumeError, changed_settings, refuse_changes, settings_hash
+from orpo_ray.runs.resume import changed_settings, refuse_changes, settings_hash
 from orpo_ray.training.checkpoint.best import Evaluations
 from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress, load_checkpoint
 from orpo_ray.training.step import TrainState
@@ -132,6 +132,7 @@ class CheckpointSchedule:
         about = snapshot.position | {
             "step": step,
             "world_size": dist.get_world_size(),
+            "pairs_per_worker": self._config.pairs_per_worker,
             "config_hash": settings_hash(self._settings),
             "settings": self._settings,
         }
@@ -195,15 +196,8 @@ class CheckpointSchedule:
 
     def _allow(self, manifest: dict[str, Any]) -> None:
         """Refuse to resume with other settings, or log them with `resume_changed`."""
-        before, now = manifest["global_batch_pairs"], self._config.pairs_per_step
-        if before != now:
-            raise ResumeError(
-                f"{self._files.directory}: its checkpoint counts {before} pairs a step, this "
-                f"config {now}; set global_batch_size={before}, or another run_name"
-            )
-        if not self._config.train.resume_changed:
-            refuse_changes(manifest, self._settings)
-            return
+        folder, data_digest = self._files.folder, self._settings["train_data"]
+        refuse_changes(folder, manifest, self._config, data_digest)
         for line in changed_settings(manifest["settings"], self._settings):
             self._files.event(f"resuming with resume_changed=true: {line}", settings_changed=1)
 
