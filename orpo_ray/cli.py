@@ -23,7 +23,7 @@ from orpo_ray.orchestration.stopping import (
     received,
 )
 from orpo_ray.preference.errors import DataError
-from orpo_ray.storage.files import first_line, one_line
+from orpo_ray.storage.files import first_line
 from orpo_ray.storage.hiding import hide, printable
 from orpo_ray.training.errors import StoppedError, TrainingError
 from orpo_ray.version import __version__
@@ -135,7 +135,9 @@ def _run_on_config(name: str, argv: Sequence[str]) -> int:
     def run() -> None:
         config = read_arguments(arguments.settings)
         if name == "prepare" and (arguments.list_cache or arguments.clear_cache):
-            _show_cache(config, arguments.clear_cache)
+            from orpo_ray.reports.cache import show_cache
+
+            show_cache(config, arguments.clear_cache)
             return
         if arguments.dry_run:
             _print_plan(config)
@@ -370,29 +372,6 @@ def _called(command: str) -> str:
     if script.name == "__main__.py":
         return f"python -m orpo_ray {command}"
     return f"{PROGRAM} {command}"
-
-
-def _show_cache(config: ORPOConfig, clear: str | None) -> None:
-    """List the token sets in the cache of a config, or delete the old ones and list those."""
-    from orpo_ray.dataset.cache import age_in_seconds, cached_sets, clear_cache
-    from orpo_ray.runs.formatting import format_duration
-    from orpo_ray.storage.folder import Folder
-
-    cache = Folder.at(config.data.token_cache_dir or f"{config.output.output_dir}/token_cache")
-    try:
-        if clear is None:
-            found = cached_sets(cache)
-        else:
-            found = clear_cache(cache, age_in_seconds(clear.removeprefix("older_than=")))
-    except ValueError as error:
-        raise ConfigError([f"--clear-cache: {error}"]) from error
-    except OSError as error:
-        raise ConfigError([f"{cache}: cannot be read: {one_line(error)}"]) from error
-    for one in found:
-        print(f"{one.name}  {one.size_bytes / 1e6:9.1f} MB  {format_duration(one.age_s)} old")
-    what = "in" if clear is None else "deleted from"
-    total = sum(one.size_bytes for one in found) / 1e6
-    print(f"{len(found)} token sets of {total:.1f} MB {what} {cache}")
 
 
 def _print_plan(config: ORPOConfig) -> None:
