@@ -16,12 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from orpo_ray.config.file import load_config, to_yaml
 from orpo_ray.config.schema import SECTIONS, ConfigError, ORPOConfig
-from orpo_ray.orchestration.stopping import (
-    TERMINATED,
-    SignalInterrupt,
-    ending,
-    received,
-)
+from orpo_ray.orchestration.stopping import TERMINATED, SignalInterrupt, ending, received
 from orpo_ray.preference.errors import DataError
 from orpo_ray.storage.files import first_line
 from orpo_ray.storage.hiding import hide, printable

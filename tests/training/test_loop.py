@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+)
 
 from orpo_ray.dataset.shards import read_shard
 from orpo_ray.runs.files import STOP, count_events
@@ -53,7 +59,8 @@ def test_every_committed_step_is_there(whole_run):
 def test_the_exported_model_loads_as_it_is(whole_run, inputs):
     model = AutoModelForCausalLM.from_pretrained(whole_run / "final")
     base = AutoModelForCausalLM.from_pretrained(inputs / "model")
-    assert model.config.to_diff_dict() == base.config.to_diff_dict()
+    # The base model stops at token 2; the answers that it is trained on end with w1.
+    assert model.config.to_diff_dict() == base.config.to_diff_dict() | {"eos_token_id": [1, 2]}
     moved = [
         not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True)
     ]
@@ -342,15 +349,15 @@ def test_a_loss_far_above_the_usual_is_said(run_ranks, whole_run, inputs, tmp_pa
 
 
 def test_rows_whose_loss_is_not_finite_are_left_out_and_counted(run_ranks, inputs, tmp_path):
-    """Token 5 has no finite vector: the pairs with it are left out, all others are trained."""
+    """The vector of token 5 overflows: the pairs with it are left out, all others are trained."""
     broken = tmp_path / "broken"
     shutil.copytree(inputs, broken)
-    model = AutoModelForCausalLM.from_pretrained(broken / "model")
-    untied = LlamaForCausalLM(
-        LlamaConfig(**model.config.to_dict() | {"tie_word_embeddings": False})
-    )
+    base = LlamaConfig.from_pretrained(broken / "model").to_diff_dict()
+    # Llama with a factor for the vectors: weights have to be finite, and twice 3e38 is not.
+    changed = {"model_type": "granite", "embedding_multiplier": 2.0, "tie_word_embeddings": False}
+    untied = GraniteForCausalLM(GraniteConfig.from_dict(base | changed))
     with torch.no_grad():
-        untied.get_input_embeddings().weight[5] = float("nan")
+        untied.get_input_embeddings().weight[5] = 3e38
     untied.save_pretrained(broken / "model")
     run = tmp_path / "run"
     changes = {"eval_steps": None, "on_nonfinite": "skip", "max_steps": 11, "evaluate": False}
@@ -387,12 +394,12 @@ def test_rows_whose_loss_is_not_finite_are_left_out_and_counted(run_ranks, input
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(run_ranks, inputs, tmp_path):
-    """A learning rate of 1 on a clipped gradient soon overflows; the step and rows are named."""
+    """The logits of token 5 overflow: no checkpoint is saved, and the step and rows are named."""
     broken = tmp_path / "broken"
     shutil.copytree(inputs, broken)
     model = AutoModelForCausalLM.from_pretrained(broken / "model")
     with torch.no_grad():
-        model.get_input_embeddings().weight[5] = float("nan")
+        model.get_input_embeddings().weight[5] = 3e38
     model.save_pretrained(broken / "model")
     with pytest.raises(AssertionError, match=r"step \d+: the gradient is not finite.*Rows"):
         run_ranks(
