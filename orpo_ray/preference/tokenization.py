@@ -4,6 +4,7 @@ import bisect
 import copy
 import operator
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -178,11 +179,13 @@ class PairTokenizer:
         """
         if self.tokenizer.unk_token_id in ids:
             return True
+        normalizer = self._encoder.normalizer
+        given = normalizer.normalize_str(text) if normalizer else text
         wanted, found = (
-            set(unicodedata.normalize("NFKC", part).casefold())
-            for part in (text, self.tokenizer.decode(ids))
+            Counter(unicodedata.normalize("NFKC", part))
+            for part in (given, self.tokenizer.decode(ids))
         )
-        return any(not letter.isspace() for letter in wanted - found)
+        return any(not letter.isspace() and letter != "\u2581" for letter in wanted - found)
 
     def _hidden_token(self, text: PairText, answer: str, ids: Sequence[int]) -> str | None:
         """A special token among the ids that is neither the template's nor at its place in a text.
@@ -190,7 +193,7 @@ class PairTokenizer:
         It may stand across the border of prompt and answer, or be what a normalizer makes of
         other characters.
         """
-        special = special_ids(self.tokenizer)
+        special = special_ids(self.tokenizer) - {self.tokenizer.unk_token_id}
         if not text.is_chat:
             first = int(ids[:1] == [self.tokenizer.bos_token_id])
             last = len(ids) - int(ids[-1:] == [self.tokenizer.eos_token_id])

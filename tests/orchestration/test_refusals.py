@@ -112,7 +112,7 @@ LINE_CLASSES: dict[str, tuple[bytes, str | None, str]] = {
     "wrong type": (json.dumps(TEXT | {"chosen": 7}).encode(), "wrong_type", "chosen is a int"),
     "the prompt in both answers": (
         json.dumps(
-            {"prompt": "Who is it? ", "chosen": "Who is it? c", "rejected": "Who is it? r"}
+            {"prompt": "Who is it? A:", "chosen": "Who is it? A: c", "rejected": "Who is it? A: r"}
         ).encode(),
         "prompt_repeated",
         "begin with the prompt",
