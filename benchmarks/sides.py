@@ -74,7 +74,7 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
                 files.ledger(batch.step, batch.epoch, batch.row_ids, ())
                 if batch.step % work.steps == 0:
                     files.sync()
-                    progress = Progress(batch.step, work.batch, {}, ((0.0,),), 0, 0)
+                    progress = Progress(batch.step, work.batch, ((0.0,),), 0, 0)
                     saver.start(model, optimizer, progress, {"step": batch.step})
                 elif batch.step % work.steps == work.steps - 1:
                     assert saver.finish() is None

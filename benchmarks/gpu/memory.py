@@ -63,7 +63,7 @@ def saving(size: str) -> None:
             break
         wait()
         started = time.perf_counter()
-        progress = Progress(number, 32, {}, ((0.0,),), 0, 0)
+        progress = Progress(number, 32, ((0.0,),), 0, 0)
         saver.start(state.model, state.optimizer, progress, {"step": number})
         stalled = time.perf_counter() - started
         started = time.perf_counter()

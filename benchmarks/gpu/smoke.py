@@ -77,7 +77,7 @@ def _synchronizations(state: TrainState, batch: StepBatch) -> None:
 
 def _checkpoint(state: TrainState, folder: Path) -> None:
     saver = CheckpointSaver(Folder.at(folder), keep=2)
-    progress = Progress(1, 32, {}, ((0.0,),), 0, 0)
+    progress = Progress(1, 32, ((0.0,),), 0, 0)
     saver.start(state.model, state.optimizer, progress, {"step": 1})
     problem = saver.finish()
     before = [p.to_local().clone() for p in state.model.parameters()]

@@ -257,9 +257,9 @@ def _ranked_prompt(row: Mapping[str, Any]) -> tuple[Content, set[str]] | Refusal
         beside = prompt_beside(row)
         if isinstance(beside, Refusal):
             return beside
-        if beside is None:
+        if beside is None and not isinstance(row.get("prompt"), str):
             return missing_field(row, "prompt", (*ANSWERS, *SCORES))
-        _, used, asked = beside
+        _, used, asked = beside or (Shape.RANKING, {"prompt"}, "")
     if isinstance(asked, Refusal):
         return asked
     if system_text(row):
