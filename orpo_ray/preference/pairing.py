@@ -144,6 +144,11 @@ def _pair_of_messages(
     prompt: Content | None, chosen: Content, rejected: Content
 ) -> Record | Refusal:
     answers = [as_messages(side, ASSISTANT) for side in (chosen, rejected)]
+    for name, answer in zip(_SIDES, answers, strict=True):
+        if answer and role_of(answer[-1]) != ASSISTANT:
+            return Refusal(
+                Reason.NOT_AN_ANSWER, f"the last message of {name} has a role other than assistant"
+            )
     if isinstance(prompt, str) and _in_both(prompt, answers):
         prompt = None  # the conversations hold it, and perhaps a system message before it
     explicit = prompt is not None
@@ -262,11 +267,6 @@ def check_record(record: Record) -> Record | Refusal:
     for name in _SIDES:
         answer = getattr(record, name)
         if isinstance(answer, tuple):
-            if answer and role_of(answer[-1]) != ASSISTANT:
-                return Refusal(
-                    Reason.NOT_AN_ANSWER,
-                    f"the last message of {name} has a role other than assistant",
-                )
             wrong = _turn_order_error((*record.prompt, *answer), len(record.prompt))
             if wrong:
                 return Refusal(Reason.BAD_ROLE, wrong)

@@ -57,9 +57,9 @@ TEXT_CLASSES: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "exact duplicate": (TEXT, "duplicate", "repeats an earlier pair"),
     "prompt of the evaluation set": (TEXT | {"prompt": "e: "}, "overlap", "evaluation set"),
     "score that is not a number": (
-        TEXT | {"score_chosen": float("nan"), "score_rejected": 1.0},
+        TEXT | {"score_chosen": float("inf"), "score_rejected": 1.0},
         "bad_score",
-        "nan",
+        "inf",
     ),
 }
 CHAT_CLASSES: dict[str, tuple[dict[str, Any], str | None, str]] = {
