@@ -225,7 +225,7 @@ def _print_interrupt(interrupt: KeyboardInterrupt) -> int:
 
 def _disconnect() -> None:
     """End the Ray that the command started, if it came that far."""
-    cluster = sys.modules.get("orpo_ray.orchestration.cluster")
+    cluster = sys.modules.get("orpo_ray.orchestration.cluster.connection")
     if cluster is not None:
         cluster.disconnect()
 

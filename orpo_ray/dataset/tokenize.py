@@ -215,6 +215,7 @@ class _ShardContents:
         """Render and tokenize a batch of rows."""
         self.n_read += len(batch)
         rows: list[_RenderedRow] = []
+        n_batch = 0
         for raw in batch:
             try:
                 found = self._render_row(raw)
@@ -226,9 +227,10 @@ class _ShardContents:
                 self.refused.append((raw, found))
             else:
                 rows.append(found)
-            if sum(row.n_characters for row in rows) > _BATCH_CHARACTERS:
+                n_batch += found.n_characters
+            if n_batch > _BATCH_CHARACTERS:
                 self._tokenize(rows)
-                rows = []
+                rows, n_batch = [], 0
         self._tokenize(rows)
 
     def _tokenize(self, rows: Sequence[_RenderedRow]) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.ingest import first_refused
-from orpo_ray.orchestration import cluster
+from orpo_ray.orchestration.cluster import connection
 from orpo_ray.orchestration.inputs import find_inputs
 from orpo_ray.orchestration.preflight import check_model
 from orpo_ray.orchestration.start import ingest_all
@@ -155,7 +155,7 @@ def _storage(place: Folder, found: Examination) -> Iterator[str]:
 def _cluster(found: Examination) -> Iterator[str]:
     """What Ray has, after joining the cluster or starting it as a run would."""
     try:
-        cluster.connect()
+        connection.connect()
     except ConfigError as error:
         found.problems += error.lines
         return

@@ -19,8 +19,8 @@ from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.ingest import held_out_set, ingest
 from orpo_ray.dataset.request import TRAIN, IngestRequest, MapTasks
 from orpo_ray.dataset.shards import TokenSet
-from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.exposure import exposure_warning
+from orpo_ray.orchestration.cluster import connection
+from orpo_ray.orchestration.cluster.exposure import exposure_warning
 from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
 from orpo_ray.orchestration.preflight import check_model
@@ -135,11 +135,11 @@ def start_run(
     inputs = inputs or find_inputs(config, folder.parent, only_evals)
     if trains:
         _refuse_unknown_metric(config, eval_names(config, inputs))
-    cluster.connect()
-    for warning in (cluster.output_warning(folder), exposure_warning()):
+    connection.connect()
+    for warning in (connection.output_warning(folder), exposure_warning()):
         if warning:
             _log.warning(warning)
-    config = cluster.with_cluster(config)
+    config = connection.with_cluster(config)
     token_sets = ingest_all(config, inputs, folder.parent, only_evals)
     start = Start(config, inputs, folder, token_sets, {})
     if manifest is not None:

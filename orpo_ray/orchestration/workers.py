@@ -15,12 +15,12 @@ from ray.train import UserCallback
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.stream import TokenStream
-from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.controller import Trainer, fit
-from orpo_ray.orchestration.failures import out_of_memory_text
+from orpo_ray.orchestration.cluster import connection
+from orpo_ray.orchestration.cluster.controller import Trainer, fit
+from orpo_ray.orchestration.cluster.failures import out_of_memory_text
+from orpo_ray.orchestration.cluster.loopback import torch_config
 from orpo_ray.orchestration.feed import PlannedFeed
 from orpo_ray.orchestration.gauges import RunGauges
-from orpo_ray.orchestration.loopback import torch_config
 from orpo_ray.orchestration.start import Start
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
 from orpo_ray.runs.files import STOP
@@ -183,7 +183,7 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
     """
     config, folder, plans = start.config, start.folder, start.plans()
     evals = tuple(name for name in plans if name != TRAIN)
-    cluster.ask_for_timeouts(config)
+    connection.ask_for_timeouts(config)
 
     def trainer() -> Trainer:
         return Trainer(
@@ -192,14 +192,14 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
                 "cpu:gloo,cuda:nccl" if config.ray.use_gpu else "gloo",
                 int(config.ray.process_group_timeout_s),
             ),
-            scaling_config=cluster.scaling(config),
-            run_config=cluster.run_settings(config, folder, list(callbacks)),
+            scaling_config=connection.scaling(config),
+            run_config=connection.run_settings(config, folder, list(callbacks)),
             datasets={name: plan.shard_list() for name, plan in plans.items()},
             dataset_config=PlannedFeed(plans),
         )
 
     try:
-        with cluster.reporting_waits(config):
+        with connection.reporting_waits(config):
             is_asked = (folder.path / STOP).exists
             answer: WorkerAnswer = fit(trainer, config.ray.max_failures, is_asked)
     except BaseException as error:

@@ -18,6 +18,7 @@ _DROPS = {
 _TAGGED = re.compile(r"<(think|thinking|reasoning)>(.*?)</\1>", re.DOTALL)
 # A shorter text may well stand twice in what a template writes itself.
 _REPEATED_CHARACTERS = 24
+_COMPARED_MESSAGES = 16
 
 
 def left_out(messages: Sequence[Message], rendered: str) -> Iterator[Note]:
@@ -29,9 +30,12 @@ def left_out(messages: Sequence[Message], rendered: str) -> Iterator[Note]:
         content = message["content"].strip()
         if content and content not in rendered:
             yield from _missing_text(message, content, rendered)
-        elif len(content) >= _REPEATED_CHARACTERS and rendered.count(content) > 1:
+        elif content and len(messages) <= _COMPARED_MESSAGES:
             own = sum(other["content"].count(content) for other in messages)
-            if rendered.count(content) > own:
+            times = rendered.count(content)
+            if times < own:  # it was found in another message
+                yield _DROPS[role_of(message)]
+            elif times > own and len(content) >= _REPEATED_CHARACTERS:
                 yield Note.TEMPLATE_REPEATS
         for key in _THOUGHTS:
             thought = message.get(key)

@@ -30,9 +30,27 @@ _ROLES = {
 }
 # Names that some chat templates expect instead of the standard role.
 OWN_ROLES = frozenset({"developer", "ipython", "function", "model"})
-# Text that lists of messages are written as: JSON, or Python's repr of dicts.
-_LISTED = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
+# Text that messages are written as: JSON, JSON of JSON text, or Python's repr of dicts.
+_LISTED = re.compile(r"""\s*"?\s*(?:\[\s*\]\s*$|\[?\s*\{)""")
+_MESSAGES = re.compile(
+    r"""\s*\[\s*\{\s*["'](?:role|from)["']\s*:\s*["'](?:user|human|system)["']"""
+)
+MESSAGE_COLUMNS = frozenset(
+    {
+        *("prompt", "chosen", "rejected", "messages", "conversations", "conversation", "context"),
+        *("history", "dialogue", "preferred_output", "non_preferred_output", "rejected_messages"),
+        *("rejected_response", "conversation_a", "conversation_b"),
+    }
+)
+"""Columns whose text may be that of messages."""
 _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+# Columns about a text, not with it; and of the other answer.
+_NOT_TEXT = re.compile(
+    r"(?:^|_)(?:idx?|uuid|model|source|dataset|split|rating|score|reward|rank|label|lang|category|"
+    r"categories|reject\w*|lose\w*|loss|worse)$",
+    re.IGNORECASE,
+)
+_TEXT_ENDS = ("_response", "_answer", "_text", "_output", "_completion")
 # Words that YAML reads as a boolean or as null.
 _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
@@ -55,28 +73,41 @@ def role_of(message: Message) -> str:
     return _ROLES[message["role"].lower()]
 
 
-def missing_field(row: Mapping[str, Any], name: str, used: Sequence[str] = ()) -> Refusal:
+def missing_field(
+    row: Mapping[str, Any], name: str, used: Sequence[str] = (), field: str = ""
+) -> Refusal:
     """Refuse a row for a field that is null or absent, suggesting a column that may be meant.
 
     Args:
         row: the source row.
         name: of the field.
         used: columns that hold other fields, and are not suggested.
+        field: what the field is called, if `name` is the column that it is mapped to.
     """
-    if name in row:
+    if name in row and row[name] is None:
         return Refusal(Reason.NULL_FIELD, f"{name} is null")
     columns = sorted(map(str, row))
-    near = difflib.get_close_matches(name, columns, n=1)
-    others = [c for c in columns if c not in used and isinstance(row[c], str | list)]
+    texts = [c for c in columns if c not in used and isinstance(row[c], str | list | dict)]
+    texts = [c for c in texts if not _NOT_TEXT.search(c)]
+    key = field or name
+    near = difflib.get_close_matches(name, texts, n=1)
+    near = near or [c for c in texts if c.lower().startswith(name) and c.endswith(_TEXT_ENDS)]
     hint = ""
     if near:
-        hint = f"; did you mean {near[0]}? {mapping_hint(name, near[0])}"
-    elif used and others:
-        hint = f"; if {others[0]} holds it, set {mapping_hint(name, others[0])}"
+        hint = f"; did you mean {near[0]}? {mapping_hint(key, near[0])}"
+    elif used and len(texts) == 1:
+        hint = f"; if {texts[0]} holds it, set {mapping_hint(key, texts[0])}"
+    elif used and texts:
+        hint = f"; name its column, such as {mapping_hint(key, _likeliest(texts, row))}"
     return Refusal(
         Reason.MISSING_FIELD,
         f"{name} is missing; the row has {', '.join(columns) or 'no fields'}{hint}",
     )
+
+
+def _likeliest(columns: Sequence[str], row: Mapping[str, Any]) -> str:
+    """The column that most likely holds a text for people: the one with the most letters."""
+    return max(columns, key=lambda column: len(str(row[column])))
 
 
 def mapping_hint(name: str, column: str) -> str:
@@ -93,29 +124,42 @@ def decode_messages(row: dict[str, Any], answers: Sequence[str]) -> Refusal | No
         answers: columns of the answers, which are decoded both or not at all: one of two may well
             be a text about messages.
     """
-    listed = [n for n, value in row.items() if isinstance(value, str) and _LISTED.match(value)]
-    for name in listed:
-        if name in answers and any(isinstance(row.get(n), str) for n in answers if n not in listed):
-            continue
-        decoded = _decoded(row[name])
-        if decoded is None:
+    found = {
+        name: _decoded(value)
+        for name, value in row.items()
+        if isinstance(value, str) and name in MESSAGE_COLUMNS and _LISTED.match(value)
+    }
+    decoded = {name: value for name, value in found.items() if _are_messages(value)}
+    for name in found.keys() - decoded.keys():
+        if name not in answers and _MESSAGES.match(row[name]):
             return Refusal(
                 Reason.WRONG_TYPE,
                 f"{name} is text that begins like a list of messages, but is not valid JSON",
             )
-        row[name] = decoded
+    texts = [n for n in answers if isinstance(row.get(n), str) and n not in decoded]
+    row.update({n: value for n, value in decoded.items() if n not in answers or not texts})
     return None
 
 
 def _decoded(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None
+    for decode in (json.loads, ast.literal_eval):
+        try:
+            found = decode(text.strip())
+            return json.loads(found) if isinstance(found, str) else found
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _are_messages(value: Any) -> bool:
+    """Whether a decoded value is a message or a list of them, and not data of another kind."""
+    parts = value if isinstance(value, list) else [value]
+    return all(
+        isinstance(part, dict)
+        and str(part.get("role", part.get("from"))).strip().lower() in _ROLES
+        and not {"content", "value", "tool_calls"}.isdisjoint(part)
+        for part in parts
+    )
 
 
 def parse_content(row: Mapping[str, Any], name: str) -> Content | Refusal:
@@ -173,7 +217,11 @@ def _message(place: str, message: Any) -> Message | Refusal:
             found[key] = found.pop(other)
     if isinstance(found.get("content"), list):
         found["content"] = _join_parts(found["content"])
-    found.update(_tool_calls(found))
+    try:
+        found.update(_tool_calls(found))
+    except ValueError as error:
+        return Refusal(Reason.BAD_MESSAGE, f"{place}.{error}")
+    found.pop("function_call", None)
     if "content" not in found and found.get("tool_calls"):
         found["content"] = ""
     for key in ("role", "content"):
@@ -212,7 +260,7 @@ def _calls_in_text(text: str) -> list[Any] | None:
     calls = found if isinstance(found, list) else [found]
     if not calls or any(not isinstance(call, dict) or "name" not in call for call in calls):
         return None
-    return [{"type": "function", "function": call} for call in calls]
+    return [_with_arguments({"type": "function", "function": call}) for call in calls]
 
 
 def _continues_calls(before: Message, message: Message) -> bool:
@@ -224,37 +272,65 @@ def _continues_calls(before: Message, message: Message) -> bool:
 
 
 def _tool_calls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message's tool calls with arguments as objects, where they are JSON text of objects."""
-    calls = message.get("tool_calls")
-    if isinstance(calls, str):
-        try:
-            calls = json.loads(calls)
-        except (ValueError, RecursionError):
-            return {}
-    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+    """The message's tool calls as a list of functions, with arguments as objects.
+
+    OpenAI's older `function_call` is one of them; calls and arguments may be JSON text.
+
+    Raises:
+        ValueError: for what is not a tool call.
+    """
+    calls = message.get("tool_calls", message.get("function_call"))
+    if calls is None:
         return {}
-    return {"tool_calls": [_with_arguments(call) for call in calls]}
+    calls = _json(calls) if isinstance(calls, str) else calls
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list):
+        raise ValueError(f"tool_calls is a {type(calls).__name__}, not a list of calls")
+    found = []
+    for call in calls:
+        call = _json(call) if isinstance(call, str) else call
+        if not isinstance(call, Mapping):
+            raise ValueError("tool_calls has an element that is not a call")
+        is_bare = "function" not in call and "name" in call
+        found.append(_with_arguments({"type": "function", "function": call} if is_bare else call))
+    return {"tool_calls": found}
+
+
+def _json(text: str) -> Any:
+    """Decode JSON text; text of another kind is returned as it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in call.items() if value is not None}
     if isinstance(found.get("function"), Mapping):
         return found | {"function": _with_arguments(found["function"])}
+    if "arguments" not in found and isinstance(found.get("parameters"), str | dict):
+        found["arguments"] = found.pop("parameters")  # as Llama 3 writes it
     text = found.get("arguments")
     if isinstance(text, str):
-        try:
-            values = json.loads(text) if text.strip() else {}
-        except (ValueError, RecursionError):
-            return found  # an answer may be the rejected one for exactly this
-        if isinstance(values, dict):
-            return found | {"arguments": JsonObject(values, text.strip() or "{}")}
-    return found
+        values = _json(text) if text.strip() else {}
+        if isinstance(values, str):  # encoded twice
+            text, values = values, _json(values)
+        if isinstance(values, dict) or values is None:
+            return found | {"arguments": JsonObject(values or {}, text.strip() or "{}")}
+    return found  # an answer may be the rejected one for arguments that are no JSON
 
 
 def _join_parts(parts: Sequence[Any]) -> str | None:
     """Concatenate the text parts of a message's content; None if one is not text."""
     texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
     return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
+
+
+def without_nulls(value: Any) -> Any:
+    """A copy of nested objects and lists without the fields that are null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _is_text(value: str) -> bool:

@@ -1,5 +1,6 @@
 """Making a pair of a prompt and two answers: where the prompt ends, and what it may hold."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,17 @@ from orpo_ray.preference.records import (
 _LAST_TURN = "\n\nAssistant:"
 _SIDES = ("chosen", "rejected")
 _EMPTY = {"chosen": Reason.EMPTY_CHOSEN, "rejected": Reason.EMPTY_REJECTED}
-# An answer may begin with the same word as its prompt; more than this is a copy of the prompt.
-_COPY_CHARACTERS = 12
-_MISSING_WORDS = {"nan", "none", "null", "na", "n/a", "<na>", "nat", "undefined"}
+_COPY, _SHORT_COPY = 24, 6  # characters
+_MISSING_WORDS = frozenset(
+    {
+        *("nan", "-nan", "none", "null", "(null)", "na", "n/a", "#n/a", "#na", "<na>", "nat"),
+        *("undefined", "\\n", "[]", "{}"),
+    }
+)
+# What stands before the user's text in a rendered prompt: a header that ends in a mark.
+_HEAD = re.compile(
+    r"(?:(?:[#<\[|]|Human:|User:|USER:|Q:|Question:)[^\n]{0,80}?[:>\]|] ?)|Human: |User: "
+)
 Messages = tuple[Message, ...]
 
 
@@ -83,17 +92,31 @@ def _pair_of_texts(prompt: str | None, chosen: str, rejected: str) -> Record | R
             "chosen and rejected begin with the prompt, which would be trained twice; remove it "
             "from the answers",
         )
-    notes = frozenset({Note.ONE_REPEATS} if any(copies) else ())
-    return Record(prompt, chosen, rejected, notes=notes)
+    notes = {Note.ONE_REPEATS} if any(copies) else set()
+    notes |= set() if prompt.strip() else {Note.EMPTY_PROMPT}
+    return Record(prompt, chosen, rejected, notes=frozenset(notes))
 
 
 def _begins_with(prompt: str, answer: str) -> bool:
-    """Whether an answer begins with a copy of its prompt."""
-    copy, text = prompt.strip(), answer.lstrip()
-    if not text.startswith(copy) or len(copy) < _COPY_CHARACTERS or len(copy.split()) < 2:
+    """Whether an answer begins with a copy of its prompt, perhaps after the head of a template.
+
+    Forms of white space are the same. A prompt of a few words is no copy unless it is a question or
+    has a form: two answers to "Good morning!" may well begin with it.
+    """
+    copy = prompt.strip()
+    if not copy or copy.split(maxsplit=1)[0] not in answer:
         return False
-    is_inside_a_word = copy[-1].isalnum() and text[len(copy) : len(copy) + 1].isalnum()
-    return not is_inside_a_word
+    is_form = len(copy) >= _SHORT_COPY and (copy.endswith(("?", ":")) or "\n" in copy)
+    if len(copy) < (_COPY if copy.isascii() else _COPY // 2) and not is_form:
+        return False
+    if copy.isascii() and len(copy.split()) < 2:
+        return False
+    copy, text = " ".join(copy.split()), " ".join(answer[: 3 * len(prompt) + 200].split())
+    start = 0 if text.startswith(copy) else text.find(copy)
+    if start < 0 or (start and not _HEAD.fullmatch(text[:start])):
+        return False
+    end = start + len(copy)
+    return not (copy[-1].isalnum() and text[end : end + 1].isalnum())
 
 
 def _split_dialogues(chosen: str, rejected: str) -> Record | Refusal:
@@ -121,10 +144,16 @@ def _pair_of_messages(
     prompt: Content | None, chosen: Content, rejected: Content
 ) -> Record | Refusal:
     answers = [as_messages(side, ASSISTANT) for side in (chosen, rejected)]
+    for name, answer in zip(_SIDES, answers, strict=True):
+        if answer and role_of(answer[-1]) != ASSISTANT:
+            return Refusal(
+                Reason.NOT_AN_ANSWER, f"the last message of {name} has a role other than assistant"
+            )
     if isinstance(prompt, str) and _in_both(prompt, answers):
         prompt = None  # the conversations hold it, and perhaps a system message before it
-    explicit = prompt is not None and not (isinstance(prompt, str) and not prompt.strip())
-    asked = as_messages(prompt, USER) if explicit and prompt is not None else ()
+    explicit = prompt is not None
+    blank = not prompt or (isinstance(prompt, str) and not prompt.strip())
+    asked = () if blank or prompt is None else as_messages(prompt, USER)
     if all(role_of(message) == SYSTEM for message in asked):
         return _split_conversations(asked, answers, explicit)
     notes: set[Note] = set()
@@ -144,6 +173,14 @@ def _pair_of_messages(
             Reason.PROMPT_NOT_SHARED,
             f"{_SIDES[side]} begins with a message of the role {role}, which is not the prompt's: "
             "it neither repeats the prompt nor answers it",
+        )
+    elif role_of(asked[-1]) == USER and all(
+        _begins_with(asked[-1]["content"], answer[0]["content"]) for answer in answers if answer
+    ):
+        return Refusal(
+            Reason.PROMPT_REPEATED,
+            "chosen and rejected begin with the user's message, which would be trained twice; "
+            "remove it from the answers",
         )
     if role_of(asked[-1]) == ASSISTANT:
         answers, copied = _after_prefill(asked[-1]["content"], answers)
@@ -174,11 +211,12 @@ def _split_conversations(
             return Refusal(_EMPTY[name], f"{name} has no messages")
     chosen, rejected = answers
     if all(_n_before_answer(answer) == 0 for answer in answers):
-        if explicit:
+        if system:
             return Record(system, chosen, rejected)
         return Refusal(
             Reason.MISSING_FIELD,
-            "prompt is missing: chosen and rejected are messages of the assistant alone",
+            f"prompt is {'empty' if explicit else 'missing'}: chosen and rejected are messages of "
+            "the assistant alone",
         )
     if chosen[:-1] != rejected[:-1]:
         return Refusal(
@@ -193,9 +231,10 @@ def _split_conversations(
 def _after_prompt(prompt: Messages, answer: Messages) -> Messages | None:
     """The answer after a copy of its prompt, with or without the system messages; else None."""
     bare = tuple(message for message in prompt if role_of(message) != SYSTEM)
-    for copy in (prompt, bare):
-        if len(answer) > len(copy) and all(map(_same, copy, answer)):
-            return answer[len(copy) :]
+    n_system = next((i for i, m in enumerate(answer) if role_of(m) != SYSTEM), len(answer))
+    for copy, text in ((prompt, answer), (bare, answer), (bare, answer[n_system:])):
+        if len(text) > len(copy) and all(map(_same, copy, text)):
+            return text[len(copy) :]
     return None
 
 
@@ -228,11 +267,6 @@ def check_record(record: Record) -> Record | Refusal:
     for name in _SIDES:
         answer = getattr(record, name)
         if isinstance(answer, tuple):
-            if answer and role_of(answer[-1]) != ASSISTANT:
-                return Refusal(
-                    Reason.NOT_AN_ANSWER,
-                    f"the last message of {name} has a role other than assistant",
-                )
             wrong = _turn_order_error((*record.prompt, *answer), len(record.prompt))
             if wrong:
                 return Refusal(Reason.BAD_ROLE, wrong)
@@ -242,17 +276,21 @@ def check_record(record: Record) -> Record | Refusal:
             return Refusal(_EMPTY[name], f"{name} has no text")
     if record.chosen == record.rejected:
         return Refusal(Reason.IDENTICAL_ANSWERS, "chosen and rejected are the same")
-    texts = (_short_text(part) for part in (record.prompt, record.chosen, record.rejected))
-    if any(text.strip().lower() in _MISSING_WORDS for text in texts):
+    parts = (record.prompt, record.chosen, record.rejected)
+    texts = (
+        text
+        for part in parts
+        for text in ((part,) if isinstance(part, str) else (m["content"] for m in part))
+    )
+    if any(map(is_missing_word, texts)):
         notes = record.notes | {Note.MISSING_WORD}
         return Record(record.prompt, record.chosen, record.rejected, record.template, notes)
     return record
 
 
-def _short_text(content: Content) -> str:
-    """A text, or that of a single message, as far as a word for a missing value may be long."""
-    text = content if isinstance(content, str) else content[0]["content"] if content else ""
-    return "" if len(text) > 20 or (isinstance(content, tuple) and len(content) > 1) else str(text)
+def is_missing_word(text: str) -> bool:
+    """Whether a text is only a word that tables have for a missing value."""
+    return len(text) < 20 and text.strip().lower() in _MISSING_WORDS
 
 
 def _turn_order_error(messages: Sequence[Any], n_prompt: int) -> str | None:

@@ -1,12 +1,14 @@
 """Finding the prompt of a row with two answers: beside them or in them."""
 
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from orpo_ray.preference.layouts import CONVERSATIONS, INPUTS, QUESTIONS, SIDES, SYSTEMS, Shape
 from orpo_ray.preference.messages import parse_content, role_of
-from orpo_ray.preference.pairing import as_messages, has_dialogues
+from orpo_ray.preference.pairing import as_messages, has_dialogues, is_missing_word
 from orpo_ray.preference.records import (
     ASSISTANT,
     SYSTEM,
@@ -54,19 +56,23 @@ def find_fields(row: Mapping[str, Any]) -> Fields | Refusal:
         if isinstance(parsed, Refusal):
             return parsed
         prompt = parsed
-    blank = prompt is None or not (prompt.strip() if isinstance(prompt, str) else prompt)
-    shape = _shape(prompt, texts)
-    if blank and not has_dialogues(chosen, rejected):
-        beside = _prompt_beside(row)
+    shape, system = _shape(prompt, texts), _system_alone(prompt)
+    has_prompt = prompt is not None and bool(
+        prompt.strip() if isinstance(prompt, str) else len(prompt) > len(system)
+    )
+    if not has_prompt and not has_dialogues(chosen, rejected):
+        beside = prompt_beside(row)
         if isinstance(beside, Refusal):
             return beside
         if beside is not None:
             shape, names, prompt = beside
             used |= names
-    elif prompt is not None and not blank and texts and system_text(row):
+            if isinstance(prompt, tuple) and system:
+                prompt = system + prompt
+    elif has_prompt and texts and system_text(row):
         shape = Shape.QUESTION
-    if prompt is not None and system_text(row) and shape is not Shape.TEXT:
-        prompt = with_system(row, prompt)
+    if system_text(row) and shape not in (Shape.TEXT, Shape.DIALOGUES):
+        prompt = with_system(row, prompt, (chosen, rejected))
         used |= set(SYSTEMS)
     if isinstance(prompt, tuple) and shape in (Shape.BESIDE, Shape.SHAREGPT):
         kept = _without_answer(prompt, as_messages(chosen, ASSISTANT))
@@ -74,6 +80,13 @@ def find_fields(row: Mapping[str, Any]) -> Fields | Refusal:
             return kept
         prompt = kept
     return Fields(shape, frozenset(used), prompt, chosen, rejected)
+
+
+def _system_alone(prompt: Content | None) -> tuple[Message, ...]:
+    """The messages of a prompt that are of the system, if all of them are."""
+    if not isinstance(prompt, tuple) or any(role_of(message) != SYSTEM for message in prompt):
+        return ()
+    return prompt
 
 
 def _shape(prompt: Content | None, texts: bool) -> Shape:
@@ -84,7 +97,7 @@ def _shape(prompt: Content | None, texts: bool) -> Shape:
     return Shape.PROMPTED if isinstance(prompt, str) else Shape.MESSAGES
 
 
-def _prompt_beside(row: Mapping[str, Any]) -> tuple[Shape, set[str], Content] | Refusal | None:
+def prompt_beside(row: Mapping[str, Any]) -> tuple[Shape, set[str], Content] | Refusal | None:
     """The prompt of a row whose answers are alone, from the columns that may hold it."""
     for name in CONVERSATIONS:
         value = row.get(name)
@@ -115,7 +128,8 @@ def _prompt_beside(row: Mapping[str, Any]) -> tuple[Shape, set[str], Content] | 
         if row.get(name) is not None and not isinstance(row[name], str):
             return Refusal(Reason.WRONG_TYPE, f"{name} is not text")
     if given is not None:
-        asked = "\n\n".join(filter(None, [asked, row[given]]))
+        missing = is_missing_word(row[given])
+        asked = "\n\n".join(filter(None, [asked, "" if missing else row[given]]))
         used.add(given)
     parsed = parse_content({question: asked}, question)
     if isinstance(parsed, Refusal):
@@ -133,7 +147,10 @@ def _is_turns(value: Any) -> bool:
 
 
 def _history(turns: Any) -> list[Message] | Refusal:
-    """Messages of Alpaca's `history`, a list of [question, answer]."""
+    """Messages of Alpaca's `history`, a list of [question, answer], also as JSON text."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            turns = json.loads(turns)
     turns = turns or []
     if not isinstance(turns, list) or any(not isinstance(t, list) or len(t) != 2 for t in turns):
         return Refusal(Reason.WRONG_TYPE, "history is not a list of [question, answer]")
@@ -153,11 +170,20 @@ def system_text(row: Mapping[str, Any]) -> str:
     return next((text for text in texts if text.strip()), "")
 
 
-def with_system(row: Mapping[str, Any], prompt: Content) -> Content:
-    """The prompt as messages, after the row's system message unless it has one."""
-    asked = as_messages(prompt, USER)
-    if not asked or role_of(asked[0]) == SYSTEM:
-        return asked
+def with_system(
+    row: Mapping[str, Any], prompt: Content | None, answers: Sequence[Content] = ()
+) -> Content | None:
+    """The prompt as messages, after the row's system message unless there is one.
+
+    Args:
+        row: has the system message in a column of its own.
+        prompt: None if the answers are conversations that hold it.
+        answers: the answers, which may begin with a system message.
+    """
+    asked = as_messages(prompt, USER) if prompt else ()
+    for messages in (asked, *answers):
+        if isinstance(messages, tuple) and messages and role_of(messages[0]) == SYSTEM:
+            return prompt if prompt is None else asked
     return ({"role": SYSTEM, "content": system_text(row)}, *asked)
 
 

@@ -60,6 +60,7 @@ class Note(StrEnum):
     ONE_REPEATS = "prompt_repeated_in_one_answer"
     SCORES_REVERSED = "scores_reversed"
     SCORES_EQUAL = "scores_equal"
+    EMPTY_PROMPT = "empty_prompt"
     MISSING_WORD = "missing_value_word"
     TEMPLATE_UNUSED = "template_unused"
     DROPS_SYSTEM = "template_drops_system"
@@ -82,6 +83,7 @@ NOTE_TEXTS: Mapping[Note, str] = {
     Note.ONE_REPEATS: "rows repeat the prompt in one of the answers, which keeps it",
     Note.SCORES_REVERSED: "rows have a higher score for the rejected answer",
     Note.SCORES_EQUAL: "rows have the same score for both answers",
+    Note.EMPTY_PROMPT: "rows have an empty prompt",
     Note.MISSING_WORD: "rows have a text that is only nan, None, null or NA: missing cells?",
     Note.TEMPLATE_UNUSED: (
         "rows are texts, which are trained as they are: the chat template is not applied to them"

@@ -1,19 +1,19 @@
 """Scores and ranks of answers, and labels that say which of two answers is preferred."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from typing import Any, Literal
 
 from orpo_ray.preference.messages import parse_content
 from orpo_ray.preference.records import Content, Reason, Refusal
 
-# Columns of the scores of a pair, chosen and rejected.
-SCORE_COLUMNS = tuple(
-    (form.format("chosen"), form.format("rejected"))
-    for form in ("score_{}", "{}_score", "{}_rating", "{}-rating", "rating_{}", "{}_reward")
-)
+# The score of the chosen answer, which has a column of the same name for the rejected one.
+_SCORE_COLUMN = re.compile(r"(?=.*(?:score|rating|reward))(?:.*[_-])?chosen(?:[_-].*)?")
+SCORE_COLUMNS = (("score_chosen", "score_rejected"),)
 _ANSWER_TEXTS = ("text", "content", "response", "answer", "completion")
 _ANSWER_SCORES = ("score", "rating", "overall_score")
 _RANKS = ("ranks", "ranking")
@@ -47,6 +47,13 @@ COMPARISONS = (
     Comparison(("response_a", "response_b"), "winner", "name"),  # Chatbot Arena
     Comparison(("conversation_a", "conversation_b"), "winner", "name"),
 )
+
+
+@lru_cache(maxsize=64)
+def score_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Columns with the scores of a pair, as (chosen, rejected), among those of a row."""
+    pairs = ((name, name.replace("chosen", "rejected")) for name in columns)
+    return tuple(pair for pair in pairs if pair[1] in columns and _SCORE_COLUMN.fullmatch(pair[0]))
 
 
 def preferred(row: Mapping[str, Any], form: Comparison) -> tuple[str, str] | Refusal:
@@ -142,6 +149,11 @@ def _minus_rank(answer: Mapping[str, Any]) -> float | None:
 
 def _first_value(values: Mapping[str, Any], names: Sequence[str], otherwise: Any = None) -> Any:
     return next((values[name] for name in names if values.get(name) is not None), otherwise)
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a cell is empty: null, NaN, or text without a letter."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def number(value: Any) -> float | None:

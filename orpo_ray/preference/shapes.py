@@ -1,5 +1,6 @@
 """Reading a row as pairs, whatever its layout of columns."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any
 from orpo_ray.preference.layouts import (
     ANSWERS,
     CONVERSATIONS,
+    INPUTS,
     OPENAI,
     QUESTIONS,
     REJECTED,
@@ -22,11 +24,13 @@ from orpo_ray.preference.messages import (
     missing_field,
     parse_content,
     role_of,
+    without_nulls,
 )
 from orpo_ray.preference.pairing import make_pair
-from orpo_ray.preference.prompts import find_fields, system_text, with_system
+from orpo_ray.preference.prompts import find_fields, prompt_beside, system_text, with_system
 from orpo_ray.preference.records import (
     ASSISTANT,
+    Content,
     Note,
     Reason,
     Record,
@@ -34,10 +38,11 @@ from orpo_ray.preference.records import (
 )
 from orpo_ray.preference.scores import (
     COMPARISONS,
-    SCORE_COLUMNS,
     Comparison,
+    is_absent,
     number,
     preferred,
+    score_columns,
     scored_answers,
 )
 
@@ -88,6 +93,11 @@ class RowReader:
         named = self._named(row)
         if isinstance(named, Refusal):
             return named
+        for column in SIDES:  # joined data sets have columns of null
+            if named.get(column) is None and any(
+                n in named for n in (*ANSWERS, *REJECTED, *OPENAI)
+            ):
+                named.pop(column, None)
         is_openai = OPENAI[0] in named and "chosen" not in named
         if is_openai:
             named = _openai(named)
@@ -103,6 +113,10 @@ class RowReader:
             if template:
                 records = tuple(replace(record, template=template) for record in records)
         ignored = frozenset(map(str, named.keys() - used))
+        unused = [name for name, _ in self.column_mapping if name in ignored]
+        if unused:
+            text = f"column_mapping: {unused[0]} is not read, as the row has the prompt elsewhere"
+            return Refusal(Reason.WRONG_TYPE, text)
         shape = Shape.OPENAI if is_openai else found.shape
         return ParsedRow(shape, records, ignored, found.left_out)
 
@@ -110,13 +124,17 @@ class RowReader:
         """The row's columns by the names that shapes have; columns of null are left out."""
         if any(name != name.strip(_BLANKS) for name in map(str, row)):
             row = {str(name).strip(_BLANKS): value for name, value in row.items()}
-        named = {name: v for name, v in row.items() if v is not None or name in ("prompt", *SIDES)}
+        named = {
+            name: None if value != value else value  # NaN, which pandas has for null
+            for name, value in row.items()
+            if (value is not None and value == value) or name in ("prompt", *SIDES)
+        }
         if not self.column_mapping:
             return named
         taken = {column for _, column in self.column_mapping}
-        for _, column in self.column_mapping:
+        for name, column in self.column_mapping:
             if column not in row:
-                return missing_field(row, column)
+                return missing_field(row, column, field=name)
         named = {name: value for name, value in named.items() if name not in taken}
         return named | {name: row[column] for name, column in self.column_mapping}
 
@@ -129,7 +147,9 @@ class RowReader:
                 return self._ranking(row)
             name = next((name for name in REJECTED if name in row and "messages" in row), None)
             if name is not None:
-                return _with_rejected(row, name)
+                found = _with_rejected(row, name)
+                notes = self._compared_scores(row)
+                return found if isinstance(found, Refusal) else _with_notes(found, notes)
         return self._pair(row)
 
     def _pair(self, row: Mapping[str, Any]) -> _Found | Refusal:
@@ -144,12 +164,13 @@ class RowReader:
             return _missing_prompt(row, record)
         if notes:
             record = replace(record, notes=record.notes | notes)
-        scores = {name for pair in SCORE_COLUMNS for name in pair if name in row}
+        scores = {name for pair in score_columns(tuple(map(str, row))) for name in pair}
         return _Found(fields.shape, fields.used | scores, (record,))
 
     def _compared_scores(self, row: Mapping[str, Any]) -> frozenset[Note] | Refusal:
         """What two scores beside a pair say of it."""
-        names = next((n for n in SCORE_COLUMNS if all(row.get(c) is not None for c in n)), None)
+        pairs = score_columns(tuple(map(str, row)))
+        names = next((n for n in pairs if not any(is_absent(row[c]) for c in n)), None)
         if names is None:
             return frozenset()
         scores = [number(row[name]) for name in names]
@@ -171,16 +192,11 @@ class RowReader:
         scored = scored_answers(name, row, SCORES)
         if isinstance(scored, Refusal):
             return scored
-        prompt = next(
-            (n for n in ("prompt", *QUESTIONS, *CONVERSATIONS) if row.get(n) is not None),
-            "prompt",
-        )
-        asked = parse_content(row, prompt)
-        if isinstance(asked, Refusal):
-            return asked
-        used = {name, prompt, *SCORES}
-        if system_text(row):
-            asked, used = with_system(row, asked), used | set(SYSTEMS)
+        found = _ranked_prompt(row)
+        if isinstance(found, Refusal):
+            return found
+        asked, used = found
+        used |= {name, *SCORES}
         records, left_out, too_near = [], 0, False
         problem: Refusal | None = None
         for better, worse, gap in scored.pairs():
@@ -201,9 +217,21 @@ class RowReader:
         return _Found(Shape.RANKING, frozenset(used), tuple(records), left_out)
 
 
+def _with_notes(found: _Found, notes: frozenset[Note] | Refusal) -> _Found | Refusal:
+    """The one pair of a row with what its scores say of it, or the refusal for them."""
+    if isinstance(notes, Refusal):
+        return notes
+    (record,) = found.records
+    return replace(found, records=(replace(record, notes=record.notes | notes),))
+
+
 def _openai(row: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's preference lines as prompt, chosen, rejected and tools."""
     inner = row.get("input")
+    with contextlib.suppress(ValueError, RecursionError):
+        inner = json.loads(inner) if isinstance(inner, str) else inner
+    if isinstance(inner, list):
+        inner = {"messages": inner}
     inner = inner if isinstance(inner, Mapping) else {}
     found = {name: value for name, value in row.items() if name not in ("input", *OPENAI)}
     found |= {"chosen": row[OPENAI[0]], "rejected": row.get(OPENAI[1])}
@@ -212,6 +240,31 @@ def _openai(row: Mapping[str, Any]) -> dict[str, Any]:
     if inner.get("tools") is not None:
         found["tools"] = inner["tools"]
     return found
+
+
+def _ranked_prompt(row: Mapping[str, Any]) -> tuple[Content, set[str]] | Refusal:
+    """The prompt of a ranking, and the columns that it comes from.
+
+    A question alone stays a text; with an input, a system message or others it is messages.
+    """
+    texts = [n for n in ("prompt", *QUESTIONS) if not is_absent(row.get(n)) and row[n] != []]
+    others = [n for n in (*CONVERSATIONS, *INPUTS) if not is_absent(row.get(n))]
+    asked: Content | Refusal | None
+    if "prompt" in texts or (texts and not others):
+        name = texts[0]
+        asked, used = parse_content(row, name), {name}
+    else:
+        beside = prompt_beside(row)
+        if isinstance(beside, Refusal):
+            return beside
+        if beside is None and not isinstance(row.get("prompt"), str):
+            return missing_field(row, "prompt", (*ANSWERS, *SCORES))
+        _, used, asked = beside or (Shape.RANKING, {"prompt"}, "")
+    if isinstance(asked, Refusal):
+        return asked
+    if system_text(row):
+        asked, used = with_system(row, asked) or asked, used | set(SYSTEMS)
+    return asked, used
 
 
 def _with_rejected(row: Mapping[str, Any], name: str) -> _Found | Refusal:
@@ -224,7 +277,9 @@ def _with_rejected(row: Mapping[str, Any], name: str) -> _Found | Refusal:
     if isinstance(whole, str) or not whole or role_of(whole[-1]) != ASSISTANT:
         text = f"messages does not end with an answer of the assistant, to which {name} is another"
         return Refusal(Reason.NOT_AN_ANSWER, text)
-    prompt = with_system(row, whole[:-1]) if system_text(row) else whole[:-1]
+    prompt: Content | None = whole[:-1]
+    if system_text(row):
+        prompt = with_system(row, prompt)
     record = make_pair(prompt, whole[-1:], rejected)
     if isinstance(record, Refusal):
         return record
@@ -253,7 +308,9 @@ def _missing_prompt(row: Mapping[str, Any], refusal: Refusal) -> Refusal:
     if refusal.reason is not Reason.MISSING_FIELD:
         return refusal
     found = missing_field(row, "prompt", SIDES)
-    return found if "prompt" in row else Refusal(found.reason, f"{refusal.detail}; {found.detail}")
+    if found.reason is Reason.NULL_FIELD:
+        return found
+    return Refusal(found.reason, f"{refusal.detail}; {found.detail}")
 
 
 def _template_arguments(row: Mapping[str, Any]) -> dict[str, Any] | Refusal:
@@ -282,9 +339,10 @@ def _tool(tool: Any) -> Any:
     """A tool as an object; Arrow cannot store schemas of several forms but as JSON text."""
     if isinstance(tool, str):
         try:
-            return json.loads(tool)
+            tool = json.loads(tool)
         except (ValueError, RecursionError):
             return tool
+    tool = without_nulls(tool)  # Arrow adds them to schemas, also in lines that it wrote
     function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
     if isinstance(function, Mapping) and isinstance(function.get("parameters"), str):
         decoded = {**function, "parameters": _tool(function["parameters"])}

@@ -1,7 +1,7 @@
 """Finding special tokens in the text of a row, where only the chat template may write them."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ def special_token_in(record: Record, tokenizer: Any) -> Refusal | None:
         content = getattr(record, name)
         if isinstance(content, str):
             own = content.removeprefix(bos) if name == "prompt" else without_end(content, eos)
-            texts: Iterator[str] | list[str] = [own]
+            texts = [own]
         else:
             texts = _strings(content if name == "prompt" else without_last_end(content, eos))
         found = next(filter(None, map(pattern.search, texts)), None)
@@ -59,17 +59,21 @@ def without_last_end(messages: Sequence[Any], eos: str) -> tuple[Any, ...]:
     return (*messages[:-1], {**last, "content": without_end(last["content"], eos)})
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Yield every string in nested mappings and lists, keys included."""
+def _strings(value: Any) -> list[str]:
+    """Every string in nested mappings and lists, keys included; of plain messages their text."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
+        return [value]
+    found: list[str] = []
+    if isinstance(value, Mapping):
+        if len(value) == 2 and "role" in value and isinstance(value.get("content"), str):
+            return [value["content"]]
         for key, part in value.items():
-            yield str(key)
-            yield from _strings(part)
+            found.append(str(key))
+            found += _strings(part)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _strings(part)
+            found += _strings(part)
+    return found
 
 
 def has_open_edge(record: Record, tokenizer: Any) -> bool:

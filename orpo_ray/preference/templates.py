@@ -35,7 +35,7 @@ from orpo_ray.preference.special_tokens import (
 TEMPLATE_DATE = "2024-07-26"
 """Default date for templates that ask for today's: the one that Llama 3's falls back to."""
 _CLOCK = "strftime_now"
-_CLOCK_CALL = re.compile(_CLOCK + r"""\(\s*(["'])(.*?)\1\s*\)""")
+_CLOCK_CALL = re.compile(_CLOCK + r"""\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
 _STANDARD = {"developer": SYSTEM, "ipython": TOOL, "function": TOOL, "model": ASSISTANT}
 
 
@@ -102,6 +102,8 @@ def render(record: Record, tokenizer: Any, date: str = TEMPLATE_DATE) -> PairTex
         )
     try:
         return _Rendering(record, tokenizer, date).pair()
+    except DataError:
+        raise
     except Exception as error:
         # Templates raise on purpose, for roles that the model does not support, and by accident:
         # some add the arguments of a tool call to a text, and fail for an object.
@@ -112,10 +114,15 @@ def render(record: Record, tokenizer: Any, date: str = TEMPLATE_DATE) -> PairTex
 
 def _without_space_after_end(answer: str, tokenizer: Any) -> str:
     """A text answer without the white space after the special token that ends it, if one does."""
-    if not answer[-1:].isspace():
+    if not answer[-1:].isspace() and not answer.endswith(2 * tokenizer.eos_token):
         return answer
     stripped = answer.rstrip()
-    return stripped if stripped.endswith(special_names(tokenizer)) else answer
+    if not stripped.endswith(special_names(tokenizer)):
+        return answer
+    eos = tokenizer.eos_token
+    while stripped.endswith(eos) and stripped.removesuffix(eos).rstrip().endswith(eos):
+        stripped = stripped.removesuffix(eos).rstrip()
+    return stripped
 
 
 class _Rendering:
@@ -306,7 +313,15 @@ def _written_dates(template: str, date: str) -> tuple[str, ...]:
 @lru_cache(maxsize=8)
 def _with_date(template: str, date: str) -> str:
     today = datetime.fromisoformat(date)
-    return _CLOCK_CALL.sub(lambda found: repr(today.strftime(found[2])), template)
+    dated = _CLOCK_CALL.sub(lambda found: repr(today.strftime(found[2])), template)
+    if re.search(_CLOCK + r"\s*\(", dated):
+        raise DataError(
+            [
+                "chat_template: the template asks for today's date in a form that is no literal, "
+                "so that tokens would depend on the day; write strftime_now('...') in it"
+            ]
+        )
+    return dated
 
 
 def _source(tokenizer: Any) -> str:
@@ -379,5 +394,7 @@ def empty_answer(text: PairText, tokenizer: Any) -> Refusal | None:
         answer: str = getattr(text, name)
         # Most answers are longer than all special tokens that could stand in one without text.
         if len(answer) < 100 and not special_tokens(tokenizer).sub("", answer).strip():
+            if Note.DROPS_CALLS in text.notes:
+                return Refusal(reason, f"{name} is a tool call, which the chat template leaves out")
             return Refusal(reason, f"{name} has no text before its end-of-sequence token")
     return None

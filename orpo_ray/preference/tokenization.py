@@ -4,6 +4,7 @@ import bisect
 import copy
 import operator
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -155,7 +156,7 @@ class PairTokenizer:
         # If a token spans the end of the prompt on one side only, the prompt ends before it.
         n_prompt = shared_length(*prompts)
         prompt = sides[0][:n_prompt]
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        bos, eos = self._bos, self._eos
         # A rendered chat begins as the template says, which is how it will be sent to the model.
         if bos is not None and not text.is_chat and not self._bos_is_a_marker:
             prompt = prompt if sides[0][:1] == [bos] else [bos, *prompt]
@@ -178,11 +179,13 @@ class PairTokenizer:
         """
         if self.tokenizer.unk_token_id in ids:
             return True
+        normalizer = self._encoder.normalizer
+        given = normalizer.normalize_str(text) if normalizer else text
         wanted, found = (
-            set(unicodedata.normalize("NFKC", part).casefold())
-            for part in (text, self.tokenizer.decode(ids))
+            Counter(unicodedata.normalize("NFKC", part))
+            for part in (given, self.tokenizer.decode(ids))
         )
-        return any(not letter.isspace() for letter in wanted - found)
+        return any(not letter.isspace() and letter != "\u2581" for letter in wanted - found)
 
     def _hidden_token(self, text: PairText, answer: str, ids: Sequence[int]) -> str | None:
         """A special token among the ids that is neither the template's nor at its place in a text.
@@ -190,18 +193,36 @@ class PairTokenizer:
         It may stand across the border of prompt and answer, or be what a normalizer makes of
         other characters.
         """
-        special = special_ids(self.tokenizer)
-        if not text.is_chat:
-            first = int(ids[:1] == [self.tokenizer.bos_token_id])
-            last = len(ids) - int(ids[-1:] == [self.tokenizer.eos_token_id])
-            ids = ids[first:last]
+        special = self._special_ids
         if special.isdisjoint(ids):
             return None
+        if not text.is_chat:
+            first = int(ids[:1] == [self._bos])
+            last = len(ids) - int(ids[-1:] == [self._eos])
+            ids = ids[first:last]
+            if special.isdisjoint(ids):
+                return None
         found = [i for i in ids if i in special]
         written = special_tokens(self.tokenizer).findall(text.prompt + answer)
         if text.is_chat and len(found) <= len(written):
             return None
         return str(self.tokenizer.convert_ids_to_tokens(found[-1]))
+
+    @cached_property
+    def _bos(self) -> int | None:
+        """Id of the beginning-of-sequence token; the tokenizer looks it up anew at each call."""
+        found: int | None = self.tokenizer.bos_token_id
+        return found
+
+    @cached_property
+    def _eos(self) -> int:
+        found: int = self.tokenizer.eos_token_id
+        return found
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Ids that only the template may write; the unknown token stands for lost characters."""
+        return special_ids(self.tokenizer) - {self.tokenizer.unk_token_id}
 
     @cached_property
     def _bos_is_a_marker(self) -> bool:
@@ -235,7 +256,7 @@ class PairTokenizer:
                 Reason.PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens, the limit is {most}"
             )
         if prompt_cut:
-            n_bos = int(prompt[0] == self.tokenizer.bos_token_id)
+            n_bos = int(prompt[0] == self._bos)
             head, rest = prompt[:n_bos], prompt[n_bos:]
             n_kept = most - n_bos
             first = 0 if limits.truncation == "keep_start" else len(rest) - n_kept

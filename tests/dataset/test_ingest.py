@@ -54,7 +54,7 @@ LINES: list[tuple[bytes | dict[str, Any], Reason | None]] = [
     (text_row(0) | {"chosen": "\ud83d"}, Reason.BAD_SURROGATE),
     (text_row(0) | {"chosen": []}, Reason.EMPTY_CHOSEN),
     (chat_row(0) | {"chosen": [{"role": "assistant"}]}, Reason.BAD_MESSAGE),
-    (chat_row(0) | {"chosen": [{"role": "user", "content": "c"}]}, Reason.PROMPT_NOT_SHARED),
+    (chat_row(0) | {"chosen": [{"role": "user", "content": "c"}]}, Reason.NOT_AN_ANSWER),
     (text_row(0) | {"chosen": " "}, Reason.EMPTY_CHOSEN),
     (text_row(0) | {"rejected": ""}, Reason.EMPTY_REJECTED),
     (text_row(0) | {"rejected": "yes"}, Reason.IDENTICAL_ANSWERS),

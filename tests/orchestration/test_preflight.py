@@ -15,7 +15,7 @@ from orpo_ray.dataset.ingest import ingest, pairs_longer_than
 from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.shards import TokenSet
-from orpo_ray.orchestration import cluster
+from orpo_ray.orchestration.cluster import connection
 from orpo_ray.orchestration.preflight import check_model
 from orpo_ray.preference.tokenization import Limits
 from orpo_ray.pretrained import ModelSource
@@ -195,5 +195,5 @@ def test_missing_weights_and_unused_ones(tmp_path, caplog):
 )
 def test_what_needs_gpus_is_refused_where_workers_have_none(ray_cluster, settings, named):
     with pytest.raises(ConfigError, match=f"{named}: .* on GPUs only"):
-        cluster.with_cluster(ORPOConfig(**settings))
-    assert not cluster.with_cluster(ORPOConfig(use_liger_kernel=False)).ray.use_gpu
+        connection.with_cluster(ORPOConfig(**settings))
+    assert not connection.with_cluster(ORPOConfig(use_liger_kernel=False)).ray.use_gpu

@@ -57,9 +57,9 @@ TEXT_CLASSES: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "exact duplicate": (TEXT, "duplicate", "repeats an earlier pair"),
     "prompt of the evaluation set": (TEXT | {"prompt": "e: "}, "overlap", "evaluation set"),
     "score that is not a number": (
-        TEXT | {"score_chosen": float("nan"), "score_rejected": 1.0},
+        TEXT | {"score_chosen": float("inf"), "score_rejected": 1.0},
         "bad_score",
-        "nan",
+        "inf",
     ),
 }
 CHAT_CLASSES: dict[str, tuple[dict[str, Any], str | None, str]] = {
@@ -112,7 +112,7 @@ LINE_CLASSES: dict[str, tuple[bytes, str | None, str]] = {
     "wrong type": (json.dumps(TEXT | {"chosen": 7}).encode(), "wrong_type", "chosen is a int"),
     "the prompt in both answers": (
         json.dumps(
-            {"prompt": "Who is it? ", "chosen": "Who is it? c", "rejected": "Who is it? r"}
+            {"prompt": "Who is it? A:", "chosen": "Who is it? A: c", "rejected": "Who is it? A: r"}
         ).encode(),
         "prompt_repeated",
         "begin with the prompt",

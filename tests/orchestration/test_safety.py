@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.demo.model import make_demo_model
+from orpo_ray.orchestration.cluster.exposure import asks_for_token, reachable_addresses
 from orpo_ray.orchestration.evaluate import evaluate
-from orpo_ray.orchestration.exposure import asks_for_token, reachable_addresses
 from orpo_ray.orchestration.inputs import find_inputs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_model, refuse_unsafe
@@ -186,9 +186,9 @@ def test_a_cluster_with_tokens_is_known_as_one(ray_cluster):
 
 
 JOINED = """
-from orpo_ray.orchestration import cluster, exposure
+from orpo_ray.orchestration.cluster import connection, exposure
 
-cluster.connect()
+connection.connect()
 print(exposure.exposure_warning())
 """
 

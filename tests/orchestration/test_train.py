@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orpo_ray import ORPOConfig, ORPOTrainer, StoppedError, prepare
 from orpo_ray.cli import main
 from orpo_ray.config.schema import ConfigError
-from orpo_ray.orchestration.cluster import with_cluster, workers_that_fit
+from orpo_ray.orchestration.cluster.connection import with_cluster, workers_that_fit
 from orpo_ray.runs.files import count_events
 from tests.conftest import ROOT
 from tests.reference.timing import TIMING

@@ -120,9 +120,28 @@ NOT_PAIRS: dict[str, tuple[dict[str, Any], Reason, str]] = {
         "chosen begins with a message of the role user",
     ),
     "texts that repeat the prompt": (
-        {"prompt": "Write a poem.", "chosen": "Write a poem. c", "rejected": " Write a poem.r"},
+        {"prompt": "Who is\nit? A:", "chosen": "Who is it? A: c", "rejected": " Who is\nit? A:r"},
         Reason.PROMPT_REPEATED,
         "begin with the prompt",
+    ),
+    "messages that repeat the question": (
+        {
+            "prompt": [says("user", "Which town is it?")],
+            "chosen": [says("assistant", "Which town is it? Bonn.")],
+            "rejected": [says("assistant", "<|user|>\nWhich town is it?")],
+        },
+        Reason.PROMPT_REPEATED,
+        "begin with the user's message",
+    ),
+    "an empty prompt beside an unknown column": (
+        ALONE | {"prompt": [], "ask": "q"},
+        Reason.MISSING_FIELD,
+        "prompt is empty",
+    ),
+    "calls that are none": (
+        {"prompt": [ASKED], "chosen": [GOOD | {"tool_calls": ["f(1)"]}], "rejected": [BAD]},
+        Reason.BAD_MESSAGE,
+        "not a call",
     ),
     "messages that end with another answer": (
         ALONE | {"messages": [ASKED, says("assistant", "other")]},
@@ -161,7 +180,7 @@ def test_a_row_whose_prompt_is_uncertain_is_refused(name: str) -> None:
 
 
 def test_answers_that_begin_with_a_word_of_the_prompt_are_answers() -> None:
-    for prompt in ("Rome", "Is it"):
+    for prompt in ("Rome", "Is it", "Good morning!", "Translate:"):
         row = {"prompt": prompt, "chosen": f"{prompt} yes", "rejected": f"{prompt} no"}
         assert read(row).records[0].chosen == f"{prompt} yes"
     row = {"prompt": "Name all the cat", "chosen": "Name all the cats", "rejected": "r"}
@@ -176,6 +195,7 @@ MESSAGES_AS: dict[str, Any] = {
     "lists of columns": {"role": ["user"], "content": ["q"]},
     "lists of ShareGPT columns": {"from": ["human"], "value": ["q"]},
     "a role in capitals": [says("USER", "q")],
+    "JSON in JSON": '"[{\\"role\\": \\"user\\", \\"content\\": \\"q\\"}]"',
 }
 
 
@@ -184,9 +204,19 @@ def test_messages_are_read_in_every_spelling(name: str) -> None:
     assert read(ALONE | {"prompt": MESSAGES_AS[name]}).records == (CHAT,)
 
 
+def test_the_order_of_fields_does_not_matter() -> None:
+    (record,) = read(ALONE | {"prompt": '[{"id": 1, "role": "user", "content": "q"}]'}).records
+    assert record.prompt == (says("user", "q", id=1),)
+
+
 def test_a_text_about_messages_stays_a_text() -> None:
-    row = {"prompt": "In JSON?", "chosen": '[{"role": "user", "content": "x"}]', "rejected": "no"}
-    assert read(row).records[0].chosen == row["chosen"]
+    for chosen, rejected in (
+        ('[{"role": "user", "content": "x"}]', "no"),
+        ('{"value": 3}', '{"content": 3'),
+        ('[{"role": "admin", "name": "x"}]', '[{"role": "guest", "name": "x"}]'),
+    ):
+        row = {"prompt": "In JSON?", "chosen": chosen, "rejected": rejected}
+        assert read(row).records[0].chosen == chosen
 
 
 def test_calls_and_results_of_tools_as_big_formats_spell_them() -> None:
@@ -290,3 +320,64 @@ def test_a_suggested_mapping_reads_the_row(column: str) -> None:
         found = RowReader(tuple(mapping.items())).read(row)
     assert isinstance(found, ParsedRow), found
     assert found.records == (Record("q", "c", "r"),)
+
+
+def test_the_prompt_of_a_ranking_is_whole() -> None:
+    answers = {"responses": ["c", "r"], "scores": [2, 1]}
+    for columns, prompt in (
+        ({"instruction": "Add", "input": "1"}, (says("user", "Add\n\n1"),)),
+        ({"prompt": "", "question": "q"}, "q"),
+        ({"messages": [ASKED], "question": None}, (ASKED,)),
+        ({"question": "q", "system": "s"}, (SYSTEM, ASKED)),
+    ):
+        (record,) = read(answers | columns).records
+        assert record.prompt == prompt, columns
+
+
+def test_a_system_message_beside_is_not_lost() -> None:
+    for row in (
+        {"system": "s", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        ALONE | {"prompt": [SYSTEM], "question": "q"},
+        ALONE | {"prompt": [SYSTEM], "messages": [ASKED]},
+        {"system_message": "s", "prompt": "q", "chosen": [GOOD], "rejected": [BAD]},
+    ):
+        assert read(row).records[0].prompt == (SYSTEM, ASKED), row
+
+
+def test_a_mapped_column_that_is_not_read_is_refused() -> None:
+    row = {"prompt": "other", "q": "q", "chosen": "c", "rejected": "r"}
+    refusal = RowReader((("question", "q"),)).read(row)
+    assert isinstance(refusal, Refusal)
+    assert "question is not read" in refusal.detail
+
+
+def test_scores_of_every_shape_are_compared() -> None:
+    row = {"messages": [ASKED, GOOD], "rejected_response": "r"}
+    row |= {"chosen_avg_rating": 1.0, "rejected_avg_rating": 2.0}
+    assert read(row).records[0].notes == {Note.SCORES_REVERSED}
+    refusal = RowReader(min_score_gap=0.5).read(row)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason is Reason.SCORE_GAP
+    empty = {"prompt": "q", "chosen": "c", "rejected": "r", "score_chosen": "", "score_rejected": 1}
+    assert read(empty).records[0].notes == frozenset()
+
+
+CALL = {"name": "f", "arguments": {"x": 1}}
+CALLS: dict[str, dict[str, Any]] = {
+    "text of a call": {"tool_calls": '[{"name": "f", "arguments": {"x": 1}}]'},
+    "a call without its list": {"tool_calls": {"function": CALL}},
+    "calls without their function": {"tool_calls": [CALL]},
+    "the older function_call": {"function_call": CALL | {"arguments": '{"x": 1}'}},
+    "arguments that are encoded twice": {"tool_calls": [CALL | {"arguments": '"{\\"x\\": 1}"'}]},
+    "parameters": {"tool_calls": [{"name": "f", "parameters": {"x": 1}}]},
+    "each call as text": {"tool_calls": ['{"name": "f", "arguments": {"x": 1}}']},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tool_calls_are_read_in_every_spelling(name: str) -> None:
+    chosen = {"role": "assistant", "content": None} | CALLS[name]
+    (record,) = read({"prompt": [ASKED], "chosen": [chosen], "rejected": [BAD]}).records
+    (call,) = record.chosen[0]["tool_calls"]  # type: ignore[index]
+    assert call["function"]["name"] == "f"
+    assert call["function"]["arguments"] == {"x": 1}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orpo_ray.preference.pairing import normalise
-from orpo_ray.preference.records import Reason, Record, Refusal, excerpt
+from orpo_ray.preference.records import Note, Reason, Record, Refusal, excerpt
 
 HARMLESS = Path(__file__).parents[2] / "../shared/data/hh_rlhf_harmless.jsonl"
 
@@ -31,7 +31,8 @@ def test_three_texts_stay_as_they_are() -> None:
 
 def test_an_empty_prompt_is_a_prompt() -> None:
     """Nothing before the answers is a model's start; only the answers must hold text."""
-    assert normalise(pair(prompt="")) == Record("", "c", "r")
+    notes = frozenset({Note.EMPTY_PROMPT})
+    assert normalise(pair(prompt="")) == Record("", "c", "r", notes=notes)
 
 
 def test_dialogues_are_cut_at_the_last_assistant() -> None:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.orchestration import cluster
+from orpo_ray.orchestration.cluster import connection
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
 from orpo_ray.orchestration.start import (
     Start,
@@ -88,7 +88,7 @@ def trainable(config: ORPOConfig) -> Callable[[dict[str, Any]], None]:
     It reports at every evaluation, with `step` beside the metrics. Its runs are kept in
     `<output_dir>/<run_name>/trials/`.
     """
-    cluster.connect(dashboard=True)
+    connection.connect(dashboard=True)
     return trial_function(_with_evaluations(start_run(_one_cpu_each(config))))
 
 
@@ -143,7 +143,7 @@ def _search(
     console: Console | None,
 ) -> SweepResult:
     """`tune` in a run directory that is ours."""
-    cluster.connect(dashboard=True)
+    connection.connect(dashboard=True)
     refuse = partial(refuse_another_sweep, run_directory_of(config), config, space)
     start = start_run(_one_cpu_each(config), inputs, refuse=refuse)
     parts = sweep_parts(start.folder, config, space, start.data_digest)

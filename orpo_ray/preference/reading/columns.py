@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orpo_ray.preference.errors import DataError
+from orpo_ray.preference.messages import without_nulls
 from orpo_ray.preference.reading.rows import RawRow, Split
 from orpo_ray.preference.reading.sources import open_file
 from orpo_ray.preference.records import Reason
@@ -174,7 +175,7 @@ def _batch_rows(batch: Any, number: int) -> Iterator[RawRow]:
     """Convert a batch; if that fails, convert row by row so that only the bad rows are lost."""
     try:
         records = _to_records(batch)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, KeyError):
         for index in range(len(batch)):
             yield _one_row(batch.slice(index, 1), number + index)
         return
@@ -187,7 +188,7 @@ def _one_row(batch: Any, number: int) -> RawRow:
         return RawRow(number, _to_records(batch)[0])
     except UnicodeDecodeError:
         return RawRow(number, None, Reason.NOT_UTF8)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, KeyError):
         return RawRow(number, None, Reason.WRONG_TYPE)
 
 
@@ -200,11 +201,5 @@ def _to_records(batch: Any) -> list[dict[str, Any]]:
     nested = [field.name for field in batch.schema if pa.types.is_nested(field.type)]
     for record in records if nested else ():
         for name in nested:
-            record[name] = _without_nulls(record[name])
+            record[name] = without_nulls(record[name])
     return records
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

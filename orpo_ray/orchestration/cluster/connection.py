@@ -21,8 +21,8 @@ from ray.util import placement_group_table
 from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.orchestration.address import LOCAL, cluster_address
-from orpo_ray.orchestration.loopback import (
+from orpo_ray.orchestration.cluster.address import LOCAL, cluster_address
+from orpo_ray.orchestration.cluster.loopback import (
     interface_settings,
     keep_to_this_machine,
     keep_token_private,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import grpc
 import ray
 
-from orpo_ray.orchestration.address import control_store_status
+from orpo_ray.orchestration.cluster.address import control_store_status
 
 
 def exposure_warning() -> str | None:

@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import OutOfMemoryError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from orpo_ray.orchestration.failures import out_of_memory_text
+from orpo_ray.orchestration.cluster.failures import out_of_memory_text
 
 
 @ray.remote(num_cpus=0)

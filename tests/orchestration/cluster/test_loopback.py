@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from orpo_ray.orchestration.loopback import keep_token_private
+from orpo_ray.orchestration.cluster.loopback import keep_token_private
 from tests.conftest import ROOT
 
 LISTENS = """
 import json, os, psutil, ray
-from orpo_ray.orchestration import cluster
-from orpo_ray.orchestration.loopback import interface_settings, is_loopback_only, torch_config
+from orpo_ray.orchestration.cluster import connection
+from orpo_ray.orchestration.cluster.loopback import interface_settings, is_loopback_only
+from orpo_ray.orchestration.cluster.loopback import torch_config
 
-cluster.connect()
+connection.connect()
 mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
 found = [c.laddr.ip for p in mine for c in p.net_connections() if c.status == "LISTEN"]
 print(json.dumps({

@@ -22,7 +22,7 @@ from ray.train.torch.config import (
     _TorchBackend,
 )
 
-from orpo_ray.orchestration.exposure import reachable_addresses
+from orpo_ray.orchestration.cluster.exposure import reachable_addresses
 
 # Ray's switch for systems whose firewall asks about each port; its processes read it as they start.
 _SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"

@@ -7,7 +7,12 @@ import pytest
 from ray.util import placement_group, remove_placement_group
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.orchestration.cluster import cpu_share, output_warning, waiting_text, with_cluster
+from orpo_ray.orchestration.cluster.connection import (
+    cpu_share,
+    output_warning,
+    waiting_text,
+    with_cluster,
+)
 from orpo_ray.storage.folder import Folder
 
 

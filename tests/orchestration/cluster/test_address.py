@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orpo_ray.config.schema import ConfigError
-from orpo_ray.orchestration.address import answers, cluster_address
+from orpo_ray.orchestration.cluster.address import answers, cluster_address
 
 
 @pytest.fixture
