@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from orpo_ray.dataset.pair_index import STATS, PairStatsBuilder
 from orpo_ray.dataset.request import IngestRequest
 from orpo_ray.dataset.shards import write_shard
@@ -135,7 +137,7 @@ class TokenizeSplit:
             "rows_held_out": len(kept_rows[1]),
             "refused": Counter(str(refusal.reason) for _, refusal in rows.refused),
             "longest_group_tokens": max((group.n_tokens for group in parts[""]), default=0),
-            "largest_token": max(map(_largest_token, rows.kept.groups), default=(0, 0)),
+            "largest_token": _largest_token(rows.kept.groups),
             **rows.counts,
             "shapes": rows.shapes,
             "notes": rows.notes,
@@ -166,10 +168,16 @@ class TokenizeSplit:
             target.write_bytes(text)
 
 
-def _largest_token(pair: PromptGroup) -> tuple[int, int]:
-    """The largest token id of a pair, and its row from 1."""
-    largest = max(int(ids.max(initial=0)) for ids in (pair.prompt, *pair.completions))
-    return largest, pair.row_ids[0].row + 1
+def _largest_token(pairs: Sequence[PromptGroup]) -> tuple[int, int]:
+    """The largest token id of some pairs, and the first row with it, from 1."""
+    if not pairs:
+        return 0, 0
+    parts = [part for pair in pairs for part in (pair.prompt, *pair.completions)]
+    every = np.concatenate(parts)
+    place = int(every.argmax())
+    ends = np.cumsum([pair.n_tokens for pair in pairs])
+    pair = pairs[int(np.searchsorted(ends, place, side="right"))]
+    return int(every[place]), pair.row_ids[0].row + 1
 
 
 @dataclass(frozen=True)
