@@ -244,7 +244,7 @@ def test_a_run_name_cannot_leave_the_output_directory(name):
         ORPOConfig(eval_files=[{"path": "a.jsonl", "name": name}])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(
     st.text(alphabet="\\\\${}:a\"' ,.[]?\n#-", max_size=12)
     | st.text(max_size=10)

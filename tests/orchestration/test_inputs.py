@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from orpo_ray.config.data import DataSource
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.demo.model import make_demo_model
 from orpo_ray.orchestration.inputs import find_inputs, keep_dataset
 from orpo_ray.preference.errors import DataError
 
@@ -142,7 +143,9 @@ def test_anything_else_in_memory_is_refused(tmp_path: Path) -> None:
 
 
 def test_adapters_are_a_model_for_evaluation_only(files: Path) -> None:
-    settings = json.dumps({"base_model_name_or_path": "someone/base", "peft_type": "LORA"})
+    base = str(files / "base")  # an id would be asked of the hub
+    make_demo_model(base, ["some text"], 0)
+    settings = json.dumps({"base_model_name_or_path": base, "peft_type": "LORA"})
     (files / "adapters").mkdir()
     (files / "adapters" / "adapter_config.json").write_text(settings)
     named = ORPOConfig(model_name_or_path="adapters", train_files="a.jsonl", eval_files="b.jsonl")
@@ -153,4 +156,4 @@ def test_adapters_are_a_model_for_evaluation_only(files: Path) -> None:
         find_inputs(named, files / "runs")
     (line,) = caught.value.lines
     assert line.startswith("model_name_or_path: adapters holds LoRA adapters")
-    assert "someone/base" in line
+    assert base in line
