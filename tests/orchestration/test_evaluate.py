@@ -104,6 +104,7 @@ def test_without_data_or_with_a_bad_baseline_nothing_is_done(evaluated, run_comm
     assert "eval_files: nothing to evaluate on" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_baseline_with_another_tokenizer_is_scored_on_its_own_tokens(
     evaluated: Path, run_here, ray_cluster
 ) -> None:

@@ -109,7 +109,7 @@ class DiesAtFile:
         return [row]
 
 
-@pytest.mark.commands
+@pytest.mark.slow
 def test_a_file_that_ends_each_process_is_named_after_a_few_tries():
     files = ["/data/a.jsonl", "/data/damaged.arrow", "/data/b.jsonl"]
     items = [{"path": files[0]}, *({"split": {"path": file}} for file in files[1:])]

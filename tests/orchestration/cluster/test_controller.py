@@ -17,7 +17,7 @@ def kill_controller(command: Command) -> None:
     controller.kill()
 
 
-@pytest.mark.commands
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_another_controller_begins_at_the_newest_checkpoint(tmp_path):
     """Without a person, although nothing restarts a controller of Ray Train."""

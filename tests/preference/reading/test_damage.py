@@ -26,7 +26,7 @@ def write_stream(path: Path, batch: pa.RecordBatch) -> Path:
     return path
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_300_damaged_files_of_each_format_end_no_process(tmp_path):
     """In a process of its own, as a crash would end this one."""
     done = subprocess.run(
