@@ -78,7 +78,7 @@ TABLE = {
     "prepare-imports-term": ("prepare", (), handles_signals, [TERM], 143, False),
     "prepare-ingest-int": ("prepare", (), has_ray, [INT], 130, False),
 }
-NOT_SLOW = ("train-int", "prepare-imports-term")
+NOT_SLOW = ("prepare-imports-term",)
 
 
 @pytest.mark.commands

@@ -63,7 +63,7 @@ def simulated(rng: np.random.Generator, n_prompts: int, shift: float) -> Scores:
     return scores(chosen.tolist(), rejected.tolist(), [(8, 8)] * len(tokens), prompts.tolist())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """300 samples of 80 prompts: 95 % intervals should hold it in 285 of them.
 
@@ -92,7 +92,7 @@ def test_a_model_does_not_differ_from_itself() -> None:
         assert (found.value, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_paired_test_is_right_about_chance_and_about_a_difference() -> None:
     """Without a difference p-values below 0.05 come in 5 of 100 samples, give or take 2.2."""
     rng = np.random.default_rng(3)
