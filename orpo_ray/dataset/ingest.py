@@ -254,18 +254,17 @@ def held_out_set(train: TokenSet, share: float) -> TokenSet:
     return dataclasses.replace(train, shards=train.held_out, held_out=(), is_held_out=True)
 
 
-def pairs_longer_than(tokens: TokenSet, n_tokens: int, held_out: bool = False) -> tuple[int, int]:
+def pairs_longer_than(tokens: TokenSet, n_tokens: int) -> tuple[int, int]:
     """Count the pairs whose prompt and longest answer together exceed a length.
 
     Args:
         tokens: a token set.
         n_tokens: the length.
-        held_out: count the pairs that are held out, instead of all others.
 
     Returns:
         How many, and the tokens of the longest pair.
     """
-    if held_out:
+    if tokens.is_held_out:
         tally = np.zeros(1, dtype=np.int64)
         for name in PairStats.names(tokens.folder):
             stats = PairStats.load(tokens.folder, name)

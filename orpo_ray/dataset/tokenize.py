@@ -322,8 +322,8 @@ class _ShardContents:
 def _too_large(n_characters: int, most: int) -> Refusal:
     return Refusal(
         Reason.TOO_LARGE,
-        f"the pair has {n_characters} characters, more than the {most} that a task tokenizes at "
-        "once (16 for each token of max_length)",
+        f"the pair has {n_characters} characters, more than {most}, the limit of a pair (16 for "
+        "each token of max_length if that is more than 2,000,000)",
     )
 
 

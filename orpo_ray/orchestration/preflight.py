@@ -106,11 +106,7 @@ def _beyond_positions(
         return []
     problems = []
     for name, tokens in token_sets.items():
-        # What is held out of the training files is in their folder.
-        held_out = (
-            name != TRAIN and TRAIN in token_sets and tokens.folder == token_sets[TRAIN].folder
-        )
-        n_longer, longest = pairs_longer_than(tokens, limit.n, held_out)
+        n_longer, longest = pairs_longer_than(tokens, limit.n)
         if not n_longer:
             continue
         text = (

@@ -35,9 +35,12 @@ class Shape(StrEnum):
     RANKING = "rankings (one prompt, scored answers)"
 
 
+PROMPT_COLUMNS = frozenset({"prompt", *CONVERSATIONS, *QUESTIONS, *INPUTS})
+"""Columns that may hold the prompt or a part of it."""
+
 COLUMN_NAMES = frozenset(
     {
-        *("prompt", *SIDES, *ANSWERS, *SCORES, *CONVERSATIONS, *QUESTIONS, *INPUTS, *SYSTEMS),
+        *(*PROMPT_COLUMNS, *SIDES, *ANSWERS, *SCORES, *SYSTEMS),
         *(*TEMPLATE, *OPENAI, *REJECTED, *(n for names in SCORE_COLUMNS for n in names)),
         *(name for form in COMPARISONS for name in (*form.answers, form.column)),
     }

@@ -102,7 +102,8 @@ NOTE_TEXTS: Mapping[Note, str] = {
     ),
     Note.TEMPLATE_DATE: "rows are rendered with a date (strftime_now), which template_date sets",
     Note.OPENING_CUT: (
-        "rows are answered after a generation prompt whose last part is not in the answers"
+        "rows are trained without the last part of the generation prompt (such as <think>), which "
+        "the chat template does not write before a given answer"
     ),
     Note.LOST_CHARACTERS: "rows have characters that are unknown to the tokenizer",
 }

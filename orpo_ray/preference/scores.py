@@ -151,9 +151,14 @@ def _first_value(values: Mapping[str, Any], names: Sequence[str], otherwise: Any
     return next((values[name] for name in names if values.get(name) is not None), otherwise)
 
 
+def is_null(value: Any) -> bool:
+    """Whether a value is null, or NaN, which pandas has for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def is_absent(value: Any) -> bool:
-    """Whether a cell is empty: null, NaN, or text without a letter."""
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    """Whether a cell is empty: null, or text without a letter."""
+    return is_null(value) or (isinstance(value, str) and not value.strip())
 
 
 def number(value: Any) -> float | None:

@@ -11,6 +11,7 @@ from orpo_ray.preference.layouts import (
     CONVERSATIONS,
     INPUTS,
     OPENAI,
+    PROMPT_COLUMNS,
     QUESTIONS,
     REJECTED,
     SCORES,
@@ -40,6 +41,7 @@ from orpo_ray.preference.scores import (
     COMPARISONS,
     Comparison,
     is_absent,
+    is_null,
     number,
     preferred,
     score_columns,
@@ -113,7 +115,7 @@ class RowReader:
             if template:
                 records = tuple(replace(record, template=template) for record in records)
         ignored = frozenset(map(str, named.keys() - used))
-        unused = [name for name, _ in self.column_mapping if name in ignored]
+        unused = [n for n, _ in self.column_mapping if n in ignored & PROMPT_COLUMNS]
         if unused:
             text = f"column_mapping: {unused[0]} is not read, as the row has the prompt elsewhere"
             return Refusal(Reason.WRONG_TYPE, text)
@@ -124,19 +126,18 @@ class RowReader:
         """The row's columns by the names that shapes have; columns of null are left out."""
         if any(name != name.strip(_BLANKS) for name in map(str, row)):
             row = {str(name).strip(_BLANKS): value for name, value in row.items()}
-        named = {
-            name: None if value != value else value  # NaN, which pandas has for null
+        if self.column_mapping:
+            taken = {column for _, column in self.column_mapping}
+            for name, column in self.column_mapping:
+                if column not in row:
+                    return missing_field(row, column, field=name)
+            others = {name: value for name, value in row.items() if name not in taken}
+            row = others | {name: row[column] for name, column in self.column_mapping}
+        return {
+            name: None if is_null(value) else value
             for name, value in row.items()
-            if (value is not None and value == value) or name in ("prompt", *SIDES)
+            if name in ("prompt", *SIDES) or not is_null(value)
         }
-        if not self.column_mapping:
-            return named
-        taken = {column for _, column in self.column_mapping}
-        for name, column in self.column_mapping:
-            if column not in row:
-                return missing_field(row, column, field=name)
-        named = {name: value for name, value in named.items() if name not in taken}
-        return named | {name: row[column] for name, column in self.column_mapping}
 
     def _found(self, row: Mapping[str, Any]) -> _Found | Refusal:
         if "chosen" not in row:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -170,9 +171,9 @@ class _Rendering:
         if asks_again:
             notes.add(Note.TEMPLATE_ASKS_AGAIN)
         text = PairText(wholes[0][:shared], chosen, rejected, is_chat=True)
-        if has_open_edge(self.record, self.tokenizer) and self._makes_tokens(wholes):
-            found = special_tokens(self.tokenizer).search(wholes[0] + wholes[1])
-            return refuse_ids("a message", found.group() if found else "")
+        formed = self._formed_token(wholes) if has_open_edge(self.record, self.tokenizer) else None
+        if formed:
+            return refuse_ids("a message together with the text beside it", formed)
         notes.update(self._notes(text, asking))
         return PairText(text.prompt, chosen, rejected, is_chat=True, notes=frozenset(notes))
 
@@ -235,16 +236,17 @@ class _Rendering:
         cut = [text[: end + place] for text, end, place in zip(answers, ends, places, strict=True)]
         return cut, rests != {""}
 
-    def _makes_tokens(self, wholes: Sequence[str]) -> bool:
-        """Whether a text of the row becomes a special token together with what is beside it."""
+    def _formed_token(self, wholes: Sequence[str]) -> str | None:
+        """A special token that a text of the row forms together with what is beside it."""
         pattern, closed = special_tokens(self.tokenizer), closed_edges(self.prompt)
         for side, whole in zip(self.answers, wholes, strict=True):
             neutral = self._apply(
                 _joined(closed, closed_edges(side)), **closed_edges(dict(self.record.template))
             )
-            if len(pattern.findall(whole)) > len(pattern.findall(neutral)):
-                return True
-        return False
+            more = Counter(pattern.findall(whole)) - Counter(pattern.findall(neutral))
+            if more:
+                return str(next(iter(more)))
+        return None
 
     def _notes(self, text: PairText, asking: str) -> set[Note]:
         """What the template leaves out, repeats or adds."""

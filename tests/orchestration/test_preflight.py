@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.dataset.ingest import ingest, pairs_longer_than
+from orpo_ray.dataset.ingest import held_out_set, ingest, pairs_longer_than
 from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.shards import TokenSet
@@ -144,9 +144,21 @@ def test_pairs_that_are_held_out_are_counted_apart(tmp_path):
     lengths = np.concatenate([part.lengths for part in stats])
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     for limit in (1, 20, 30, 100):
-        for held_out, mask in ((False, ~held), (True, held)):
+        for part, mask in ((tokens, ~held), (held_out_set(tokens, 0.4), held)):
             expected = (int((longest[mask] > limit).sum()), int(longest[mask].max()))
-            assert pairs_longer_than(tokens, limit, held_out) == expected
+            assert pairs_longer_than(part, limit) == expected
+
+
+def test_one_file_for_training_and_evaluation_is_counted_in_both(tmp_path):
+    """Equal token sets have one folder, in which nothing is held out."""
+    write_tokenizer(tmp_path)
+    source = save_model(tmp_path, n_positions=64)
+    tokens = tokens_of(tmp_path, [long_row(0), text_row(1)])
+    lines = problems(source, {TRAIN: tokens, "eval_": tokens})
+    assert [("train data" in line, "eval data" in line) for line in lines] == [
+        (True, False),
+        (False, True),
+    ]
 
 
 def test_every_finding_is_said_at_once(tmp_path):

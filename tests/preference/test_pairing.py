@@ -351,6 +351,18 @@ def test_a_mapped_column_that_is_not_read_is_refused() -> None:
     assert "question is not read" in refusal.detail
 
 
+@pytest.mark.parametrize(
+    "column", ["tools", "chat_template_kwargs", "system", "score_chosen", "input", "history"]
+)
+@pytest.mark.parametrize("value", [None, float("nan"), ""])
+def test_a_mapped_column_may_be_empty(column: str, value: Any) -> None:
+    """In rows of a joined data set, or because texts take no tools."""
+    name = "prompt" if column in ("tools", "chat_template_kwargs") else "question"
+    mapping = ((name, "q"), ("chosen", "good"), ("rejected", "bad"), (column, "x"))
+    found = RowReader(mapping).read({"q": "q", "good": "c", "bad": "r", "x": value})
+    assert isinstance(found, ParsedRow), found
+
+
 def test_scores_of_every_shape_are_compared() -> None:
     row = {"messages": [ASKED, GOOD], "rejected_response": "r"}
     row |= {"chosen_avg_rating": 1.0, "rejected_avg_rating": 2.0}
