@@ -21,9 +21,12 @@ def map_tasks(items: list[dict[str, Any]], work: Any) -> list[dict[str, Any]]:
 
     Raises:
         DataError: naming the files whose task ends its process each time it is tried.
+        TrainingError: for a node that lacks a package.
     """
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
+
+    from orpo_ray.orchestration.cluster.failures import naming_missing_packages
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -35,7 +38,8 @@ def map_tasks(items: list[dict[str, Any]], work: Any) -> list[dict[str, Any]]:
             # Ray 2.60 has no other place for the number of retries than the one it deprecates.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             tasks = dataset.flat_map(work, max_retries=_RETRIES)
-        answers = tasks.take_all()
+        with naming_missing_packages():
+            answers = tasks.take_all()
     except _ended_process():
         answers = _one_by_one(rows, work)
     return [json.loads(answer["item"]) for answer in answers]

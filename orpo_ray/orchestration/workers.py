@@ -10,20 +10,23 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
-from ray.train import UserCallback
+from ray.train import Checkpoint, CheckpointUploadMode, UserCallback
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.orchestration.cluster import connection
 from orpo_ray.orchestration.cluster.controller import Trainer, fit
-from orpo_ray.orchestration.cluster.failures import out_of_memory_text
+from orpo_ray.orchestration.cluster.failures import (
+    naming_missing_packages,
+    out_of_memory_text,
+)
 from orpo_ray.orchestration.cluster.loopback import torch_config
 from orpo_ray.orchestration.feed import PlannedFeed
 from orpo_ray.orchestration.gauges import RunGauges
 from orpo_ray.orchestration.start import Start
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
-from orpo_ray.runs.files import STOP
+from orpo_ray.runs.files import FINAL, STOP
 from orpo_ray.runs.formatting import format_time
 from orpo_ray.runs.mirror import from_workers
 from orpo_ray.runs.resume import ResumeError
@@ -40,6 +43,7 @@ from orpo_ray.training.errors import (
 if TYPE_CHECKING:
     import torch
 
+_CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +86,8 @@ def train_worker(
     )
     # These would come back at every attempt: they are answers, not failures to start again from.
     try:
-        run_training(job)
+        figures = run_training(job)
+        _report_model({**figures["after"], **figures["train"]})
         return WorkerAnswer()
     except (EvaluationError, ResumeError, UnsupportedModelError) as error:
         return WorkerAnswer(refusal=str(error))
@@ -150,6 +155,20 @@ def _report(metrics: Mapping[str, Any]) -> None:
     ray.train.report(dict(metrics))
 
 
+def _report_model(metrics: Mapping[str, Any]) -> None:
+    """Tell Ray Train once of `final/`, as the run's only checkpoint; nothing is copied."""
+    context = ray.train.get_context()
+    storage = context.get_storage()
+    final = f"{storage.experiment_fs_path}/{FINAL}"
+    is_first = context.get_world_rank() == 0
+    ray.train.report(
+        dict(metrics),
+        checkpoint=Checkpoint(final, storage.storage_filesystem) if is_first else None,
+        checkpoint_dir_name=FINAL,
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
+
+
 def _preemption_notice() -> str | None:
     """Whether the cluster is about to take a node of this run away, and until when."""
     info = ray.train.get_preemption_info()
@@ -182,6 +201,9 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
         ray.train.TrainingFailedError: when workers keep failing.
     """
     config, folder, plans = start.config, start.folder, start.plans()
+    # Ray Train's list of checkpoints, of an attempt that ended: it does not start where one of
+    # them is gone, or where the file is torn.
+    folder.remove(_CHECKPOINT_LIST)
     evals = tuple(name for name in plans if name != TRAIN)
     connection.ask_for_timeouts(config)
 
@@ -199,7 +221,7 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
         )
 
     try:
-        with connection.reporting_waits(config):
+        with connection.reporting_waits(config), naming_missing_packages():
             is_asked = (folder.path / STOP).exists
             answer: WorkerAnswer = fit(trainer, config.ray.max_failures, is_asked)
     except BaseException as error:

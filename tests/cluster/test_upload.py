@@ -1,29 +1,26 @@
 """What `ray job submit --working-dir .` uploads: what a job needs, and little more."""
 
-from collections.abc import Iterator
+import zipfile
 from pathlib import Path
 
-from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+from ray._private.runtime_env.packaging import create_package
 
 from tests.conftest import ROOT
 
 KEPT_KIB = 1024
 
 
-def uploaded(root: Path, folder: Path | None = None) -> Iterator[Path]:
-    """The files of a folder that Ray takes along, by Ray's own reading of the ignore files."""
-    excluded = get_excludes_from_ignore_files(root, include_gitignore=True)
-    for path in (folder or root).iterdir():
-        if any(is_excluded(path) for is_excluded in excluded):
-            continue
-        if path.is_dir():
-            yield from uploaded(root, path)
-        else:
-            yield path
+def uploaded(root: Path, work: Path) -> dict[str, int]:
+    """The files that Ray packs of a folder, with their sizes, by Ray's own packing."""
+    package = work / "package.zip"
+    create_package(str(root), package, include_gitignore=True)
+    with zipfile.ZipFile(package) as packed:
+        infos = [info for info in packed.infolist() if not info.is_dir()]
+    return {info.filename: info.file_size for info in infos}
 
 
-def test_a_job_has_its_code_and_no_more():
-    files = {str(path.relative_to(ROOT)): path.stat().st_size for path in uploaded(ROOT)}
+def test_a_job_has_its_code_and_no_more(tmp_path):
+    files = uploaded(ROOT, tmp_path)
     assert {"jobs/train.py", "jobs/tune.py", "orpo_ray/__init__.py", "orpo_ray/demo/demo.yaml"} <= {
         *files
     }
@@ -31,9 +28,9 @@ def test_a_job_has_its_code_and_no_more():
     assert sum(files.values()) < KEPT_KIB * 1024
 
 
-def test_folders_of_the_package_are_not_taken_for_those_at_the_top():
-    code = set((ROOT / "orpo_ray").rglob("*.py"))
-    assert code <= {*uploaded(ROOT)}
+def test_folders_of_the_package_are_not_taken_for_those_at_the_top(tmp_path):
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "orpo_ray").rglob("*.py")}
+    assert code <= uploaded(ROOT, tmp_path).keys()
 
 
 def test_what_lies_beside_the_code_stays_here(tmp_path):
@@ -47,10 +44,10 @@ def test_what_lies_beside_the_code_stays_here(tmp_path):
         *("orpo_ray/runs/a.jsonl", "jobs/__pycache__/train.pyc", "orpo_ray/__pycache__/x.py"),
         *(".aws/credentials", ".huggingface/token", "docs/x.md", "tests/test_x.py"),
     ]
+    folder = tmp_path / "work"
     for name in (*ours, *theirs):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
     for name in (".rayignore", ".gitignore"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    found = {str(path.relative_to(tmp_path)) for path in uploaded(tmp_path)}
-    assert found == set(ours)
+        (folder / name).write_text((ROOT / name).read_text())
+    assert uploaded(folder, tmp_path).keys() == set(ours)

@@ -4,17 +4,20 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import psutil
 import pytest
+import ray.train
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,6 +94,33 @@ def test_the_model_is_saved_as_transformers_loads_it(trained, tmp_path):
     rows = "4 rows read, 4 kept (4 trained, 0 not reached), 0 held out, 0 refused"
     assert f"- train: {rows}; 0 pairs truncated" in card
     assert "| evaluation | 4 | " in card
+
+
+def ray_result(run: Path) -> ray.train.Result:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray reads its file by an old function of pydantic
+        return ray.train.Result.from_path(str(run))
+
+
+def test_ray_has_the_model_as_the_checkpoint_of_its_result(trained):
+    """Once, at the end, where the model lies already."""
+    run = Path(trained[0].result.run_directory)
+    result = ray_result(run)
+    assert Path(result.checkpoint.path).samefile(run / "final")
+    assert len(result.best_checkpoints) == 1
+    assert result.metrics["eval_loss"] == pytest.approx(trained[0].result.metrics["eval_loss"])
+    assert result.metrics["step"] == 12
+
+
+def test_a_longer_run_begins_although_rays_list_of_checkpoints_is_torn(trained, tmp_path):
+    """Ray Train refuses to start on it; the manifests of the checkpoints are enough."""
+    run = tmp_path / "api"
+    shutil.copytree(trained[0].result.run_directory, run)
+    (listed,) = run.glob("checkpoint_manager_snapshot.json")
+    listed.write_text(listed.read_text()[:40])
+    args = trained[0].args.replace(output_dir=str(tmp_path), max_steps=14, report_to=[])
+    assert ORPOTrainer(args=args, train_dataset=PAIRS).train().metrics["step"] == 14
+    assert ray_result(run).metrics["step"] == 14
 
 
 def test_a_run_leaves_what_there_is_to_look_at(trained):

@@ -82,7 +82,7 @@ def connect(dashboard: bool = False) -> None:
             context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
         except SystemExit as end:  # by the handler of SIGTERM that Ray installs
             raise interrupted_by(signal.SIGTERM) from end
-        except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
+        except Exception as error:  # a plain one of Ray's is a node that does not start in time
             what = "started on this machine" if is_local else f"joined at {address}"
             hint = "; set RAY_TMPDIR to a short path that can be written" if is_local else ""
             raise ConfigError([f"Ray cannot be {what}: {one_line(error)}{hint}"]) from error

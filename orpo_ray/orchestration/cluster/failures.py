@@ -1,9 +1,46 @@
-"""What ended workers, where that is known and can be helped; on the driver."""
+"""What ended workers and tasks, where that is known and can be helped; on the driver."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from ray.exceptions import ActorDiedError, OutOfMemoryError
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from orpo_ray.training.errors import TrainingError
+
+_MISSING = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
+_NODE = re.compile(r"\bip=([0-9a-fA-F.:]+)")
+
+
+@contextmanager
+def naming_missing_packages() -> Iterator[None]:
+    """Turn the failure of a node without a package into one line.
+
+    Raises:
+        TrainingError: naming the package and the node.
+    """
+    try:
+        yield
+    except (RayError, TrainingFailedError) as error:
+        text = missing_package_text(error)
+        if text is None:
+            raise
+        raise TrainingError(text) from error
+
+
+def missing_package_text(error: BaseException) -> str | None:
+    """A line about a node that lacks a package; None for other errors."""
+    text = str(error)
+    missing = _MISSING.search(text)
+    if missing is None:
+        return None
+    node = _NODE.search(text)
+    return (
+        f"node {node[1] if node else 'of a worker'}: no module named {missing[1]!r}: every node "
+        "needs the packages of the driver, in its image or by a runtime environment "
+        "(ray job submit --runtime-env-json)"
+    )
 
 
 def out_of_memory_text(error: BaseException) -> str | None:

@@ -150,7 +150,8 @@ def _search(
     start = _with_evaluations(start)
     _log.info(_plan_text(start, space, goal))
     watcher = SweepWatcher(start.run_directory, goal, console)
-    with watcher, stopping_trials(start.folder) as asked_to_stop:
+    waits = connection.reporting_waits(start.config)
+    with watcher, waits, stopping_trials(start.folder) as asked_to_stop:
         for part in parts:
             if asked_to_stop.is_set():
                 break
