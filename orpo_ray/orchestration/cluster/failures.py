@@ -35,9 +35,12 @@ def missing_package_text(error: BaseException) -> str | None:
     missing = _MISSING.search(text)
     if missing is None:
         return None
-    node = _NODE.search(text)
+    found = _NODE.search(text)
+    node = found[1] if found else "of a worker"
+    if found is None and isinstance(error, WorkerGroupError):
+        node = f"of worker {', '.join(map(str, sorted(error.worker_failures)))}"
     return (
-        f"node {node[1] if node else 'of a worker'}: no module named {missing[1]!r}: every node "
+        f"node {node}: no module named {missing[1]!r}: every node "
         "needs the packages of the driver, in its image or by a runtime environment "
         "(ray job submit --runtime-env-json)"
     )
