@@ -1,7 +1,10 @@
 """Which cluster a command joins, by addresses where nothing, something else or Ray answers."""
 
 import logging
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +92,34 @@ def test_a_cluster_that_answers_is_joined_by_name_and_by_file(
     (temporary / "ray" / "ray_current_cluster").write_text(ray_cluster)
     assert cluster_address() == ray_cluster
     assert "joining the Ray cluster" in caplog.text
+
+
+ASK = """
+from orpo_ray.config.schema import ConfigError
+from orpo_ray.orchestration.cluster.address import cluster_address
+try:
+    print(cluster_address())
+except ConfigError as error:
+    print(*error.lines, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(("mode", "token"), [("token", "ours"), ("token", "other"), (None, None)])
+def test_a_cluster_with_another_token_is_refused_at_once(ray_cluster, tmp_path, mode, token):
+    """In a process of its own: Ray reads its token once."""
+    environment = dict(os.environ, RAY_ADDRESS=ray_cluster)
+    environment.pop("RAY_AUTH_MODE", None)
+    if mode:
+        environment["RAY_AUTH_MODE"] = mode
+    if token == "other":
+        (tmp_path / "token").write_text("b" * 64)
+        environment["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "token")
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, timeout=120
+    )
+    if token == "ours":
+        assert asked.stdout == f"{ray_cluster}\n"
+        return
+    told = f"RAY_ADDRESS: the Ray cluster at {ray_cluster} asks for a token, which this process "
+    assert asked.stdout.startswith(told), asked.stderr
+    assert asked.stdout.count("\n") == 1
