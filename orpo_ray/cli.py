@@ -217,8 +217,8 @@ def _exit_code(action: Callable[[], object]) -> int:
 
 
 def _print_interrupt(interrupt: KeyboardInterrupt) -> int:
-    if not isinstance(interrupt, SignalInterrupt):
-        interrupt = SignalInterrupt(signal.SIGINT)
+    if not isinstance(interrupt, SignalInterrupt):  # Ray raises its own for any signal
+        interrupt = SignalInterrupt(received() or signal.SIGINT)
     print(interrupt.line, file=sys.stderr)
     return interrupt.exit_code
 
