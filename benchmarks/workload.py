@@ -18,7 +18,7 @@ from orpo_ray.preference.pairing import normalise
 from orpo_ray.preference.reading.readers import read_split
 from orpo_ray.preference.reading.rows import Split
 from orpo_ray.preference.records import Refusal
-from orpo_ray.preference.templates import PairText, render
+from orpo_ray.preference.templates import PairText
 from orpo_ray.preference.tokenization import Limits, PairTokenizer
 from orpo_ray.storage.folder import Folder
 
@@ -154,9 +154,8 @@ def pair_texts(data: str) -> Iterator[PairText]:
     """The pairs of a file as text."""
     for raw in read_split(Split(data)):
         record = normalise(raw.record or {})
-        text = record if isinstance(record, Refusal) else render(record, None)
-        if not isinstance(text, Refusal):
-            yield text
+        if not isinstance(record, Refusal):
+            yield PairText(str(record.prompt), str(record.chosen), str(record.rejected))
 
 
 def _make_tokenizer(

@@ -59,3 +59,16 @@ def test_three_steps_without_ray(tmp_path):
     (checkpoint,) = (line for line in lines if line.get("setting") == "checkpoint")
     assert checkpoint["bytes_equal"]
     assert not [line for line in lines if "error" in line]
+
+
+def test_the_pairs_of_a_file_are_read_as_texts(tmp_path, monkeypatch):
+    """Dialogues as of hh-rlhf, and rows that are refused, which no side of a comparison gets."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from workload import pair_texts
+
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(row) + "\n" + json.dumps({"prompt": "only"}) + "\n")
+    (text,) = pair_texts(str(file))
+    assert (text.chosen.strip(), text.rejected.strip()) == ("b", "c")
+    assert text.prompt.endswith("Assistant:")
