@@ -16,6 +16,10 @@ _BYTES_IN_4_BITS, _BYTES_BESIDE = 0.516, 2
 # Per token and layer, in units of the hidden width: inputs of norms, q, k, v, attention output,
 # and three times the MLP's width (gate, up, product), about 8/3 x hidden each.
 _ACTIVATIONS_PER_TOKEN = 6 + 3 * 8 / 3
+# On the host also the process itself: Python, torch and Ray. Its kernels keep more than those of a
+# GPU: activations twice as much, and beside logits and gradient a softmax (benchmarks/RESULTS.md).
+_PROCESS_BYTES = 0.5 * _GIB
+_HOST_ACTIVATIONS, _HOST_LOGITS = 2, 3
 
 
 def plan_lines(config: ORPOConfig) -> list[str]:
@@ -60,18 +64,38 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
     text_config = model_config.get_text_config()
     layers, width = text_config.num_hidden_layers, text_config.hidden_size
     value_bytes = 2 if config.train.bf16 else 4
+    on_gpu = bool(config.ray.use_gpu) or torch.cuda.is_available()
     kept_layers = 1 if config.train.gradient_checkpointing else layers
     per_token = kept_layers * _ACTIVATIONS_PER_TOKEN + (layers - kept_layers)
     activations = config.microbatch_tokens * per_token * width * value_bytes
-    chunk_tokens = config.train.head_chunk(text_config.vocab_size, bool(config.ray.use_gpu))
-    logits = 2 * 4 * chunk_tokens * text_config.vocab_size
-    total = state + activations + logits
-    return [
-        f"memory a worker: about {total / _GIB:.2f} GiB = {state / _GIB:.2f} {state_text} + "
-        f"{activations / _GIB:.2f} activations of {config.microbatch_tokens} tokens + "
-        f"{logits / _GIB:.2f} logits of {chunk_tokens} positions and their "
-        "gradient"
+    chunk_tokens = config.train.head_chunk(text_config.vocab_size, on_gpu)
+    logits = 4 * chunk_tokens * text_config.vocab_size
+    parts = [
+        (state, state_text),
+        (_gathered(config, model, layers, value_bytes), "weights and gradients as gathered"),
+        (
+            activations * (1 if on_gpu else _HOST_ACTIVATIONS),
+            f"activations of {config.microbatch_tokens} tokens",
+        ),
+        (
+            logits * (2 if on_gpu else _HOST_LOGITS),
+            f"logits of {chunk_tokens} positions and their gradient",
+        ),
+        (0 if on_gpu else _PROCESS_BYTES, "the process itself"),
     ]
+    total = sum(part for part, _ in parts)
+    shown = " + ".join(f"{part / _GIB:.2f} {text}" for part, text in parts if part)
+    return [f"memory a worker: about {total / _GIB:.2f} GiB = {shown}"]
+
+
+def _gathered(config: ORPOConfig, model: Any, layers: int, value_bytes: int) -> float:
+    """Bytes of what FSDP gathers: of one worker's whole model, else of two layers at a time."""
+    if config.model.load_in_4bit:
+        return 0.0
+    n_parameters: int = sum(p.numel() for p in model.parameters())
+    share = 1.0 if config.ray.max_workers == 1 else min(1.0, 2 / layers)
+    gradients = 0 if config.model.lora_r else value_bytes
+    return n_parameters * share * (value_bytes + gradients)
 
 
 def _state(config: ORPOConfig, model: Any) -> tuple[float, str]:
