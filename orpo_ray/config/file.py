@@ -95,7 +95,9 @@ def _leave_out_unknown(in_file: dict[str, Any], path: str | None) -> None:
         _log.warning("%s: %r is no setting of this version, and is left out", path, name)
     for section in SECTIONS:
         values = in_file.get(section)
-        for name in list(values) if isinstance(values, dict) else ():
+        if not isinstance(values, dict):
+            continue
+        for name in list(values):
             if SECTION_OF.get(name) != section:
                 del values[name]
                 _log.warning(
