@@ -49,6 +49,7 @@ _OTHER_NAMES = {
 
 
 FORMAT_NAME = "format"
+_MAX_DEPTH = 100
 _log = logging.getLogger(__name__)
 FORMAT = 1
 """Of `config.yaml`; increased by each release that adds, removes or renames a setting."""
@@ -140,7 +141,8 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        file = _fetched(path) if path.startswith(URLS) else path
+        file = _fetched(path) if path.startswith(URLS) else Path(path)
+        _refuse_deep(file.read_text(encoding="utf-8"))
         values = _resolved(OmegaConf.load(file), findings)
     except FileNotFoundError:
         findings.append(f"{path}: no such config file")
@@ -153,6 +155,22 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
             return {str(key): value for key, value in values.items()}
         findings.append(f"{path}: holds a list, not settings by name")
     return {}
+
+
+def _refuse_deep(text: str) -> None:
+    """Refuse YAML whose nesting could end the process, as its parser recurses in C.
+
+    Raises:
+        YAMLError: for what is no YAML, too.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {_MAX_DEPTH} lists and mappings in one another")
 
 
 def _fetched(url: str) -> Path:
@@ -175,6 +193,7 @@ def _override_layer(override: str, findings: list[str]) -> dict[str, Any]:
         findings.append(f"{override}: not a key=value setting")
         return {}
     try:
+        _refuse_deep(text)
         values = _resolved(OmegaConf.from_dotlist([override]), findings)
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         findings.append(f"{override}: not valid YAML: {one_line(error)}")

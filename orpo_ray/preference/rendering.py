@@ -51,6 +51,7 @@ def apply_template(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
     most_characters: int | None = None,
+    /,  # a row may have arguments of these names for its template
     **options: Any,
 ) -> str:
     """Render one conversation.

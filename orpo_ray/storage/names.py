@@ -5,6 +5,7 @@ from urllib.parse import unquote
 
 # Without credentials, query or fragment; `anonymous@` asks for access without credentials.
 _BUCKET = re.compile(r"(anonymous@)?[A-Za-z0-9][A-Za-z0-9._-]*")
+_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -45,6 +46,8 @@ def refuse_unsafe_url(url: str) -> None:
     """
     protocol, _, rest = url.partition("://")
     bucket, _, _ = rest.partition("/")
+    if not _PROTOCOL.fullmatch(protocol):
+        raise UnsafeNameError(f"{url!r} is no URL: give s3:// or gs://")
     if not _BUCKET.fullmatch(bucket):
         raise UnsafeNameError(
             f"{url!r} names no bucket: give {protocol}://bucket/folder, without credentials"

@@ -209,6 +209,14 @@ def test_a_file_of_another_version_is_read_without_what_it_alone_has(tmp_path, c
     assert refusals("format=2")[0].startswith("format: no such setting")
 
 
+@pytest.mark.parametrize("text", ["a: " + "[" * 100_000, "- " * 100_000 + "a", "{a: " * 5000])
+def test_yaml_that_is_nested_too_deeply_is_refused(tmp_path, text):
+    """The parser in C would end the process."""
+    (tmp_path / "config.yaml").write_text(text)
+    assert "in one another" in refusals(path=str(tmp_path / "config.yaml"))[0]
+    assert "in one another" in refusals(f"run_name={text[:90_000].removeprefix('a: ')}")[0]
+
+
 def test_a_missing_file_is_refused_with_all_else():
     lines = refusals("beta=-1", path="gone.yaml")
     assert lines[0] == "gone.yaml: no such config file"

@@ -51,8 +51,10 @@ def test_a_url_that_leads_elsewhere_is_refused(url, tmp_path):
         find_inputs(config.replace(model_name_or_path=url), tmp_path)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/runs\n", "s3://key:secret@bucket/runs"])
-def test_a_url_with_a_control_character_or_credentials_is_no_place(url):
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/runs\n", "s3://key:secret@bucket/runs", "../../victim://bucket/x"]
+)
+def test_a_url_with_a_control_character_credentials_or_a_path_before_it_is_no_place(url):
     with pytest.raises(UnsafeNameError):
         Folder.at(url)
 
