@@ -230,6 +230,9 @@ class _ShardContents:
         for raw in batch:
             try:
                 found = self._render_row(raw)
+            except TemplateLimitError as error:
+                place = f"{self._request.files[self._source]}:{raw.number + 1}"
+                raise TemplateLimitError([f"{place}: {line}" for line in error.lines]) from None
             except DataError:
                 raise
             except Exception as error:  # one odd row must not stop the ingest
