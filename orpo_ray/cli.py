@@ -310,12 +310,14 @@ def _config_parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--print-schema", action="store_true", help="print the JSON schema")
     if name == "prepare":
         parser.add_argument(
-            "--list-cache", action="store_true", help="print the token sets in the cache, and stop"
+            "--list-cache",
+            action="store_true",
+            help="print token sets and else that runs left behind, and stop",
         )
         parser.add_argument(
             "--clear-cache",
             metavar="older_than=30d",
-            help="delete token sets that are older (d, h or m), print them, and stop",
+            help="delete what of it is older (d, h or m), print that, and stop",
         )
     return parser
 

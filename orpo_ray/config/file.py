@@ -1,6 +1,7 @@
 """Loading a config from a YAML file and overrides; all its errors are reported at once."""
 
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,18 @@ _OTHER_NAMES = {
 }
 
 
+FORMAT_NAME = "format"
+_MAX_DEPTH = 100
+_log = logging.getLogger(__name__)
+FORMAT = 1
+"""Of `config.yaml`; increased by each release that adds, removes or renames a setting."""
+
+
 def load_config(path: str | None, overrides: Sequence[str]) -> ORPOConfig:
     """Load a YAML file with `key=value` overrides and validate the result.
+
+    A file with the format of another version may have settings that are none here: these are
+    reported in the log and left out.
 
     Args:
         path: a YAML file, or None for the defaults.
@@ -59,7 +70,10 @@ def load_config(path: str | None, overrides: Sequence[str]) -> ORPOConfig:
     """
     findings: list[str] = []
     in_file = leaves_into_sections({} if path is None else _file_layer(path, findings))
+    is_of_another_version = in_file.pop(FORMAT_NAME, FORMAT) != FORMAT
     layers = [leaves_into_sections(_override_layer(text, findings)) for text in overrides]
+    if is_of_another_version:
+        _leave_out_unknown(in_file, path)
     merged: dict[str, Any] = {}
     for layer in (in_file, *layers):
         _merge(merged, layer, findings)
@@ -75,6 +89,23 @@ def load_config(path: str | None, overrides: Sequence[str]) -> ORPOConfig:
     return config
 
 
+def _leave_out_unknown(in_file: dict[str, Any], path: str | None) -> None:
+    """Remove the settings that this version does not have from those of a file, and log them."""
+    for name in [name for name in in_file if name not in (*SECTIONS, "search")]:
+        del in_file[name]
+        _log.warning("%s: %r is no setting of this version, and is left out", path, name)
+    for section in SECTIONS:
+        values = in_file.get(section)
+        if not isinstance(values, dict):
+            continue
+        for name in list(values):
+            if SECTION_OF.get(name) != section:
+                del values[name]
+                _log.warning(
+                    "%s: %s: %r is no setting of this version, and is left out", path, section, name
+                )
+
+
 def to_yaml(config: ORPOConfig) -> str:
     """The config as YAML, which `load_config` reads back to an equal value."""
     import yaml
@@ -87,7 +118,7 @@ def to_yaml(config: ORPOConfig) -> str:
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
     Dumper.add_representer(str, text_node)
-    content = escape_references(config.model_dump(mode="json"))
+    content = {FORMAT_NAME: FORMAT, **escape_references(config.model_dump(mode="json"))}
     text: str = yaml.dump(content, Dumper=Dumper, sort_keys=False)
     return text
 
@@ -110,7 +141,8 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        file = _fetched(path) if path.startswith(URLS) else path
+        file = _fetched(path) if path.startswith(URLS) else Path(path)
+        _refuse_deep(file.read_text(encoding="utf-8"))
         values = _resolved(OmegaConf.load(file), findings)
     except FileNotFoundError:
         findings.append(f"{path}: no such config file")
@@ -123,6 +155,22 @@ def _file_layer(path: str, findings: list[str]) -> dict[str, Any]:
             return {str(key): value for key, value in values.items()}
         findings.append(f"{path}: holds a list, not settings by name")
     return {}
+
+
+def _refuse_deep(text: str) -> None:
+    """Refuse YAML whose nesting could end the process, as its parser recurses in C.
+
+    Raises:
+        YAMLError: for what is no YAML, too.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {_MAX_DEPTH} lists and mappings in one another")
 
 
 def _fetched(url: str) -> Path:
@@ -145,6 +193,7 @@ def _override_layer(override: str, findings: list[str]) -> dict[str, Any]:
         findings.append(f"{override}: not a key=value setting")
         return {}
     try:
+        _refuse_deep(text)
         values = _resolved(OmegaConf.from_dotlist([override]), findings)
     except (YAMLError, OmegaConfBaseException, RecursionError) as error:
         findings.append(f"{override}: not valid YAML: {one_line(error)}")

@@ -1,53 +1,66 @@
-"""The token cache: what is in it, and deleting what is old; on the driver."""
+"""What runs leave behind and need no longer: listed, and deleted when old; on the driver."""
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from orpo_ray.storage.bucket import listed
+from orpo_ray.storage.bucket import PROTOCOLS, listed
 from orpo_ray.storage.folder import Folder
+from orpo_ray.storage.scratch import has_copies
 
-_NAME = re.compile(r"[0-9a-f]{32}")  # a hash, as ingest names a token set
+# A hash, as ingest names a token set.
+_TOKEN_SET = re.compile(r"[0-9a-f]{32}(?=/)")
+# Data sets of the hub or of memory, named by their content or `datasets`' hash.
+_INPUT = re.compile(r"inputs/(?:[0-9a-f]{16}|[0-9a-f]{32})\.parquet$")
+_SET_ASIDE = re.compile(r"(?:[^/]+/)+checkpoints/set-aside(?=/)")
+_COPY = re.compile(rf"[^/]+/(?:{'|'.join(PROTOCOLS)})/[^/]+(?=/)")
 _UNITS_S = {"d": 86400.0, "h": 3600.0, "m": 60.0}
 
 
 @dataclass(frozen=True)
-class CachedSet:
-    """A token set in the cache, whether or not its ingest came to its end.
+class Leftover:
+    """A folder or a file that a run made, and that no run needs or the next one makes again.
 
     Args:
-        name: of its folder.
+        folder: that it is in.
+        name: in that folder.
+        kind: what it is.
         size_bytes: of its files.
-        age_s: seconds since a file of it was written.
+        age_s: seconds since a file of it was written here.
     """
 
+    folder: Folder
     name: str
+    kind: str
     size_bytes: int
     age_s: float
 
 
-def cached_sets(cache: Folder) -> list[CachedSet]:
-    """The token sets in a cache, the oldest first; folders with other names are not listed.
+def leftovers(output: Folder, cache: Folder, copies: Folder) -> list[Leftover]:
+    """What runs left behind, the oldest first of each kind; nothing with a name of others.
+
+    Args:
+        output: the output directory, with copied inputs, and checkpoints that were set aside.
+        cache: the token sets, whether or not their ingest came to its end.
+        copies: of buckets; listed by side and bucket.
 
     Raises:
         OSError: when a bucket cannot be read.
     """
-    sizes: dict[str, int] = {}
-    times: dict[str, float] = {}
-    for name, size, written in _files(cache):
-        token_set = name.partition("/")[0]
-        if _NAME.fullmatch(token_set):
-            sizes[token_set] = sizes.get(token_set, 0) + size
-            times[token_set] = max(times.get(token_set, 0.0), written)
-    found = [CachedSet(name, size, time.time() - times[name]) for name, size in sizes.items()]
-    return sorted(found, key=lambda token_set: -token_set.age_s)
+    found = _found(cache, _TOKEN_SET, "token set")
+    found += _found(output, _INPUT, "copied input")
+    found += _found(output, _SET_ASIDE, "damaged checkpoint")
+    if has_copies(copies.path):
+        found += _found(copies, _COPY, "copy of a bucket")
+    return found
 
 
-def clear_cache(cache: Folder, older_than_s: float) -> list[CachedSet]:
-    """Delete the token sets that are as old; returns them. A run that needs one makes it again."""
-    old = [found for found in cached_sets(cache) if found.age_s >= older_than_s]
-    for found in old:
-        cache.remove(found.name)
+def clear(found: list[Leftover], older_than_s: float) -> list[Leftover]:
+    """Delete what is as old; returns it."""
+    old = [one for one in found if one.age_s >= older_than_s]
+    for one in old:
+        one.folder.remove(one.name)
     return old
 
 
@@ -63,10 +76,33 @@ def age_in_seconds(text: str) -> float:
     return int(found[1]) * _UNITS_S[found[2]]
 
 
-def _files(cache: Folder) -> list[tuple[str, int, float]]:
-    """Name, bytes and time of every file below a folder, where it is stored."""
-    if cache.url is not None:
-        return [(name, i.size, i.mtime_ns / 1e9) for name, i in listed(cache.url).items()]
-    paths = [path for path in cache.path.rglob("*") if path.is_file() and not path.is_symlink()]
-    stats = [(path, path.stat()) for path in paths]
-    return [(p.relative_to(cache.path).as_posix(), s.st_size, s.st_mtime) for p, s in stats]
+def _found(folder: Folder, pattern: re.Pattern[str], kind: str) -> list[Leftover]:
+    """What is named by the beginning of a file's name, the oldest first."""
+    sizes: dict[str, int] = {}
+    times: dict[str, float] = {}
+    for name, size, written in _files(folder):
+        match = pattern.match(name)
+        if match:
+            sizes[match[0]] = sizes.get(match[0], 0) + size
+            times[match[0]] = max(times.get(match[0], 0.0), written)
+    now = time.time()
+    found = [Leftover(folder, name, kind, sizes[name], now - times[name]) for name in sizes]
+    return sorted(found, key=lambda one: -one.age_s)
+
+
+def _files(folder: Folder) -> Iterator[tuple[str, int, float]]:
+    """Name, bytes and time of every file below a folder, where it is stored.
+
+    A copy has the time of what it is a copy of: when its metadata changed is when it was made.
+    """
+    if folder.url is not None:
+        for name, info in listed(folder.url).items():
+            yield name, info.size, info.mtime_ns / 1e9
+        return
+    for path in folder.path.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            stat = path.stat()
+            written = (
+                max(stat.st_mtime, stat.st_ctime) if has_copies(folder.path) else stat.st_mtime
+            )
+            yield path.relative_to(folder.path).as_posix(), stat.st_size, written

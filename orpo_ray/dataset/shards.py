@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.storage.files import replacing
 from orpo_ray.storage.folder import Folder, FolderLike
@@ -30,6 +31,8 @@ SCHEMA = pa.schema(
     ]
 )
 MANIFEST_NAME = "manifest.json"
+# Increased whenever the files of a token set are laid out in another way.
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class TokenSet:
     def save(self) -> None:
         """Write the manifest atomically, which commits the token set: call it last."""
         content = {
+            "format": FORMAT,
             "directory": str(self.folder.path),
             "shards": [dataclasses.asdict(shard) for shard in self.shards],
             "sources": self.sources,
@@ -102,11 +106,29 @@ class TokenSet:
 
     @staticmethod
     def load(place: FolderLike) -> "TokenSet | None":
-        """Read the token set in `directory`; None if it has not been committed."""
+        """Read the token set in `directory`; None if it has not been committed.
+
+        Raises:
+            DataError: for a manifest that is damaged, or of a format that this version cannot read.
+        """
         folder = Folder.at(place)
-        fields = folder.read_json(MANIFEST_NAME)
+        name = f"{folder}/{MANIFEST_NAME}"
+        try:
+            fields = folder.read_json(MANIFEST_NAME)
+        except ValueError as error:
+            raise DataError(
+                [f"{name} is damaged: delete the folder, which is made again"]
+            ) from error
         if not fields:
             return None
+        # One without a format was written before formats had numbers, and is of the first.
+        if fields.get("format", FORMAT) != FORMAT:
+            raise DataError(
+                [
+                    f"{name} is of format {fields['format']}, and this version of orpo_ray reads "
+                    f"{FORMAT}: set another token_cache_dir, or delete the folder"
+                ]
+            )
         return TokenSet(
             folder=folder,
             shards=tuple(Shard(**shard) for shard in fields["shards"]),

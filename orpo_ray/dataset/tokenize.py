@@ -27,6 +27,7 @@ from orpo_ray.preference.records import (
     excerpt,
     n_characters,
 )
+from orpo_ray.preference.rendering import TemplateLimitError
 from orpo_ray.preference.special_tokens import special_token_in
 from orpo_ray.preference.templates import PairText, empty_answer, render
 from orpo_ray.preference.tokenization import TokenizedPair
@@ -56,6 +57,8 @@ def _data_errors_as_items(
     def answer(self: Any, row: dict[str, str]) -> list[dict[str, str]]:
         try:
             answers = work(self, json.loads(row["item"]))
+        except TemplateLimitError:
+            raise  # every other file would take as long
         except DataError as error:
             answers = [{"problems": list(error.lines)}]
         return [{"item": json.dumps(item)} for item in answers]
@@ -227,6 +230,9 @@ class _ShardContents:
         for raw in batch:
             try:
                 found = self._render_row(raw)
+            except TemplateLimitError as error:
+                place = f"{self._request.files[self._source]}:{raw.number + 1}"
+                raise TemplateLimitError([f"{place}: {line}" for line in error.lines]) from None
             except DataError:
                 raise
             except Exception as error:  # one odd row must not stop the ingest
@@ -303,7 +309,8 @@ class _ShardContents:
         most = self._request.limits.characters
         if n_characters(record) > most:
             return _too_large(n_characters(record), most)
-        text = render(record, tokenizer, self._request.template_date)
+        # Twice, as the end of a conversation may be cut.
+        text = render(record, tokenizer, self._request.template_date, 2 * most)
         if isinstance(text, Refusal):
             return text
         n_rendered = len(text.prompt) + max(len(text.chosen), len(text.rejected))

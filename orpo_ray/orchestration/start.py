@@ -30,6 +30,7 @@ from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits
 from orpo_ray.reports.data import data_lines, first_pair_lines, refuse_bad_data, write_data_report
 from orpo_ray.runs.files import CONFIG, holds_run
+from orpo_ray.runs.manifest import NewerCheckpointError
 from orpo_ray.runs.resume import ResumeError, newest_manifest, refuse_changes, with_batch_size
 from orpo_ray.storage.folder import Folder
 from orpo_ray.training.checkpoint.best import Evaluations
@@ -130,7 +131,10 @@ def start_run(
     config = with_run_name(config)
     folder = run_directory_of(config)
     trains = trains and not only_evals
-    manifest = newest_manifest(folder.path) if trains else None
+    try:
+        manifest = newest_manifest(folder.path) if trains else None
+    except NewerCheckpointError as error:
+        raise ConfigError([str(error)]) from error
     config = _resumed(config, folder, manifest)
     inputs = inputs or find_inputs(config, folder.parent, only_evals)
     if trains:

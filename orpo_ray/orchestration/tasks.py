@@ -62,8 +62,8 @@ def _one_by_one(rows: list[dict[str, str]], work: Any) -> list[dict[str, str]]:
         except _ended_process():
             problems.append(
                 f"{_file_of(json.loads(row['item']))}: the process that reads it ended without an "
-                f"error, {_RETRIES + 2} times; the file is damaged, or its rows take more memory "
-                "than there is"
+                f"error, {_RETRIES + 2} times; the file is damaged, its rows take more memory than "
+                "there is, or the chat template has no end"
             )
     if problems:
         raise DataError(sorted(set(problems)))

@@ -28,6 +28,7 @@ from orpo_ray.orchestration.start import Start
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
 from orpo_ray.runs.files import FINAL, STOP
 from orpo_ray.runs.formatting import format_time
+from orpo_ray.runs.manifest import NewerCheckpointError
 from orpo_ray.runs.mirror import from_workers
 from orpo_ray.runs.resume import ResumeError
 from orpo_ray.storage.folder import WORKERS, Folder
@@ -89,7 +90,12 @@ def train_worker(
         figures = run_training(job)
         _report_model({**figures["after"], **figures["train"]})
         return WorkerAnswer()
-    except (EvaluationError, ResumeError, UnsupportedModelError) as error:
+    except (
+        EvaluationError,
+        NewerCheckpointError,
+        ResumeError,
+        UnsupportedModelError,
+    ) as error:
         return WorkerAnswer(refusal=str(error))
     except StoppedError as error:
         return WorkerAnswer(stopped=str(error))

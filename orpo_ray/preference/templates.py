@@ -1,6 +1,5 @@
 """Rendering pairs of messages as text with the chat template."""
 
-import inspect
 import json
 import re
 from collections import Counter
@@ -23,6 +22,11 @@ from orpo_ray.preference.records import (
     Reason,
     Record,
     Refusal,
+)
+from orpo_ray.preference.rendering import (
+    TooManyCharactersError,
+    apply_template,
+    reserved_argument,
 )
 from orpo_ray.preference.special_tokens import (
     closed_edges,
@@ -73,7 +77,9 @@ def template_text(setting: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def render(record: Record, tokenizer: Any, date: str = TEMPLATE_DATE) -> PairText | Refusal:
+def render(
+    record: Record, tokenizer: Any, date: str = TEMPLATE_DATE, most_characters: int | None = None
+) -> PairText | Refusal:
     """Render messages with the tokenizer's chat template; of text, only its end may be cut.
 
     The prompt includes the generation prompt. Where a template renders that differently once an
@@ -84,9 +90,10 @@ def render(record: Record, tokenizer: Any, date: str = TEMPLATE_DATE) -> PairTex
         record: the pair.
         tokenizer: with the chat template.
         date: what templates that ask for today's date get, as YYYY-MM-DD.
+        most_characters: that the template may make of a conversation; None for no limit.
 
     Raises:
-        DataError: for messages, if the tokenizer has no chat template.
+        DataError: for messages, if the tokenizer has no chat template or one that does not end.
     """
     prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
@@ -102,14 +109,20 @@ def render(record: Record, tokenizer: Any, date: str = TEMPLATE_DATE) -> PairTex
             ]
         )
     try:
-        return _Rendering(record, tokenizer, date).pair()
+        return _Rendering(record, tokenizer, date, most_characters).pair()
     except DataError:
         raise
+    except TooManyCharactersError as error:
+        return Refusal(
+            Reason.TOO_LARGE,
+            f"the chat template makes {error.n_characters} characters of it, more than "
+            f"{most_characters}",
+        )
     except Exception as error:
         # Templates raise on purpose, for roles that the model does not support, and by accident:
         # some add the arguments of a tool call to a text, and fail for an object.
         if any(_calls(record)):
-            return render(_with_text_arguments(record), tokenizer, date)
+            return render(_with_text_arguments(record), tokenizer, date, most_characters)
         return Refusal(Reason.TEMPLATE_REFUSED, f"the chat template raised: {error}")
 
 
@@ -129,8 +142,11 @@ def _without_space_after_end(answer: str, tokenizer: Any) -> str:
 class _Rendering:
     """One pair of messages and what the template makes of it."""
 
-    def __init__(self, record: Record, tokenizer: Any, date: str) -> None:
+    def __init__(
+        self, record: Record, tokenizer: Any, date: str, most_characters: int | None
+    ) -> None:
         self.record, self.tokenizer, self.date = record, tokenizer, date
+        self.most_characters = most_characters
         self.eos: str = tokenizer.eos_token
         self.arguments = dict(record.template)
         self.template = dated_template(tokenizer, date, record.template.get("tools"))
@@ -139,7 +155,7 @@ class _Rendering:
         self.answers = [without_last_end(side, self.eos) for side in sides]
 
     def pair(self) -> PairText | Refusal:
-        wrong = _reserved_argument(self.record.template, self.tokenizer)
+        wrong = reserved_argument(self.record.template, self.tokenizer)
         if wrong:
             return wrong
         asking = self._apply(self.prompt, answered=False) if self.prompt else ""
@@ -151,7 +167,7 @@ class _Rendering:
         ):
             # The template prints what it gets, which is meant to be text.
             texts = _with_text_arguments(self.record)
-            return render(texts, self.tokenizer, self.date)
+            return render(texts, self.tokenizer, self.date, self.most_characters)
         shared = shared_length(asking, *wholes)
         notes = set(self.record.notes)
         if shared < len(asking):
@@ -184,15 +200,15 @@ class _Rendering:
         by the generation prompt.
         """
         open_turn = not answered and role_of(messages[-1]) == ASSISTANT
-        text: str = self.tokenizer.apply_chat_template(
+        return apply_template(
+            self.tokenizer,
             [_with_known_role(message, self.tokenizer) for message in messages],
+            self.most_characters,
             chat_template=self.template,
-            tokenize=False,
             add_generation_prompt=not answered and not open_turn,
             continue_final_message=open_turn,
             **(self.arguments | changes),
         )
-        return text
 
     def _cut(
         self, answers: Sequence[str], wholes: Sequence[str], asking: str
@@ -369,25 +385,6 @@ def _with_text_arguments(record: Record) -> Record:
         for name in ("prompt", "chosen", "rejected")
     }
     return replace(record, **sides)
-
-
-def _reserved_argument(arguments: Mapping[str, Any], tokenizer: Any) -> Refusal | None:
-    """Refuse a row whose template arguments are those that rendering itself sets."""
-    reserved = _reserved_arguments(tokenizer)
-    for name in arguments:
-        if name != "tools" and (name in reserved or name in tokenizer.special_tokens_map):
-            return Refusal(
-                Reason.WRONG_TYPE,
-                f"chat_template_kwargs may not set {name}, which is not the row's to decide",
-            )
-    return None
-
-
-@lru_cache(maxsize=8)
-def _reserved_arguments(tokenizer: Any) -> frozenset[str]:
-    names = inspect.signature(tokenizer.apply_chat_template).parameters
-    own = {"messages", _CLOCK, "raise_exception", "tojson"}
-    return frozenset(own | set(names) - {"documents"})
 
 
 def empty_answer(text: PairText, tokenizer: Any) -> Refusal | None:

@@ -15,6 +15,7 @@ import numpy as np
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.records import Reason, Refusal
+from orpo_ray.preference.rendering import apply_template
 from orpo_ray.preference.special_tokens import refuse_ids, special_ids, special_tokens
 from orpo_ray.preference.templates import PairText, shared_length
 
@@ -232,9 +233,9 @@ class PairTokenizer:
             return False
         turn = [{"role": "user", "content": "a"}]
         try:
-            text = self.tokenizer.apply_chat_template(
-                turn, tokenize=False, add_generation_prompt=True
-            )
+            text = apply_template(self.tokenizer, turn, add_generation_prompt=True)
+        except DataError:
+            raise
         except Exception:  # a template may raise anything for a conversation that it does not like
             return False
         return bool(text.count(bos) > 1)

@@ -1,13 +1,15 @@
 """The model card: `README.md` of an exported model; on the driver."""
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from yaml import YAMLError
 
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ORPOConfig
@@ -21,6 +23,8 @@ from orpo_ray.runs.metrics import HEADLINE
 from orpo_ray.storage.folder import Folder
 from orpo_ray.version import __version__
 
+_CARD = "README.md"
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 # Settings that say where something is.
 _PLACES = {
     "model": ("model_name_or_path", "baseline"),
@@ -64,7 +68,7 @@ def write_model_card(run: Folder, config: ORPOConfig, data_report: Mapping[str, 
         max_length=config.data.max_length,
         settings=to_yaml(public),
     )
-    path = final / "README.md"
+    path = final / _CARD
     ModelCard(text).save(path)
     (run / FINAL).publish(*(n for n in (CURVES, path.name) if (final / n).exists()))
     return path
@@ -76,10 +80,30 @@ def _metadata(config: ORPOConfig) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
+        license=_license_of(base, config.model.model_revision),
         base_model=base if is_hub_id(base) else None,
         datasets=[data] if data and is_hub_id(data) else None,
         tags=["orpo", "preference", "orpo_ray"],
     )
+
+
+def _license_of(model: str | None, revision: str | None) -> str | None:
+    """The license that a model's own card names, as the hub spells it; nothing is downloaded."""
+    if model is None:
+        return None
+    if "://" in model:
+        card: Any = Folder.at(model).path / _CARD
+    elif is_hub_id(model):
+        card = try_to_load_from_cache(model, _CARD, revision=revision)
+    else:
+        card = Path(model).expanduser() / _CARD
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return None
+    try:
+        named = (metadata_load(card) or {}).get("license")
+    except (OSError, ValueError, YAMLError, RecursionError):
+        return None  # a card of others may hold anything
+    return named if isinstance(named, str) and _LICENSE.fullmatch(named) else None
 
 
 def is_hub_id(name: str | None) -> bool:

@@ -16,6 +16,13 @@ from orpo_ray.storage.folder import Folder
 MANIFEST = "MANIFEST.json"
 FOLDER = "checkpoints"
 SET_ASIDE = "set-aside"
+# Of all that is in a checkpoint; increased whenever this version could not read an older one, or
+# an older version this one. The seal and the key `format` are the same in all.
+FORMAT = 1
+
+
+class NewerCheckpointError(Exception):
+    """A checkpoint is whole, and of a format that only a later version reads."""
 
 
 def checkpoint_directory(run_directory: str | os.PathLike[str], step: int) -> Path:
@@ -46,7 +53,9 @@ def write_manifest(checkpoint: Folder, about: Mapping[str, Any], files: Mapping[
         about: other content of the manifest (step, epoch, position, world size, settings).
         files: `fingerprint` of every file by name.
     """
-    checkpoint.write_text(MANIFEST, _text(_sealed({**about, "files": dict(files)})))
+    checkpoint.write_text(
+        MANIFEST, _text(_sealed({"format": FORMAT, **about, "files": dict(files)}))
+    )
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -54,6 +63,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: when it is missing or not byte for byte as it was written; the text says which.
+        NewerCheckpointError: naming it. One without a format is of the first.
     """
     try:
         text = (directory / MANIFEST).read_text(encoding="utf-8")
@@ -67,6 +77,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"its {MANIFEST} is damaged") from None
     if text != _text(_sealed(content)):
         raise ValueError(f"its {MANIFEST} is damaged")
+    if content.get("format", FORMAT) > FORMAT:
+        raise NewerCheckpointError(
+            f"{directory / MANIFEST} is of format {content['format']}, and this version "
+            f"reads {FORMAT}: resume with the version that wrote it, or choose another run_name"
+        )
     return content
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orpo_ray.config.file import FORMAT_NAME
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.runs.evaluations import latest, read_evaluations
 from orpo_ray.runs.files import (
@@ -27,7 +28,7 @@ from orpo_ray.runs.files import (
     read_metrics,
 )
 from orpo_ray.runs.lock import Driver, last_driver
-from orpo_ray.runs.manifest import MANIFEST, checkpoints, find_damage
+from orpo_ray.runs.manifest import MANIFEST, NewerCheckpointError, checkpoints, find_damage
 from orpo_ray.runs.metrics import (
     EVALUATION_SUMMARY,
     TRAINING_SUMMARY,
@@ -133,10 +134,10 @@ def _read_config(directory: Path) -> ORPOConfig | None:
     import yaml
 
     try:
-        return ORPOConfig.model_validate(
-            yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
-        )
-    except (OSError, ValueError, yaml.YAMLError):
+        values = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
+        values.pop(FORMAT_NAME, None)
+        return ORPOConfig.model_validate(values)
+    except (AttributeError, OSError, ValueError, yaml.YAMLError):
         return None
 
 
@@ -300,6 +301,9 @@ def _checkpoints(run: RunView) -> tuple[dict[str, Any] | None, list[dict[str, An
             committed = manifest.stat().st_mtime if damage is None else None
         except FileNotFoundError:
             continue  # it was deleted just now
+        except NewerCheckpointError as error:
+            passed_over.append({"step": step, "reason": str(error)})
+            continue
         if damage is None:
             about = {"step": step, "age_s": run.age(committed), "folder": checkpoint.address}
             return about | {"checked": "manifest and sizes"}, passed_over

@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 HIDDEN = "[hidden]"
@@ -24,9 +24,11 @@ _VALUES = (
     re.compile(r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])"),
     re.compile(r"(?<![A-Za-z0-9])(?:gh[a-z]|github_pat)_[A-Za-z0-9_]{30,}"),
     re.compile(r"(?<=://)[^\s/:@?#]*:[^\s/@]+(?=@)"),
-    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^\"']*"),
+    re.compile(r"(?<![A-Za-z0-9])npm_[A-Za-z0-9]{36}"),
+    re.compile(r"(?<![A-Za-z0-9])eyJ[\w-]{8,}\.eyJ[\w-]{8,}(?:\.[\w-]*)?"),
     re.compile(r"(?<![A-Za-z0-9])AIza[A-Za-z0-9_-]{35}"),
 )
+_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^\"']*")
 # Rules that take ordinary texts for secrets, or of which there is a better one here.
 _UNUSED_RULES = {"ArtifactoryDetector", "BasicAuthDetector", "IPPublicDetector"}
 _UNUSED_RULES |= {"PrivateKeyDetector"}
@@ -34,7 +36,8 @@ _UNUSED_RULES |= {"PrivateKeyDetector"}
 _ASSIGNMENT = re.compile(r"(?<![\w.-])([A-Za-z][\w.-]*)=([^\s\"'&;,<>{}\[\]()]{16,})")
 _QUERY = re.compile(r"(?<=://)([^\s?\"'<>]+)\?[^\s\"'<>]*=[^\s\"'<>:]*")
 # C0, DEL and C1, and marks that turn the direction of writing.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_PIECE, _GAP = 4096, re.compile(r"[\s\"'<>]")
 _MIN_LENGTH = 10  # of a variable's value: shorter ones occur in ordinary text
 
 
@@ -50,7 +53,8 @@ def hide(text: str) -> str:
 
     Those are known patterns, values of secret environment variables, and queries of URLs.
     """
-    return _QUERY.sub(rf"\1?{HIDDEN}", without_secrets(text))
+    hidden = (_QUERY.sub(rf"\1?{HIDDEN}", piece) for piece in _pieces(without_secrets(text)))
+    return "".join(hidden)
 
 
 def printable(text: str) -> str:
@@ -65,11 +69,33 @@ def without_secrets(text: str) -> str:
     """As `hide`, but with queries of URLs that hold no secret."""
     for value in _secrets_of_environment():
         text = text.replace(value, HIDDEN)
+    return "".join(map(_without_patterns, _pieces(_KEY.sub(HIDDEN, text))))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Parts of a text in order, each ending between two words if it can.
+
+    The time of some patterns grows with the square of the text, which may be anybody's.
+    """
+    start = 0
+    while len(text) - start > _PIECE:
+        gaps = [found.end() for found in _GAP.finditer(text, start, start + _PIECE)]
+        end = gaps[-1] if gaps else start + _PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _without_patterns(text: str) -> str:
     for pattern in _VALUES:
         text = pattern.sub(HIDDEN, text)
     for rule in _rules():
-        for value in set(rule.analyze_string(text)):
-            text = text.replace(value, HIDDEN)
+        for pattern in rule.denylist:
+            # All that it matches: what the rule itself gives may be a part, as `glpat` of a token.
+            text = pattern.sub(
+                lambda found, rule=rule: HIDDEN if any(rule.analyze_string(found[0])) else found[0],
+                text,
+            )
     return _ASSIGNMENT.sub(
         lambda found: f"{found[1]}={HIDDEN}" if is_secret_name(found[1]) else found[0], text
     )

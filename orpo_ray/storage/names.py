@@ -1,9 +1,11 @@
 """Names in buckets and URLs, and which of them may become a path on a disk."""
 
 import re
+from urllib.parse import unquote
 
 # Without credentials, query or fragment; `anonymous@` asks for access without credentials.
 _BUCKET = re.compile(r"(anonymous@)?[A-Za-z0-9][A-Za-z0-9._-]*")
+_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -44,6 +46,8 @@ def refuse_unsafe_url(url: str) -> None:
     """
     protocol, _, rest = url.partition("://")
     bucket, _, _ = rest.partition("/")
+    if not _PROTOCOL.fullmatch(protocol):
+        raise UnsafeNameError(f"{url!r} is no URL: give s3:// or gs://")
     if not _BUCKET.fullmatch(bucket):
         raise UnsafeNameError(
             f"{url!r} names no bucket: give {protocol}://bucket/folder, without credentials"
@@ -52,3 +56,25 @@ def refuse_unsafe_url(url: str) -> None:
         raise UnsafeNameError(
             f"{url!r} has an empty part, `.`, `..` or a control character: write its path without"
         )
+
+
+def refuse_unsafe_file_url(url: str) -> None:
+    """Refuse a URL of data, on any file system, whose path is not plain; globs are.
+
+    Of HTTP, `%2e%2e` is `..` as well. Of URLs in one another (`zip://*.jsonl::https://...`) each
+    is looked at.
+
+    Raises:
+        UnsafeNameError: naming it.
+    """
+    for link in url.split("::"):
+        protocol, separator, rest = link.partition("://")
+        if not separator:
+            continue
+        if protocol in ("http", "https"):
+            rest = unquote(re.split("[?#]", rest, maxsplit=1)[0])
+        if not is_plain(rest.removeprefix("/").removesuffix("/")):
+            raise UnsafeNameError(
+                f"{url!r} has an empty part, `.`, `..` or a control character: write its path "
+                "without"
+            )

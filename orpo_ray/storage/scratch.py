@@ -27,6 +27,12 @@ def _default_name() -> str:
     return f"orpo_ray-{os.getuid()}"
 
 
+def has_copies(root: Path) -> bool:
+    """Whether a folder is one of copies that this project made for this user."""
+    mark = root / _MARK
+    return mark.is_file() and not root.is_symlink() and root.lstat().st_uid == os.getuid()
+
+
 def make_own(root: Path, folder: Path) -> None:
     """Make a folder below the root of all copies, each level of it this user's alone.
 

@@ -14,6 +14,7 @@ from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
+from orpo_ray.preference.rendering import apply_template
 from orpo_ray.preference.templates import dated_template
 from orpo_ray.pretrained import load_tokenizer
 from orpo_ray.runs.files import RunFiles
@@ -151,10 +152,10 @@ def _own(text: str, tokenizer: Any, date: str) -> SamplePrompt:
     """A prompt from the config: one user turn if the tokenizer has a chat template, else text."""
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(
+        text = apply_template(
+            tokenizer,
             turn,
             chat_template=dated_template(tokenizer, date),
-            tokenize=False,
             add_generation_prompt=True,
         )
     ids = tokenizer.encode(text, add_special_tokens=False)

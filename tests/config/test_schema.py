@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from orpo_ray.config.fields import Decides
-from orpo_ray.config.file import load_config, to_yaml
+from orpo_ray.config.file import FORMAT, load_config, to_yaml
 from orpo_ray.config.schema import (
     SECTION_OF,
     SECTIONS,
@@ -185,6 +185,36 @@ def test_a_text_with_a_dollar_reads_back_as_it_is(tmp_path, text):
     config = ORPOConfig(sample_prompts=(text,), search={"seed": [text]})
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(str(tmp_path / "config.yaml"), []) == config
+
+
+def test_a_file_of_another_version_is_read_without_what_it_alone_has(tmp_path, caplog):
+    """What it has in common with this one is checked as ever, and so is a file of this version."""
+    path = tmp_path / "config.yaml"
+    text = to_yaml(ORPOConfig(beta=0.3)).replace("beta: 0.3", "beta: 0.3\n  label_smoothing: 0.1")
+    text += "future:\n  setting: 1\n"
+    path.write_text(text)
+    lines = refusals(path=str(path))
+    assert [line.partition(": no such setting")[0] for line in lines] == [
+        f"{path}: orpo.label_smoothing",
+        f"{path}: future",
+    ]
+    path.write_text(text.replace(f"format: {FORMAT}", f"format: {FORMAT + 1}"))
+    assert load_config(str(path), []) == ORPOConfig(beta=0.3)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: 'future' is no setting of this version, and is left out",
+        f"{path}: orpo: 'label_smoothing' is no setting of this version, and is left out",
+    ]
+    path.write_text(path.read_text().replace("beta: 0.3", "beta: -1"))
+    assert refusals(path=str(path))[0].startswith(f"{path}: orpo.beta")
+    assert refusals("format=2")[0].startswith("format: no such setting")
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 100_000, "- " * 100_000 + "a", "{a: " * 5000])
+def test_yaml_that_is_nested_too_deeply_is_refused(tmp_path, text):
+    """The parser in C would end the process."""
+    (tmp_path / "config.yaml").write_text(text)
+    assert "in one another" in refusals(path=str(tmp_path / "config.yaml"))[0]
+    assert "in one another" in refusals(f"run_name={text[:90_000].removeprefix('a: ')}")[0]
 
 
 def test_a_missing_file_is_refused_with_all_else():

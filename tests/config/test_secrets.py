@@ -200,3 +200,35 @@ def test_a_query_of_a_url_is_shown_nowhere():
 
 def test_control_characters_are_shown_as_escapes():
     assert printable("a\x1b[2Jb\r\x9b\u202ec\td\n") == "a\\x1b[2Jb\\r\\x9b\\u202ec\td\n"
+
+
+@pytest.mark.parametrize("part", ["eyJ", "https://a?b=", "://a:", "sk-", "a=", "-----BEGIN "])
+def test_a_long_text_takes_no_longer_than_its_length(part):
+    """30,000 characters of what begins a secret, and a secret."""
+    secret = "glpat-" + "aB3" * 7
+    shown = hide(f"{part * (30_000 // len(part))} {secret} {secret}")
+    assert secret not in shown
+
+
+def test_a_secret_in_a_long_text_is_hidden_wherever_it_is():
+    secret, key = "glpat-" + "aB3" * 7, "-----BEGIN PRIVATE KEY-----" + "aB3" * 2000
+    for n_words in range(400, 420):
+        assert hide("word four " * n_words + f'"{secret}"\n' + key) == (
+            "word four " * n_words + '"[hidden]"\n[hidden]'
+        )
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "glpat-" + "aB3" * 7,
+        "npm_" + "aB3" * 12,
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0." + "aB3" * 14,
+        "sk_live_" + "aB3" * 8,
+        "xoxb-1234567890-" + "aB3" * 8,
+        "123456789:" + "aB3" * 11 + "aB",
+    ],
+)
+def test_a_token_is_hidden_to_its_last_letter(secret):
+    """Rules of detect-secrets give a part of what they match, such as the name before a token."""
+    assert hide(f"failed with {secret} at x") == f"failed with {HIDDEN} at x"

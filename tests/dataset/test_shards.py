@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_ray.dataset.shards import MANIFEST_NAME, Shard, TokenSet, read_shard, write_shard
+from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId, TokenIds
 from orpo_ray.storage.folder import Folder
 
@@ -131,6 +132,7 @@ def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
         Folder.at(tmp_path), (Shard("a.parquet", 1, 1, 6, "aa"),), ("s",), {"rows_read": 1}
     ).save()
     assert json.loads((tmp_path / MANIFEST_NAME).read_text()) == {
+        "format": 1,
         "directory": str(tmp_path),
         "shards": [
             {
@@ -146,3 +148,19 @@ def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
         "report": {"rows_read": 1},
         "held_out": [],
     }
+
+
+def test_a_set_without_a_format_is_of_the_first_and_of_another_one_it_is_named(tmp_path: Path):
+    """The next version may lay out its files in another way, and find this set in the cache."""
+    tokens = TokenSet(Folder.at(tmp_path), (), ("s",), {})
+    tokens.save()
+    content = json.loads((tmp_path / MANIFEST_NAME).read_text())
+    del content["format"]
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(content))
+    assert TokenSet.load(tmp_path) == tokens
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({"format": 2, "parts": []}))
+    with pytest.raises(DataError, match=r"manifest\.json is of format 2, and .* reads 1"):
+        TokenSet.load(tmp_path)
+    (tmp_path / MANIFEST_NAME).write_text('{"format": 1, "sh')
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        TokenSet.load(tmp_path)

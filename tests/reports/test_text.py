@@ -136,6 +136,28 @@ def test_the_metadata_is_what_the_hub_knows(tmp_path):
     ]
 
 
+CARDS = {
+    "---\nlicense: apache-2.0\n---\n# Base": "apache-2.0",
+    "---\nlicense: [mit]\n---\n": None,
+    "---\nlicense: '](http://x) <b>'\n---\n": None,
+    "---\nlicense: !!python/object/apply:os.system [x]\n---\n": None,
+    "---\n- a\n---\n": None,
+    "---\na: " + "[" * 2000 + "\n---\n": None,
+    "no metadata": None,
+    "\xff": None,
+}
+
+
+@pytest.mark.parametrize("text", CARDS, ids=range(len(CARDS)))
+def test_the_license_is_that_of_the_base_models_own_card(tmp_path, text):
+    """Which is of others, and may hold anything."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text(text, encoding="latin-1")
+    card = write_card(tmp_path / "run", model_name_or_path=str(base))
+    assert card.data.to_dict().get("license") == CARDS[text]
+
+
 def test_a_prompt_does_not_end_the_block_of_the_settings(tmp_path):
     prompt = "a\n```\n<script>x</script>"
     card = write_card(tmp_path / "a", sample_prompts=[prompt])

@@ -1,11 +1,15 @@
 """The commit point: what is not byte for byte as it was committed is not gone on from."""
 
+import json
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from orpo_ray.runs.manifest import (
+    FORMAT,
     MANIFEST,
+    NewerCheckpointError,
     checkpoint_directory,
     find_damage,
     fingerprint,
@@ -14,6 +18,7 @@ from orpo_ray.runs.manifest import (
     read_manifest,
     write_manifest,
 )
+from orpo_ray.runs.resume import newest_manifest
 from orpo_ray.storage.folder import Folder
 
 
@@ -120,3 +125,33 @@ def test_what_torch_would_unpickle_has_to_be_covered(tmp_path, name):
     assert find_damage(Folder.at(directory)) is None
     (directory / name).write_bytes(b"planted")
     assert find_damage(Folder.at(directory)) == f"{name} is not in its MANIFEST.json"
+
+
+def with_format(directory: Path, number: int) -> None:
+    """The checkpoint as a version with another format would commit it."""
+    content = read_manifest(directory)
+    write_manifest(Folder.at(directory), content | {"format": number}, content["files"])
+
+
+def test_a_checkpoint_of_a_later_format_is_named_and_not_set_aside(tmp_path):
+    """It is no damage: the version that wrote it reads it."""
+    directory = commit(tmp_path, 7)
+    assert read_manifest(directory)["format"] == FORMAT
+    with_format(directory, FORMAT + 1)
+    for read in (
+        lambda: newest_checkpoint(Folder.at(tmp_path), lambda *_: None),
+        lambda: newest_manifest(tmp_path),
+    ):
+        with pytest.raises(NewerCheckpointError, match=rf"MANIFEST.json is of format {FORMAT + 1}"):
+            read()
+    assert directory.exists()
+
+
+def test_a_checkpoint_without_a_format_is_of_the_first(tmp_path):
+    directory = commit(tmp_path, 7)
+    text = (directory / MANIFEST).read_text()
+    content = json.loads(text)["content"]
+    del content["format"]
+    seal = xxhash.xxh3_128_hexdigest(json.dumps(content, indent=1).encode())
+    (directory / MANIFEST).write_text(json.dumps({"content": content, "xxh3_128": seal}, indent=1))
+    assert newest_checkpoint(Folder.at(tmp_path), lambda *_: None) == 7

@@ -7,6 +7,7 @@ from orpo_ray.config.schema import ConfigError
 from orpo_ray.orchestration.inputs import find_inputs
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.finding import find_files
+from orpo_ray.preference.reading.sources import remote_file_system
 from orpo_ray.storage.folder import DRIVER, VIEWS, WORKERS, Folder
 from orpo_ray.storage.names import UnsafeNameError, is_plain
 from orpo_ray.storage.scratch import copies_root
@@ -50,8 +51,10 @@ def test_a_url_that_leads_elsewhere_is_refused(url, tmp_path):
         find_inputs(config.replace(model_name_or_path=url), tmp_path)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/runs\n", "s3://key:secret@bucket/runs"])
-def test_a_url_with_a_control_character_or_credentials_is_no_place(url):
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/runs\n", "s3://key:secret@bucket/runs", "../../victim://bucket/x"]
+)
+def test_a_url_with_a_control_character_credentials_or_a_path_before_it_is_no_place(url):
     with pytest.raises(UnsafeNameError):
         Folder.at(url)
 
@@ -60,6 +63,33 @@ def test_a_url_with_a_control_character_or_credentials_is_no_place(url):
 def test_data_is_not_read_from_a_url_that_leads_elsewhere(url):
     with pytest.raises(DataError, match="UnsafeNameError"):
         find_files([f"{url}/pairs.jsonl"])
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:9/a/../pairs.jsonl",
+        "https://127.0.0.1:9/a/%2e%2e/pairs.jsonl",
+        "https://127.0.0.1:9//pairs.jsonl",
+        "https://127.0.0.1:9/./pairs.jsonl#part",
+        "file:///tmp/../etc/pairs.jsonl",
+        "memory://a/../pairs.jsonl",
+        "gcs://bucket/a/../pairs.jsonl",
+        "hf://datasets/a/b/../../c/pairs.jsonl",
+        "zip://pairs.jsonl::https://127.0.0.1:9/a/../pairs.zip",
+    ],
+)
+def test_so_is_no_url_of_data_on_any_file_system(url):
+    """Before anything is asked of it: nothing listens on port 9."""
+    with pytest.raises(UnsafeNameError):
+        remote_file_system(url)
+    with pytest.raises(DataError, match="UnsafeNameError"):
+        find_files([url])
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/a/", "memory://a/*.jsonl", "memory:///a/b..c.jsonl"])
+def test_other_urls_of_data_are_read(url):
+    remote_file_system(url)
 
 
 @pytest.mark.parametrize("name", ["../other", "..", "a/../../b", "/etc/passwd", "a//b", ""])

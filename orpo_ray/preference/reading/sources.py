@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from orpo_ray.storage.bucket import file_system
+from orpo_ray.storage.names import refuse_unsafe_file_url
 
 LINES, ARRAYS, TABLES = (".jsonl", ".ndjson"), (".json",), (".csv", ".tsv")
 PARQUET, ARROW = (".parquet",), (".arrow", ".feather")
@@ -43,10 +44,15 @@ def is_plain(path: str, kinds: tuple[str, ...]) -> bool:
 
 
 def remote_file_system(url: str) -> tuple[Any, str]:
-    """Return a file system with fsspec's interface and the path of `url` in it."""
+    """Return a file system with fsspec's interface and the path of `url` in it.
+
+    Raises:
+        UnsafeNameError: for a URL with `..`, `.` or empty parts.
+    """
     import fsspec
     from fsspec.implementations.arrow import ArrowFSWrapper
 
+    refuse_unsafe_file_url(url)
     if url.startswith(_PYARROW_URLS):
         system, path = file_system(url)
         return ArrowFSWrapper(system), path
