@@ -99,11 +99,10 @@ def as_sources(files: Sequence[str], like: DataSource | None = None) -> tuple[Da
 
 def eval_sets(sources: Sequence[DataSource]) -> dict[str, tuple[DataSource, ...]]:
     """Sources by metric prefix: `eval_<name>_`, and `eval_` where they have no name."""
-    sets: dict[str, tuple[DataSource, ...]] = {}
+    sets: dict[str, list[DataSource]] = {}
     for source in sources:
-        prefix = _prefix(source)
-        sets[prefix] = (*sets.get(prefix, ()), source)
-    return sets
+        sets.setdefault(_prefix(source), []).append(source)
+    return {prefix: tuple(found) for prefix, found in sets.items()}
 
 
 def _prefix(source: DataSource) -> str:
