@@ -66,24 +66,22 @@ class ChunkWriter:
     def __init__(self, tokens: Folder, shard_rows: int) -> None:
         self._tokens, self._shard_rows = tokens, shard_rows
         self._waiting: list[Chunk] = []
+        self._n_waiting = 0
         self.summaries: list[dict[str, Any]] = []
 
     def add(self, chunk: Chunk) -> None:
         """Add the next chunk."""
-        if self._size([*self._waiting, chunk]) > self._shard_rows:
+        n_rows = len(chunk.contents.kept.groups) + len(chunk.contents.refused)
+        if self._n_waiting + n_rows > self._shard_rows:
             self.flush()
         self._waiting.append(chunk)
+        self._n_waiting += n_rows
 
     def flush(self) -> None:
         """Write what waits for it."""
         if self._waiting:
             self.summaries += write_chunks(self._tokens, self._waiting)
-        self._waiting = []
-
-    @staticmethod
-    def _size(chunks: Sequence[Chunk]) -> int:
-        contents = [chunk.contents for chunk in chunks]
-        return sum(len(each.kept.groups) + len(each.refused) for each in contents)
+        self._waiting, self._n_waiting = [], 0
 
 
 def write_chunks(tokens: Folder, chunks: Sequence[Chunk]) -> list[dict[str, Any]]:

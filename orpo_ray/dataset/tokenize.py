@@ -26,7 +26,7 @@ from orpo_ray.preference.records import (
 )
 from orpo_ray.preference.special_tokens import special_token_in
 from orpo_ray.preference.templates import PairText, empty_answer, render
-from orpo_ray.preference.tokenization import TokenizedPair
+from orpo_ray.preference.tokenization import PairTokenizer, TokenizedPair
 from orpo_ray.storage.files import read_json
 from orpo_ray.storage.folder import Folder, FolderLike
 
@@ -79,6 +79,10 @@ class TokenizeSplit:
 
     request: IngestRequest
     tokens: FolderLike
+
+    @functools.cached_property
+    def _pairs(self) -> PairTokenizer:
+        return self.request.pair_tokenizer()
 
     @_data_errors_as_items
     def __call__(self, item: dict[str, Any]) -> list[dict[str, Any]]:
@@ -137,7 +141,7 @@ class TokenizeSplit:
             yield first.number, itertools.chain([first], more)
 
     def _tokenized(self, source: int, first: int, rows: Iterator[RawRow]) -> Chunk:
-        contents = _ShardContents(self.request, source)
+        contents = _ShardContents(self.request, source, self._pairs)
         while batch := list(itertools.islice(rows, _BATCH_ROWS)):
             contents.add(batch)
         return Chunk(source, self.request.files[source], first, contents)
@@ -168,10 +172,10 @@ class _RenderedRow:
 class _ShardContents:
     """Collects the kept pairs, refused rows and counts of one shard."""
 
-    def __init__(self, request: IngestRequest, source: int) -> None:
+    def __init__(self, request: IngestRequest, source: int, pairs: PairTokenizer) -> None:
         self._request = request
         self._source = source
-        self._pairs = request.pair_tokenizer()
+        self._pairs = pairs
         self.kept = PairStatsBuilder(request.val_set_size)
         self.refused: list[tuple[RawRow, Refusal]] = []
         self.shapes: Counter[str] = Counter()
