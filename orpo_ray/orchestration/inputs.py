@@ -96,7 +96,7 @@ def as_sources(files: Sequence[str], like: DataSource | None = None) -> tuple[Da
 
     The paths were found, or made here: to validate each as what a user wrote takes milliseconds.
     """
-    like = like or DataSource(path="")
+    like = like or DataSource(path="/")
     return tuple(like.model_copy(update={"path": path}) for path in files)
 
 
