@@ -8,7 +8,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-PART_ROWS = 1 << 21
+PART_ROWS = 1 << 20
 _MOST_PARTS = 128  # each has an open file
 
 
