@@ -3,7 +3,10 @@
 They let the driver find duplicates, overlaps and shared prompts without reading tokens.
 """
 
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +23,10 @@ Keys = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class PairStats:
-    """Arrays with one entry for every kept pair of a shard, in order; keys are XXH3-64 hashes.
+    """Arrays with one entry for every kept pair of some shards, in order; keys are XXH3-64 hashes.
 
     Args:
+        sources: index of the source file.
         rows: source row number, from 0.
         prompt_keys: hash of the prompt before templating (see `Record.prompt_key`).
         pair_keys: hash of the three rendered texts.
@@ -33,6 +37,7 @@ class PairStats:
         subsets: value of the row's subset column, "" without one.
     """
 
+    sources: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int64]
     prompt_keys: Keys
     pair_keys: Keys
@@ -43,20 +48,55 @@ class PairStats:
     subsets: npt.NDArray[np.str_]
 
     def save(self, tokens: Folder, name: str) -> None:
-        """Write the stats of the shard `name` atomically."""
+        """Write the stats of the file of shards `name` atomically."""
         with tokens.replacing(f"{STATS}/{name}.npz") as path, path.open("wb") as file:
             np.savez(file, **vars(self))
 
+    def part(self, first: int, n_pairs: int) -> "PairStats":
+        """The stats of some of the pairs, without copying."""
+        return PairStats(*(a[first : first + n_pairs] for a in vars(self).values()))
+
+    @staticmethod
+    def together(parts: Sequence["PairStats"]) -> "PairStats":
+        """The stats of several shards."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return PairStats(*map(np.concatenate, columns))
+
     @staticmethod
     def load(tokens: Folder, name: str) -> "PairStats":
-        """Read the stats of the shard `name`."""
-        with np.load(tokens.fetch_file(f"{STATS}/{name}.npz", once=True)) as arrays:
-            return PairStats(**arrays)
+        """Read the stats of the file of shards `name`."""
+        return PairStats(*load_columns(tokens, name, [f.name for f in fields(PairStats)]))
 
     @staticmethod
     def names(tokens: Folder) -> list[str]:
-        """List the shards that have stats, in no particular order."""
-        return [path.stem for path in (tokens / STATS).fetch().path.glob("*.npz")]
+        """List the files of shards that have stats, in the order of their first source and row."""
+        found = [path.stem for path in (tokens / STATS).fetch().path.glob("*.npz")]
+        return sorted(found, key=lambda name: [int(part) for part in name.split("-")])
+
+
+def load_columns(tokens: Folder, name: str, columns: Sequence[str]) -> list[Any]:
+    """Read some of the arrays of the stats of `name`."""
+    with np.load(tokens.fetch_file(f"{STATS}/{name}.npz", once=True)) as arrays:
+        return [arrays[column] for column in columns]
+
+
+def iter_columns(tokens: Folder, *columns: str) -> Iterator[list[Any]]:
+    """Some of the arrays of `PairStats`, a file of stats after the other."""
+    return (load_columns(tokens, name, columns) for name in PairStats.names(tokens))
+
+
+def load_keys(tokens: Folder, name: str) -> Any:
+    """Concatenate one array of keys (a field of `PairStats`) over all shards."""
+    parts = [keys for (keys,) in iter_columns(tokens, name)]
+    return np.concatenate([np.empty(0, np.uint64), *parts])
+
+
+def iter_stats(
+    tokens: Folder, summaries: Sequence[dict[str, Any]]
+) -> Iterator[tuple[list[dict[str, Any]], PairStats]]:
+    """Load the stats of every file of shards in order, with the summaries of its chunks."""
+    for name, members in itertools.groupby(summaries, key=lambda summary: str(summary["name"])):
+        yield list(members), PairStats.load(tokens, name)
 
 
 def are_among(keys: Keys, ordered: Keys) -> npt.NDArray[np.bool_]:
@@ -104,6 +144,7 @@ class PairStatsBuilder:
         keys = np.array(self.keys, dtype=np.uint64).reshape(-1, 3)
         lengths = [[len(group.prompt), *map(len, group.completions)] for group in self.groups]
         return PairStats(
+            sources=np.array([group.row_ids[0].source for group in self.groups], dtype=np.int32),
             rows=np.array([group.row_ids[0].row for group in self.groups], dtype=np.int64),
             prompt_keys=keys[:, 0],
             pair_keys=keys[:, 1],

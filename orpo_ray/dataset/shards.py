@@ -1,6 +1,7 @@
 """Token shards (Parquet files of prompt groups) and their manifest; on the driver and workers."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -40,12 +41,13 @@ class Shard:
     """One token shard: its file and what that contains.
 
     Args:
-        name: file name in the token set's directory.
+        name: file name in the token set's directory; those of small source files are in one file.
         n_groups: number of prompt groups.
         n_pairs: number of pairs.
         n_tokens: number of packed tokens: every prompt and distinct completion of a group once.
         digest: XXH3-128 of tokens, pairs and row ids, independent of the file's encoding.
         source: index of the source file of all pairs, or -1 if they come from several.
+        first_group: index of its first group in the file.
     """
 
     name: str
@@ -54,6 +56,14 @@ class Shard:
     n_tokens: int
     digest: str
     source: int = -1
+    first_group: int = 0
+
+    def fields(self) -> dict[str, Any]:
+        """Its fields as JSON, without a `first_group` of 0."""
+        fields = dataclasses.asdict(self)
+        if not self.first_group:
+            del fields["first_group"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -97,10 +107,10 @@ class TokenSet:
         content = {
             "format": FORMAT,
             "directory": str(self.folder.path),
-            "shards": [dataclasses.asdict(shard) for shard in self.shards],
+            "shards": [shard.fields() for shard in self.shards],
             "sources": self.sources,
             "report": self.report,
-            "held_out": [dataclasses.asdict(shard) for shard in self.held_out],
+            "held_out": [shard.fields() for shard in self.held_out],
         }
         self.folder.write_text(MANIFEST_NAME, json.dumps(content, indent=1))
 
@@ -139,11 +149,21 @@ class TokenSet:
 
     def groups(self, shard: Shard) -> list[PromptGroup]:
         """All prompt groups of one of its shards, in file order."""
-        return read_shard(str(self.folder.fetch_file(shard.name, once=True)))
+        return to_groups(self.table(shard.name).slice(shard.first_group, shard.n_groups))
+
+    def table(self, name: str) -> pa.Table:
+        """The Parquet file of one shard or of several."""
+        return read_table(str(self.folder.fetch_file(name, once=True)))
 
 
 def write_shard(path: str, groups: Sequence[PromptGroup], source: int = -1) -> Shard:
     """Write groups to one Parquet file atomically; return its description."""
+    return write_shards(path, [(source, groups)])[0]
+
+
+def write_shards(path: str, parts: Sequence[tuple[int, Sequence[PromptGroup]]]) -> list[Shard]:
+    """Write several shards, each with the `source` of its groups, to one file atomically."""
+    groups = [group for _, part in parts for group in part]
     columns = {
         "prompt": [group.prompt for group in groups],
         "completions": [list(group.completions) for group in groups],
@@ -154,14 +174,19 @@ def write_shard(path: str, groups: Sequence[PromptGroup], source: int = -1) -> S
     }
     with replacing(Path(path)) as temporary:
         pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd")
-    return Shard(
-        name=os.path.basename(path),
-        n_groups=len(groups),
-        n_pairs=sum(len(group.pairs) for group in groups),
-        n_tokens=sum(group.n_tokens for group in groups),
-        digest=_digest(groups),
-        source=source,
-    )
+    firsts = itertools.accumulate((len(part) for _, part in parts), initial=0)
+    return [
+        Shard(
+            name=os.path.basename(path),
+            n_groups=len(part),
+            n_pairs=sum(len(group.pairs) for group in part),
+            n_tokens=sum(group.n_tokens for group in part),
+            digest=_digest(part),
+            source=source,
+            first_group=first,
+        )
+        for first, (source, part) in zip(firsts, parts, strict=False)
+    ]
 
 
 def _digest(groups: Sequence[PromptGroup]) -> str:
@@ -178,13 +203,22 @@ def _digest(groups: Sequence[PromptGroup]) -> str:
 
 
 def read_shard(path: str) -> list[PromptGroup]:
-    """Read all prompt groups of one shard, in file order."""
-    table = pq.read_table(path, schema=SCHEMA).combine_chunks()
+    """Read all prompt groups of one file, in order."""
+    return to_groups(read_table(path))
+
+
+def read_table(path: str) -> pa.Table:
+    """Read a file of shards as a table whose columns have one chunk."""
+    return pq.read_table(path, schema=SCHEMA).combine_chunks()
+
+
+def to_groups(table: pa.Table) -> list[PromptGroup]:
+    """The prompt groups of a table of `read_table`, or of a slice of it."""
     prompts = _list_column(table, "prompt")
-    flat = _values(table, "completions")
-    inner = _split(flat.values.to_numpy(), flat.offsets.to_numpy())
     outer = _values_offsets(table, "completions")
-    completions = [tuple(inner[a:b]) for a, b in pairwise(outer)]
+    flat = _values(table, "completions")[outer[0] : outer[-1]]
+    inner = _split(flat.values.to_numpy(), flat.offsets.to_numpy())
+    completions = [tuple(inner[a:b]) for a, b in pairwise(outer - outer[0])]
     pairs = zip(*(_list_column(table, name) for name in ("chosen", "rejected")), strict=True)
     rows = zip(*(_list_column(table, name) for name in ("source", "row")), strict=True)
     return [

@@ -7,16 +7,19 @@ runs ahead of training.
 import itertools
 import queue
 import threading
+from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from typing import Any
 
 import xxhash
 
 from orpo_ray.dataset.order import Order
 from orpo_ray.dataset.packing import PackedRow, balanced_bins, nll_tokens, pack
-from orpo_ray.dataset.shards import TokenSet
+from orpo_ray.dataset.shards import Shard, TokenSet, to_groups
 from orpo_ray.preference.groups import PromptGroup, RowId, without_rows
 
+_TABLES_BYTES = 64 << 20
 GroupLocation = tuple[int, int]
 """Index of a shard and of a group (a row of its table) in it."""
 
@@ -148,12 +151,17 @@ class TokenStream:
 
 
 class _ShardCache:
-    """Keeps the most recently opened shards in memory, at most `keep`, evicting in FIFO order."""
+    """Keeps the most recently opened shards in memory, at most `keep`, evicting in FIFO order.
+
+    Of files that hold several shards, which are small, the tables are kept as well.
+    """
 
     def __init__(self, token_set: TokenSet, keep: int) -> None:
         self._token_set = token_set
         self._keep = keep
         self._open: dict[int, list[PromptGroup]] = {}
+        self._shards_of = Counter(shard.name for shard in token_set.shards)
+        self._tables: dict[str, Any] = {}
 
     def group(self, location: GroupLocation) -> PromptGroup:
         """Return one group, reading its shard if it is not in memory."""
@@ -161,8 +169,17 @@ class _ShardCache:
         if shard not in self._open:
             if len(self._open) >= self._keep:
                 del self._open[next(iter(self._open))]
-            self._open[shard] = self._token_set.groups(self._token_set.shards[shard])
+            self._open[shard] = self._groups(self._token_set.shards[shard])
         return self._open[shard][row]
+
+    def _groups(self, shard: Shard) -> list[PromptGroup]:
+        if self._shards_of[shard.name] == 1:
+            return self._token_set.groups(shard)
+        if shard.name not in self._tables:
+            while sum(table.nbytes for table in self._tables.values()) > _TABLES_BYTES:
+                del self._tables[next(iter(self._tables))]
+            self._tables[shard.name] = self._token_set.table(shard.name)
+        return to_groups(self._tables[shard.name].slice(shard.first_group, shard.n_groups))
 
 
 def _batched(locations: Iterator[GroupLocation], size: int) -> Iterator[list[GroupLocation]]:

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
+from orpo_ray.dataset.chunks import QUARANTINE, Chunk, ChunkWriter, write_chunks
 from orpo_ray.dataset.pair_index import STATS, PairStatsBuilder
 from orpo_ray.dataset.request import IngestRequest
-from orpo_ray.dataset.shards import write_shard
 from orpo_ray.preference.errors import DataError
-from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.preference.groups import RowId
 from orpo_ray.preference.reading.readers import read_split, split_file
 from orpo_ray.preference.reading.rows import RawRow, Split
 from orpo_ray.preference.records import (
@@ -24,17 +22,16 @@ from orpo_ray.preference.records import (
     Reason,
     Record,
     Refusal,
-    excerpt,
     n_characters,
 )
 from orpo_ray.preference.rendering import TemplateLimitError
 from orpo_ray.preference.special_tokens import special_token_in
 from orpo_ray.preference.templates import PairText, empty_answer, render
-from orpo_ray.preference.tokenization import TokenizedPair
+from orpo_ray.preference.tokenization import PairTokenizer, TokenizedPair
 from orpo_ray.storage.files import read_json
 from orpo_ray.storage.folder import Folder, FolderLike
 
-QUARANTINE, DONE = "quarantine", "done"
+DONE = "done"
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 4_000_000
 
@@ -81,106 +78,76 @@ class SplitFile:
 
 @dataclass(frozen=True)
 class TokenizeSplit:
-    """Data task that tokenizes one split into token shards."""
+    """Data task that tokenizes one split, or some small files, into token shards."""
 
     request: IngestRequest
     tokens: FolderLike
+
+    @functools.cached_property
+    def _pairs(self) -> PairTokenizer:
+        return self.request.pair_tokenizer()
 
     @_data_errors_as_items
     def __call__(self, item: dict[str, Any]) -> list[dict[str, Any]]:
         """Return one summary per shard; an item with problems is passed through."""
         if "problems" in item:
             return [item]
-        rows = read_split(Split(**item["split"]))
-        answers = []
-        for first in rows:
-            chunk = itertools.chain([first], itertools.islice(rows, self.request.shard_rows - 1))
-            answers.append(self._write_chunk(item["source"], first.number, chunk))
-        return answers
+        if "files" in item:
+            return self._write_files(item["files"])
+        chunks = self._chunks(Split(**item["split"]))
+        return [self._write_chunk(item["source"], first, chunk) for first, chunk in chunks]
 
     def _write_chunk(self, source: int, first: int, chunk: Iterator[RawRow]) -> dict[str, Any]:
         """Write one shard, unless an interrupted ingest already has; return its summary."""
-        name = f"{source:05d}-{first:010d}"
-        tokens, done = Folder.at(self.tokens), f"{DONE}/{name}.json"
+        tokens, done = Folder.at(self.tokens), f"{DONE}/{source:05d}-{first:010d}.json"
         if tokens.fetch_file(done, once=True).exists():
             for _ in chunk:  # the next shard begins after it
                 pass
         else:
             make_folders(tokens)
-            tokens.write_json(done, self._tokenize_chunk(tokens, name, (source, first), chunk))
+            (summary,) = write_chunks(tokens, [self._tokenized(source, first, chunk)])
+            tokens.write_json(done, summary)
         return read_json(tokens.path / done)
 
-    def _tokenize_chunk(
-        self, tokens: Folder, name: str, place: tuple[int, int], chunk: Iterator[RawRow]
-    ) -> dict[str, Any]:
-        """Tokenize the rows; write shards, stats and quarantine; return the summary."""
-        source, first = place
-        rows = _ShardContents(self.request, source)
-        while batch := list(itertools.islice(chunk, _BATCH_ROWS)):
-            rows.add(batch)
-        parts = {"": rows.kept.part(held=False), ".held": rows.kept.part(held=True)}
-        shards = {
-            part: asdict(write_shard(f"{tokens.path}/{name}{part}.parquet", groups, source))
-            for part, groups in parts.items()
-            if groups
-        }
-        tokens.publish(*(shard["name"] for shard in shards.values()))
-        rows.kept.arrays().save(tokens, name)
-        self._write_refused(tokens, name, self.request.files[source], rows.refused)
-        kept_rows = [{g.row_ids[0].row for g in groups} for groups in parts.values()]
-        return {
-            "source": source,
-            "first_row": first,
-            "name": name,
-            "shard": shards.get(""),
-            "held_shard": shards.get(".held"),
-            "quarantine": f"{QUARANTINE}/{name}.jsonl" if rows.refused else None,
-            "rows_read": rows.n_read,
-            "rows_kept": len(kept_rows[0]),
-            "rows_held_out": len(kept_rows[1]),
-            "refused": Counter(str(refusal.reason) for _, refusal in rows.refused),
-            "longest_group_tokens": max((group.n_tokens for group in parts[""]), default=0),
-            "largest_token": _largest_token(rows.kept.groups),
-            **rows.counts,
-            "shapes": rows.shapes,
-            "notes": rows.notes,
-            "ignored_columns": sorted(rows.ignored),
-        }
+    def _write_files(self, files: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
+        """Write the shards of small files together; return their summaries and the problems.
 
-    def _write_refused(
-        self, tokens: Folder, name: str, path: str, refused: Sequence[tuple[RawRow, Refusal]]
-    ) -> None:
-        """Write the quarantine file, a line for each refused row; `row` counts from 1."""
-        if not refused:
-            return
-        lines = [
-            json.dumps(
-                {
-                    "file": path,
-                    "row": raw.number + 1,
-                    "reason": refusal.reason,
-                    "detail": refusal.detail,
-                    "excerpt": raw.excerpt[:200] or excerpt(raw.record or {}),
-                },
-                ensure_ascii=False,
-            )
-            for raw, refusal in sorted(refused, key=lambda entry: entry[0].number)
-        ]
-        text = ("\n".join(lines) + "\n").encode(errors="backslashreplace")
-        with tokens.replacing(f"{QUARANTINE}/{name}.jsonl") as target:
-            target.write_bytes(text)
+        Args:
+            files: index and path of each.
+        """
+        (first, _), *_, (last, _) = files[0], files[-1]
+        tokens, done = Folder.at(self.tokens), f"{DONE}/files-{first:05d}-{last:05d}.json"
+        if tokens.fetch_file(done, once=True).exists():
+            summaries: list[dict[str, Any]] = read_json(tokens.path / done)["summaries"]
+            return summaries
+        make_folders(tokens)
+        writer = ChunkWriter(tokens, self.request.shard_rows)
+        problems: list[str] = []
+        for source, path in files:
+            try:
+                for split in split_file(path, self.request.shard_rows):
+                    for number, chunk in self._chunks(split):
+                        writer.add(self._tokenized(source, number, chunk))
+            except DataError as error:
+                problems += error.lines
+        writer.flush()
+        if problems:
+            return [*writer.summaries, {"problems": problems}]
+        tokens.write_json(done, {"summaries": writer.summaries})
+        return writer.summaries
 
+    def _chunks(self, split: Split) -> Iterator[tuple[int, Iterator[RawRow]]]:
+        """The rows of each shard of a split, to be read before the next, and their first number."""
+        rows = read_split(split)
+        for first in rows:
+            more = itertools.islice(rows, self.request.shard_rows - 1)
+            yield first.number, itertools.chain([first], more)
 
-def _largest_token(pairs: Sequence[PromptGroup]) -> tuple[int, int]:
-    """The largest token id of some pairs, and the first row with it, from 1."""
-    if not pairs:
-        return 0, 0
-    parts = [part for pair in pairs for part in (pair.prompt, *pair.completions)]
-    every = np.concatenate(parts)
-    place = int(every.argmax())
-    ends = np.cumsum([pair.n_tokens for pair in pairs])
-    pair = pairs[int(np.searchsorted(ends, place, side="right"))]
-    return int(every[place]), pair.row_ids[0].row + 1
+    def _tokenized(self, source: int, first: int, rows: Iterator[RawRow]) -> Chunk:
+        contents = _ShardContents(self.request, source, self._pairs)
+        while batch := list(itertools.islice(rows, _BATCH_ROWS)):
+            contents.add(batch)
+        return Chunk(source, self.request.files[source], first, contents)
 
 
 @dataclass(frozen=True)
@@ -208,10 +175,10 @@ class _RenderedRow:
 class _ShardContents:
     """Collects the kept pairs, refused rows and counts of one shard."""
 
-    def __init__(self, request: IngestRequest, source: int) -> None:
+    def __init__(self, request: IngestRequest, source: int, pairs: PairTokenizer) -> None:
         self._request = request
         self._source = source
-        self._pairs = request.pair_tokenizer()
+        self._pairs = pairs
         self.kept = PairStatsBuilder(request.val_set_size)
         self.refused: list[tuple[RawRow, Refusal]] = []
         self.shapes: Counter[str] = Counter()
@@ -246,6 +213,17 @@ class _ShardContents:
                 self._tokenize(rows)
                 rows, n_batch = [], 0
         self._tokenize(rows)
+
+    def counts_of_rows(self) -> dict[str, Any]:
+        """Counts for the summary of a shard."""
+        return {
+            "rows_read": self.n_read,
+            "refused": Counter(str(refusal.reason) for _, refusal in self.refused),
+            **self.counts,
+            "shapes": self.shapes,
+            "notes": self.notes,
+            "ignored_columns": sorted(self.ignored),
+        }
 
     def _tokenize(self, rows: Sequence[_RenderedRow]) -> None:
         """Tokenize and add some rendered rows."""

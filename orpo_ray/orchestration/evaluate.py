@@ -4,8 +4,7 @@ Workers score the pairs, as in training; the rest is on the driver.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.ingest import nothing_usable
-from orpo_ray.dataset.pair_index import PairStats
+from orpo_ray.dataset.pair_index import iter_columns
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration.inputs import RunInputs, named_model
 from orpo_ray.orchestration.preflight import check_model
@@ -220,27 +219,44 @@ def _shown(name: str) -> str:
 
 def _with_places(scores: pa.Table, tokens: TokenSet, config: ORPOConfig) -> pa.Table:
     """File, row from 1, and subset in place of the index of the source."""
-    subsets = _subsets(tokens) if config.data.eval_subset_column else {}
-    keys = list(zip(scores["source"].to_pylist(), scores["row"].to_pylist(), strict=True))
+    source, row = (scores[name].to_numpy() for name in ("source", "row"))
+    codes, names = np.zeros(len(row), np.int32), [""]
+    if config.data.eval_subset_column:
+        codes, names = _subsets(tokens, _place(source, row))
     columns: Mapping[str, Any] = {
-        "file": pa.array([tokens.sources[source] for source, _ in keys]).dictionary_encode(),
-        "row": pa.array([row + 1 for _, row in keys], pa.int64()),
-        "subset": pa.array([subsets.get(key, "") for key in keys]).dictionary_encode(),
+        "file": _dictionary(source, tokens.sources),
+        "row": pa.array(row + 1, pa.int64()),
+        "subset": _dictionary(codes, names),
     }
     rest = scores.drop_columns(["source", "row"])
     return pa.table({**columns, **{name: rest[name] for name in rest.column_names}})
 
 
-def _subsets(tokens: TokenSet) -> dict[tuple[int, int], str]:
-    """The subset of every row that has one, by source and row."""
-    found: dict[tuple[int, int], str] = {}
-    for name in PairStats.names(tokens.folder):
-        stats = PairStats.load(tokens.folder, name)
-        source = int(name.partition("-")[0])
-        for row, subset in zip(stats.rows.tolist(), stats.subsets.tolist(), strict=True):
-            if subset:
-                found[source, row] = subset
-    return found
+def _dictionary(codes: Any, names: Sequence[str]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(names, pa.string()))
+
+
+def _place(source: Any, row: Any) -> Any:
+    """Source and row as one number, which orders them."""
+    return (source.astype(np.int64) << 40) + row
+
+
+def _subsets(tokens: TokenSet, places: Any) -> tuple[Any, list[str]]:
+    """For each place the index of its subset, and the names of those; "" is the first."""
+    order = np.argsort(places, kind="stable")
+    ordered = places[order]
+    found, names = np.zeros(len(places), np.int32), {"": 0}
+    for source, row, subset in iter_columns(tokens.folder, "sources", "rows", "subsets"):
+        known = _place(source, row)  # in order, as the files of stats are
+        if not len(known):
+            continue
+        values, which = np.unique(subset, return_inverse=True)
+        codes = np.array([names.setdefault(name, len(names)) for name in values.tolist()])
+        low, high = np.searchsorted(ordered, [known[0], known[-1] + 1])
+        at = np.minimum(np.searchsorted(known, ordered[low:high]), len(known) - 1)
+        same = known[at] == ordered[low:high]
+        found[order[low:high][same]] = codes[which.reshape(-1)[at[same]]]
+    return found, list(names)
 
 
 def _paired(name: str, table: pa.Table, baseline: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -249,17 +265,17 @@ def _paired(name: str, table: pa.Table, baseline: pa.Table) -> tuple[pa.Table, p
     With another tokenizer the baseline may have lost other pairs, and its keys of prompts are
     hashes of other tokens: its pairs get the keys of the model's pairs of the same row.
     """
-    places = [
-        list(zip(part["file"].to_pylist(), part["row"].to_pylist(), strict=True))
-        for part in (table, baseline)
-    ]
-    ours, theirs = map(Counter, places)
-    both = {place for place, n_pairs in ours.items() if theirs[place] == n_pairs}
+    files: dict[str, int] = {}
+    places = [_places_of(part, files) for part in (table, baseline)]
+    (ours, n_ours), (theirs, n_theirs) = (np.unique(p, return_counts=True) for p in places)
+    both, mine, other = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
+    both = both[n_ours[mine] == n_theirs[other]]
+    n_left_out = len(table) + len(baseline)
     table, baseline = (
-        part.filter(pa.array([place in both for place in found], pa.bool_()))
+        part.filter(pa.array(np.isin(found, both)))
         for part, found in zip((table, baseline), places, strict=True)
     )
-    n_left_out = ours.total() + theirs.total() - 2 * len(table)
+    n_left_out -= 2 * len(table)
     if n_left_out:
         _log.warning(
             "%s data: %d pairs that only one of the two tokenizers takes are left out of the "
@@ -268,6 +284,19 @@ def _paired(name: str, table: pa.Table, baseline: pa.Table) -> tuple[pa.Table, p
         )
     index = baseline.column_names.index("prompt_key")
     return table, baseline.set_column(index, "prompt_key", table["prompt_key"])
+
+
+def _places_of(table: pa.Table, files: dict[str, int]) -> Any:
+    """The place of each row by the numbers of files, to which unknown ones are added."""
+    codes, names = _codes(table, "file")
+    numbers = np.array([files.setdefault(name, len(files)) for name in names], np.int64)
+    return _place(numbers[codes], table["row"].to_numpy())
+
+
+def _codes(table: pa.Table, name: str) -> tuple[Any, list[str]]:
+    """Indices and values of a column of text."""
+    column = table[name].combine_chunks().dictionary_encode()
+    return column.indices.to_numpy(), column.dictionary.to_pylist()
 
 
 def _statistics(
@@ -288,8 +317,8 @@ def _statistics(
     return SetEvaluation(
         pairs=len(scores.prompts),
         figures=estimates(scores),
-        subsets=_by_group(scores, np.array(table["subset"].to_pylist())),
-        lengths=_by_group(scores, _length_groups(scores)),
+        subsets=_by_group(scores, *_codes(table, "subset")),
+        lengths=_by_group(scores, *_length_groups(scores)),
         differences=compared,
         pairs_compared=len(pairing[0]) if pairing else 0,
         scores=file,
@@ -310,7 +339,7 @@ def _baseline(config: ORPOConfig) -> ModelSource | None:
     return source
 
 
-def _length_groups(scores: Scores) -> Any:
+def _length_groups(scores: Scores) -> tuple[Any, list[str]]:
     """For every pair the range of answer tokens that it falls into, four of about equal number."""
     lengths = scores.chosen_tokens + scores.rejected_tokens
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, _LENGTH_GROUPS + 1)))
@@ -321,16 +350,24 @@ def _length_groups(scores: Scores) -> Any:
         f"{int(edges[i]):>{width}} to {int(edges[i + last]):>{width}} tokens"
         for i in range(max(1, len(edges) - 1))
     ]
-    return np.array(names)[places]
+    return places, names
 
 
-def _by_group(scores: Scores, groups: Any) -> dict[str, dict[str, Any]]:
-    """Figures of every group of pairs that has a name."""
+def _by_group(scores: Scores, codes: Any, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Figures of every group of pairs that has a name.
+
+    Args:
+        scores: of all pairs.
+        codes: index of the group of each.
+        names: of the groups.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for group in sorted(set(groups.tolist()) - {""}):
-        part = scores.only(groups == group)
-        if len(part.prompts) >= _LEAST_PAIRS:
-            found[group] = {"pairs": len(part.prompts), "figures": estimates(part)}
+    order = np.argsort(codes, kind="stable")
+    ends = np.searchsorted(codes[order], np.arange(len(names) + 1))
+    for name, code in sorted((name, code) for code, name in enumerate(names) if name):
+        members = order[ends[code] : ends[code + 1]]
+        if len(members) >= _LEAST_PAIRS:
+            found[name] = {"pairs": len(members), "figures": estimates(scores.only(members))}
     return found
 
 

@@ -92,18 +92,20 @@ def _chat_template(setting: str | None, problems: list[str]) -> str | None:
 
 
 def as_sources(files: Sequence[str], like: DataSource | None = None) -> tuple[DataSource, ...]:
-    """One source a file, with the weight and name of another."""
-    kept = like.model_dump() if like else {}
-    return tuple(DataSource.model_validate(kept | {"path": path}) for path in files)
+    """One source a file, with the weight and name of another.
+
+    The paths were found, or made here: to validate each as what a user wrote takes milliseconds.
+    """
+    like = like or DataSource(path="/")
+    return tuple(like.model_copy(update={"path": path}) for path in files)
 
 
 def eval_sets(sources: Sequence[DataSource]) -> dict[str, tuple[DataSource, ...]]:
     """Sources by metric prefix: `eval_<name>_`, and `eval_` where they have no name."""
-    sets: dict[str, tuple[DataSource, ...]] = {}
+    sets: dict[str, list[DataSource]] = {}
     for source in sources:
-        prefix = _prefix(source)
-        sets[prefix] = (*sets.get(prefix, ()), source)
-    return sets
+        sets.setdefault(_prefix(source), []).append(source)
+    return {prefix: tuple(found) for prefix, found in sets.items()}
 
 
 def _prefix(source: DataSource) -> str:

@@ -1,6 +1,7 @@
 """The curves of a run, drawn from the lines of its metrics; on the driver."""
 
 import io
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from orpo_ray.storage.files import write_atomic
 
 CURVES = "curves.png"
 _COLUMNS, _WIDTH, _HEIGHT = 3, 3.7, 2.5
-_MOST_MARKED = 60
+_MOST_MARKED, _MOST_STRETCHES = 60, 1000
 _SHAPES = "osD^vP*X"
 _LINE_COLOURS = ("tab:blue", "tab:orange", "tab:purple", "tab:cyan", "tab:pink", "tab:olive")
 _SIDES = {"logps/chosen": "tab:green", "logps/rejected": "tab:red"}
@@ -112,10 +113,27 @@ def _with_points(charts: Iterable[Chart], lines: Lines, prefixes: Sequence[str])
 
 
 def _points(lines: Lines, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric; NaN, which breaks a line, where it was not finite."""
+    """Steps and values of a metric; NaN, which breaks a line, where it was not finite.
+
+    Of more points than a chart has pixels, those that shape it are kept: the least and the largest
+    value of each stretch, and what is not finite.
+    """
     logged = [(line["step"], line[name]) for line in lines if name in line]
     values = [math.nan if value is None else float(value) for _, value in logged]
-    return [step for step, _ in logged], values
+    steps = [step for step, _ in logged]
+    if len(steps) <= 2 * _MOST_STRETCHES:
+        return steps, values
+    edges = [len(steps) * i // _MOST_STRETCHES for i in range(_MOST_STRETCHES + 1)]
+    kept: set[int] = set()
+    for low, high in itertools.pairwise(edges):
+        stretch = range(low, high)
+        finite = [i for i in stretch if not math.isnan(values[i])]
+        if len(finite) < len(stretch):
+            kept.add(next(i for i in stretch if math.isnan(values[i])))
+        if finite:
+            kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+    places = sorted(kept)
+    return [steps[i] for i in places], [values[i] for i in places]
 
 
 def _draw(axis: Any, chart: Chart, lines: Lines, prefixes: Sequence[str]) -> None:

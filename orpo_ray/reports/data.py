@@ -1,8 +1,7 @@
 """The data report of a run: counts, lengths, and every refused row; on the driver."""
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,8 +10,7 @@ import numpy.typing as npt
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.ingest import LENGTHS, first_refused, nothing_usable
-from orpo_ray.dataset.pair_index import PairStats, are_among
-from orpo_ray.dataset.regroup import load_keys
+from orpo_ray.dataset.pair_index import are_among, iter_columns, load_keys
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.preference.errors import DataError
@@ -23,8 +21,9 @@ from orpo_ray.preference.reading.finding import (
     passed_over_text,
 )
 from orpo_ray.preference.records import NOTE_TEXTS, ON_REQUEST, Note, Reason
-from orpo_ray.runs.files import DATA_REPORT, LEDGER
+from orpo_ray.runs.files import DATA_REPORT
 from orpo_ray.runs.formatting import format_rows
+from orpo_ray.runs.ledger import read_ledger
 from orpo_ray.storage.files import write_json
 from orpo_ray.storage.folder import Folder
 
@@ -74,7 +73,7 @@ def write_data_report(
             for path, part in counts["sources"].items()
         }
         report[shown] = counts | {"sources": sources} | _lengths(tokens, config)
-        report[shown]["passed_over"] = _passed_over(sources, (passed_over or {}).get(name, {}))
+        report[shown]["passed_over"] = _passed_over(counts, (passed_over or {}).get(name, {}))
         _list_refused(run_directory, shown, tokens)
     if train is not None:
         report[TRAIN]["overlapping_pairs"] = _overlaps(token_sets)
@@ -82,10 +81,13 @@ def write_data_report(
     return report
 
 
-def _passed_over(sources: Mapping[str, Any], found: PassedOver) -> dict[str, Any]:
+def _passed_over(counts: Mapping[str, Any], found: PassedOver) -> dict[str, Any]:
     """What was passed over by reason, and the files that turned out to have no row."""
-    names = [PurePosixPath(path).name for path, part in sources.items() if not part["rows_read"]]
-    merged = merge_passed_over([found, {EMPTY: (len(names), tuple(names))} if names else {}])
+    empty = [path for path, part in counts["sources"].items() if not part["rows_read"]]
+    more = counts.get("more_sources", {})
+    names = tuple(PurePosixPath(path).name for path in (*empty, *more.get("first_empty", ())))
+    n_empty = len(empty) + more.get("empty", 0)
+    merged = merge_passed_over([found, {EMPTY: (n_empty, names)} if n_empty else {}])
     return {
         reason: {"files": number, "first": list(first)}
         for reason, (number, first) in merged.items()
@@ -108,10 +110,10 @@ def _list_refused(run_directory: Path, name: str, tokens: TokenSet) -> None:
     if not tokens.report["quarantine"]:
         return
     listed.parent.mkdir(exist_ok=True)
-    with listed.open("w", encoding="utf-8") as file:
+    with listed.open("wb") as file:
         for source in tokens.report["quarantine"]:
-            part = tokens.folder.fetch_file(source, once=True)
-            file.write(part.read_text(encoding="utf-8"))
+            with tokens.folder.fetch_file(source, once=True).open("rb") as part:
+                shutil.copyfileobj(part, file)
 
 
 def length_tallies(tokens: TokenSet) -> dict[str, Tally]:
@@ -161,8 +163,8 @@ def _overlaps(token_sets: Mapping[str, TokenSet]) -> int:
     if not others:
         return 0
     elsewhere = np.unique(np.concatenate([load_keys(other, "prompt_keys") for other in others]))
-    parts = (PairStats.load(train, name) for name in PairStats.names(train))
-    return sum(int(are_among(part.prompt_keys[~part.held], elsewhere).sum()) for part in parts)
+    parts = iter_columns(train, "prompt_keys", "held")
+    return sum(int(are_among(keys[~held], elsewhere).sum()) for keys, held in parts)
 
 
 def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
@@ -264,52 +266,48 @@ def count_trained(
 
     A ledger of earlier, other data may name rows that are not in the set: those are not counted.
     """
-    ends = {"rows": _RowMarks(train), "skipped": _RowMarks(train)}
-    with (run_directory / LEDGER).open(encoding="utf-8") as file:
-        for text in file:
-            line = json.loads(text)
-            for key, marks in ends.items():
-                marks.add(line.get(key, ()))
+    marks = _RowMarks(train)
+    for block in read_ledger(run_directory):
+        marks.add(block.rows, _TRAINED)
+        marks.add(block.skipped, _SKIPPED)
+    trained, skipped = marks.counts()
     counted = dict(report[TRAIN])
     sources = {}
-    total: Counter[str] = Counter(rows_trained=0, rows_skipped=0, rows_not_reached=0)
-    for source, path in enumerate(train.sources):
-        kept = _kept_rows(train, source)
-        trained = ends["rows"].of(source, kept)
-        skipped = ends["skipped"].of(source, kept) & ~trained
-        counts = {"rows_trained": int(trained.sum()), "rows_skipped": int(skipped.sum())}
-        left = counted["sources"][path]["rows_kept"] - sum(counts.values())
-        sources[path] = counted["sources"][path] | counts | {"rows_not_reached": left}
-        total.update(counts | {"rows_not_reached": left})
-    return dict(report) | {TRAIN: counted | {"sources": sources} | dict(total)}
+    for source, (path, part) in enumerate(counted["sources"].items()):
+        ends = {"rows_trained": int(trained[source]), "rows_skipped": int(skipped[source])}
+        sources[path] = part | ends | {"rows_not_reached": part["rows_kept"] - sum(ends.values())}
+    total = {"rows_trained": int(trained.sum()), "rows_skipped": int(skipped.sum())}
+    total["rows_not_reached"] = counted["rows_kept"] - sum(total.values())
+    return dict(report) | {TRAIN: counted | {"sources": sources} | total}
+
+
+_KEPT, _TRAINED, _SKIPPED = 1, 2, 4
 
 
 class _RowMarks:
-    """The rows of every source file that are in the ledger: one byte per row."""
+    """What became of the rows of every source file: one byte per row, up to the last kept one."""
 
     def __init__(self, tokens: TokenSet) -> None:
-        self._marks = [bytearray() for _ in tokens.sources]
+        n_rows = np.zeros(len(tokens.sources), np.int64)
+        for source, row in iter_columns(tokens.folder, "sources", "rows"):
+            np.maximum.at(n_rows, source, row + 1)
+        self._firsts = np.concatenate([[0], np.cumsum(n_rows)])
+        self._marks = np.zeros(int(self._firsts[-1]), np.uint8)
+        for source, row, held in iter_columns(tokens.folder, "sources", "rows", "held"):
+            self._marks[(self._firsts[source] + row)[~held]] |= _KEPT
 
-    def add(self, rows: Iterable[Sequence[int]]) -> None:
+    def add(self, rows: npt.NDArray[np.int64], mark: int) -> None:
         """Mark rows, each as source and row from 1."""
-        for source, row in rows:
-            if source < len(self._marks):
-                marks = self._marks[source]
-                marks.extend(bytes(max(0, row - len(marks))))
-                marks[row - 1] = 1
+        source, row = rows[rows[:, 0] < len(self._firsts) - 1].T
+        place = self._firsts[source] + row - 1
+        self._marks[place[place < self._firsts[source + 1]]] |= mark
 
-    def of(self, source: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """For some rows of a file, from 0, whether they are marked."""
-        marks = np.frombuffer(bytes(self._marks[source]), dtype=bool)
-        known = rows < len(marks)
-        found = np.zeros(len(rows), dtype=bool)
-        found[known] = marks[rows[known]]
-        return found
+    def counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """For every file the kept rows that were trained, and those that were skipped only."""
+        trained = self._marks & (_KEPT | _TRAINED) == _KEPT | _TRAINED
+        skipped = self._marks == _KEPT | _SKIPPED
+        return self._per_file(trained), self._per_file(skipped)
 
-
-def _kept_rows(tokens: TokenSet, source: int) -> npt.NDArray[np.int64]:
-    """The rows of a file that are trained on, from 0, and those that were left out on request."""
-    names = [n for n in PairStats.names(tokens.folder) if n.startswith(f"{source:05d}-")]
-    parts = [PairStats.load(tokens.folder, name) for name in names]
-    rows = [part.rows[~part.held] for part in parts]
-    return np.unique(np.concatenate([np.empty(0, np.int64), *rows]))
+    def _per_file(self, found: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """Of how many rows of each file it is true."""
+        return np.diff(np.searchsorted(np.flatnonzero(found), self._firsts))

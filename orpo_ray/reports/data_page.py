@@ -87,6 +87,7 @@ def write_data_page(
                 "name": name,
                 "lines": [format_rows(counts), *passed_over, *budget_lines(counts)],
                 "sources": sources,
+                "n_more": counts.get("more_sources", {}).get("files", 0),
                 "svg": _histograms(length_tallies(by_name[name])) if whole else "",
                 "refused": _examples(run_directory, name, counts.get("refused", {})),
             }

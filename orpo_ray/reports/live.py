@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orpo_ray.reports.terminal import draws_in_place
-from orpo_ray.runs.files import LOG, METRICS, STOP, read_metrics
+from orpo_ray.runs.files import LOG, METRICS, STOP, NewLines, read_metrics
 from orpo_ray.runs.formatting import format_duration, format_metric
 from orpo_ray.runs.metrics import (
     BY_NAME,
@@ -37,7 +37,7 @@ _POLL_S = 0.3
 # The page of a run is refreshed at most this often, and for at most this share of the time.
 _REFRESH_S, _REFRESH_SHARE = 30.0, 0.02
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_WIDTH = 40
+_WIDTH, _MOST_VALUES = 40, 2000
 _CURVES = (BY_NAME["rewards/margins"], BY_NAME["rewards/accuracies"])
 
 
@@ -136,6 +136,7 @@ class RunWatcher(Watcher):
         self._log_offset = self._size(LOG)
         # Lines that are there already are read once workers have cut off those of steps that are
         # done again, and at the end.
+        self._metrics = NewLines(directory / METRICS)
         self._metrics_seen = self._size(METRICS)
         self._stop_shown = False
         self._started_at: tuple[int, float] | None = None
@@ -180,7 +181,7 @@ class RunWatcher(Watcher):
             return
         self._metrics_seen = self._size(METRICS)
         self._report_is_old = True
-        for line in read_metrics(self._directory):
+        for line in self._metrics.read()[0]:
             if line["step"] > self._logged_step:
                 self._logged_step = line["step"]
                 self._log(line)
@@ -225,7 +226,7 @@ class LiveView:
     def __init__(self, n_steps: int) -> None:
         self._n_steps = n_steps
         self._step, self._left, self._text = 0, "-:--:--", "starting workers"
-        self._curves: dict[str, list[float | None]] = {metric.name: [] for metric in _CURVES}
+        self._curves = {metric.name: Curve() for metric in _CURVES}
         self._evaluations: dict[str, str] = {}
 
     def add(self, line: dict[str, Any], left_s: float | None) -> None:
@@ -233,8 +234,8 @@ class LiveView:
         self._step, self._text = line["step"], training_text(line)
         if left_s is not None:
             self._left = str(timedelta(seconds=round(left_s)))
-        for name, values in self._curves.items():
-            values.append(line[name])
+        for name, curve in self._curves.items():
+            curve.add(line[name])
 
     def add_evaluation(self, prefix: str, text: str) -> None:
         """Set the text of a set's last evaluation."""
@@ -243,14 +244,46 @@ class LiveView:
     def __rich__(self) -> RenderableType:
         table = Table.grid(padding=(0, 1))
         for metric in _CURVES:
-            values = self._curves[metric.name]
-            if values:
-                last = format_metric(values[-1], metric.form)
-                table.add_row(metric.label, sparkline(values, _WIDTH), last)
+            curve = self._curves[metric.name]
+            if curve.values:
+                last = format_metric(curve.last, metric.form)
+                table.add_row(metric.label, sparkline(curve.values, _WIDTH), last)
         first = f"step {self._step}/{self._n_steps}  {self._left} left  {self._text}"
         bar = Table.grid()  # which ends the line, as a bar alone does not
         bar.add_row(ProgressBar(self._n_steps, self._step, width=_WIDTH))
         return Group(_cut(first), bar, table, *map(_cut, self._evaluations.values()))
+
+
+class Curve:
+    """Values to be drawn, however many there are: of many, means of several.
+
+    Args:
+        values: at most 2,000 of them; None for those that are not finite.
+        last: the last one that was added.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[float | None] = []
+        self.last: float | None = None
+        self._width, self._waiting = 1, list[float | None]()
+
+    def add(self, value: float | None) -> None:
+        """Add the next value."""
+        self.last = value
+        self._waiting.append(value)
+        if len(self._waiting) < self._width:
+            return
+        self.values.append(_mean_or_none(self._waiting))
+        self._waiting = []
+        if len(self.values) == _MOST_VALUES:
+            pairs = zip(self.values[::2], self.values[1::2], strict=True)
+            self.values = [_mean_or_none(pair) for pair in pairs]
+            self._width *= 2
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    mean = _mean(values)
+    return None if math.isnan(mean) else mean
 
 
 def _cut(line: str) -> Text:

@@ -2,12 +2,14 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from orpo_ray.reports.live import Watcher
 from orpo_ray.reports.text import as_text
+from orpo_ray.runs.files import METRICS, NewLines
 from orpo_ray.runs.formatting import format_metric, format_setting, format_settings
 from orpo_ray.runs.sweep import Goal, Trial, read_trials
 
@@ -28,9 +30,19 @@ class SweepWatcher(Watcher):
         super().__init__(console, None, _POLL_S, refresh_per_second=1)
         self._directory, self._goal = directory, goal
         self._shown: dict[str, str] = {}
+        self._read: dict[Path, tuple[NewLines, list[dict[str, Any]]]] = {}
+
+    def _lines(self, trial: Path) -> list[dict[str, Any]]:
+        """The metrics of a trial, of which only what is new is read."""
+        new, lines = self._read.setdefault(trial, (NewLines(trial / METRICS), []))
+        found, are_all = new.read()
+        if are_all:
+            lines.clear()
+        lines += found
+        return lines
 
     def _show_new(self) -> None:
-        trials = read_trials(self._directory)
+        trials = read_trials(self._directory, self._lines)
         if self._live:
             self._live.update(leaderboard(self._goal.ranked(trials), self._goal))
             return

@@ -117,7 +117,8 @@ def facts(config: ORPOConfig, report: Mapping[str, Any], lines: Lines) -> list[t
         what = "training data" if name == TRAIN else f"{name.replace('eval', 'evaluation', 1)} data"
         files = list(counts.get("sources", ()))
         shown = ", ".join(files[:_SHOWN_FILES]) or "held out of the training files"
-        more = f" and {len(files) - _SHOWN_FILES} more" if len(files) > _SHOWN_FILES else ""
+        n_more = _n_files(counts) - _SHOWN_FILES
+        more = f" and {n_more} more" if n_more > 0 else ""
         rows.append((what, f"{counts['pairs']} pairs: {shown}{more}"))
     method = f"beta {config.orpo.beta:g}, learning rate {train.learning_rate:g}"
     pairs = f"{config.pairs_per_step} pairs per step"
@@ -215,6 +216,11 @@ def _gaps(lines: Lines) -> str:
     return "; ".join(texts)
 
 
+def _n_files(counts: Mapping[str, Any]) -> int:
+    """The source files of a data set, whose counts are in `sources` only for the first ones."""
+    return len(counts.get("sources", ())) + int(counts.get("more_sources", {}).get("files", 0))
+
+
 def _data_part(name: str, counts: Mapping[str, Any]) -> dict[str, Any]:
     """The section of one data set."""
     lines = [line.removeprefix(f"{name} data: ") for line in data_lines(name, counts)]
@@ -229,7 +235,7 @@ def _data_part(name: str, counts: Mapping[str, Any]) -> dict[str, Any]:
         "lines": [*lines, *budget_lines(counts)],
         "columns": [c.removeprefix("rows_").replace("_", " ") for c in columns],
         "rows": rows,
-        "n_more": len(sources) - len(rows),
+        "n_more": _n_files(counts) - len(rows),
         "refused": sorted(counts.get("refused", {}).items(), key=lambda item: -item[1]),
         "listed": f"{QUARANTINE}/{name}.jsonl",
     }

@@ -165,6 +165,44 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return read_lines(directory / METRICS)
 
 
+class NewLines:
+    """Reads a file of JSON lines that grows, each time what is new of it.
+
+    A file that has become shorter, as where a run resumes from a checkpoint, is read from its
+    beginning.
+
+    Args:
+        path: of the file, which need not exist.
+        n_bytes_read: in all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.n_bytes_read = 0
+        self._offset = 0
+
+    def read(self) -> tuple[list[dict[str, Any]], bool]:
+        """The whole lines since the last call, and whether those are all lines of the file."""
+        if not self.path.exists():
+            self._offset = 0
+            return [], True
+        with self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self._offset or not self._is_at_line(file):
+                self._offset = 0
+            begins = self._offset == 0
+            file.seek(self._offset)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self.n_bytes_read += len(text)
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines()], begins
+
+    def _is_at_line(self, file: Any) -> bool:
+        """Whether a line begins where the last call ended."""
+        file.seek(max(0, self._offset - 1))
+        return self._offset == 0 or file.read(1) == b"\n"
+
+
 def count_events(directory: Path) -> dict[str, int]:
     """The number of events of a run, by kind."""
     counts: dict[str, int] = {}

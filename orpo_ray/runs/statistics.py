@@ -10,6 +10,7 @@ import pyarrow as pa
 
 Column = npt.NDArray[np.float64]
 N_RESAMPLES, COVERAGE = 1000, 0.95
+N_DRAWN = 10_000
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Scores:
         prompts = np.unique(table["prompt_key"].to_numpy(), return_inverse=True)[1]
         return Scores(prompts.astype(np.int64), *columns)
 
-    def only(self, mask: npt.NDArray[np.bool_]) -> "Scores":
-        """Some of the pairs."""
-        columns = {name: column[mask] for name, column in vars(self).items()}
+    def only(self, members: npt.NDArray[np.int64]) -> "Scores":
+        """Some of the pairs, by their indices."""
+        columns = {name: column[members] for name, column in vars(self).items()}
         columns["prompts"] = np.unique(columns["prompts"], return_inverse=True)[1]
         return Scores(**columns)
 
@@ -75,9 +76,8 @@ class Scores:
             "chosen": self.chosen,
             "rejected": self.rejected,
         }
-        totals = np.zeros((int(self.prompts.max(initial=-1)) + 1, len(_SUMS)))
-        np.add.at(totals, self.prompts, np.stack([columns[name] for name in _SUMS], axis=1))
-        return totals
+        totals = [np.bincount(self.prompts, columns[name]) for name in _SUMS]
+        return np.stack(totals, axis=1)
 
 
 Sums = npt.NDArray[np.float64]  # [..., _SUMS]
@@ -123,7 +123,8 @@ def estimates(scores: Scores, seed: int = 0) -> dict[str, Estimate]:
     """Every statistic with its interval, by resampling prompts.
 
     Pairs of one prompt are not independent, so prompts are drawn, each with all its pairs
-    (the percentile bootstrap of clusters; Efron and Tibshirani 1993, chapter 13).
+    (the percentile bootstrap of clusters; Efron and Tibshirani 1993, chapter 13). Of more than
+    `N_DRAWN` prompts, clusters of several random ones are drawn, see `_clustered`.
     """
     sums = scores.sums()
     drawn = _resampled(sums, seed)
@@ -164,8 +165,9 @@ def differences(model: Scores, baseline: Scores, seed: int = 0) -> dict[str, Dif
     if not np.array_equal(model.prompts, baseline.prompts):
         raise ValueError("the scores of model and baseline are not of the same pairs")
     ours, theirs = model.sums(), baseline.sums()
-    both = np.concatenate([ours, theirs], axis=1)
+    both = _clustered(np.concatenate([ours, theirs], axis=1), seed)
     drawn, width = _resampled(both, seed), ours.shape[1]
+    ours, theirs = both[:, :width], both[:, width:]
     found = {}
     for name, summed in _PAIRED.items():
         statistic = STATISTICS[name]
@@ -178,8 +180,26 @@ def differences(model: Scores, baseline: Scores, seed: int = 0) -> dict[str, Dif
     return found
 
 
+def _clustered(sums: Sums, seed: int) -> Sums:
+    """Sums of at most `N_DRAWN` clusters of prompts, put together at random; few prompts as is.
+
+    All statistics are ratios of sums, and the prompts of a cluster are independent, so that the
+    squares of the clusters' residuals add up to those of the prompts: intervals are as wide. With
+    10,000 clusters their widths differ by under 1 % (1 / sqrt(2 N_DRAWN)) from those of drawing
+    prompts, which 1,000 resamples decide to about 5 % only. Signs that are flipped by cluster are a
+    subgroup of those by prompt, under which the test is as exact.
+    """
+    n_prompts = len(sums)
+    if n_prompts <= N_DRAWN:
+        return sums
+    order = np.random.default_rng([seed, n_prompts]).permutation(n_prompts)
+    which = order % N_DRAWN
+    return np.stack([np.bincount(which, column) for column in sums.T], axis=1)
+
+
 def _resampled(sums: Sums, seed: int) -> Sums:
-    """Sums over prompts drawn with replacement, a row a resample."""
+    """Sums over prompts, or clusters of them, drawn with replacement; a row a resample."""
+    sums = _clustered(sums, seed)
     rng = np.random.default_rng(seed)
     n_prompts = len(sums)
     rows = [

@@ -1,7 +1,7 @@
 """The trials of a sweep and how they rank, read from their folders alone; on the driver."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -151,12 +151,14 @@ def _without_seed(trial: Trial) -> dict[str, Any]:
     return {name: value for name, value in trial.values.items() if name != "seed"}
 
 
-def read_trials(sweep_directory: Path) -> list[Trial]:
-    """All trials of a sweep that were begun, by name."""
+def read_trials(
+    sweep_directory: Path, lines_of: Callable[[Path], list[dict[str, Any]]] = read_metrics
+) -> list[Trial]:
+    """All trials of a sweep that were begun, by name; `lines_of` reads the metrics of one."""
     trials = []
     for path in sorted((sweep_directory / TRIALS).glob(f"*/{TRIAL_RECORD}")):
         record = read_json(path)
-        lines = read_metrics(path.parent)
+        lines = lines_of(path.parent)
         trials.append(
             Trial(
                 record["trial"],

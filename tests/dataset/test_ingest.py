@@ -223,7 +223,7 @@ def test_an_ingest_that_died_before_its_manifest_is_done_again(
 
 CACHED = """
 import json, pickle, sys
-from orpo_ray.dataset.regroup import load_keys
+from orpo_ray.dataset.pair_index import load_keys
 from orpo_ray.dataset.ingest import ingest, nothing_usable
 tokens = ingest(pickle.loads(bytes.fromhex(sys.argv[1])), None)  # no task is run
 print(json.dumps([str(tokens.folder.path), tokens.report, "ray" in sys.modules]))

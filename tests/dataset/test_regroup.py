@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from orpo_ray.dataset.ingest import held_out_set, ingest, nothing_usable
-from orpo_ray.dataset.pair_index import are_among
-from orpo_ray.dataset.regroup import load_keys
+from orpo_ray.dataset.pair_index import are_among, load_keys
 from orpo_ray.dataset.shards import TokenSet, read_shard
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import RowId

@@ -13,7 +13,7 @@ from orpo_ray.dataset.ingest import ingest
 from orpo_ray.dataset.request import MapTasks
 from orpo_ray.dataset.shards import MANIFEST_NAME
 from orpo_ray.dataset.tokenize import TokenizeSplit
-from orpo_ray.orchestration.tasks import map_tasks
+from orpo_ray.orchestration.tasks import Progress, map_tasks
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.readers import split_file
 from tests.reference import ingest as in_this_process
@@ -104,7 +104,8 @@ class DiesAtFile:
     def __call__(self, row: dict[str, str]) -> list[dict[str, str]]:
         """Answer for every other file."""
         item = json.loads(row["item"])
-        if "damaged" in item.get("path", item.get("split", {}).get("path", "")):
+        paths = [path for _, path in item.get("files", ())]
+        if "damaged" in " ".join([item.get("path", item.get("split", {}).get("path", "")), *paths]):
             os.kill(os.getpid(), signal.SIGSEGV)
         return [row]
 
@@ -118,3 +119,31 @@ def test_a_file_that_ends_each_process_is_named_after_a_few_tries():
     ) as error:
         map_tasks(items, DiesAtFile())
     assert len(error.value.lines) == 1
+
+
+@pytest.mark.slow
+def test_a_small_file_that_ends_the_process_of_many_is_named_alone():
+    """Each file of the task whose process ended is tried in a task of its own."""
+    files = [[i, f"/data/{'damaged' if i == 7 else i}.jsonl"] for i in range(12)]
+    with pytest.raises(DataError, match=r"/data/damaged\.jsonl: the process that reads") as error:
+        map_tasks([{"files": files[:5]}, {"files": files[5:]}], DiesAtFile())
+    assert len(error.value.lines) == 1
+
+
+def test_progress_says_rows_rate_and_the_time_left():
+    """400 rows of 1 of 4 parts after 20 s: 20 rows/s, and 60 s for the other three parts."""
+    progress = Progress(4)
+    assert progress.text(20.0) == "reading the data: part 0 of 4"
+    progress.add({"rows_read": 300}, is_last=False)
+    progress.add({"rows_read": 100}, is_last=True)
+    text = "reading the data: 400 rows, 20 rows/s, about 1 min 0 s left"
+    assert progress.text(20.0) == text
+
+
+def test_progress_logs_while_it_lasts(caplog):
+    with caplog.at_level("INFO", "orpo_ray"), Progress(2, every_s=0.01) as progress:
+        while not caplog.records:
+            progress.add({"rows_read": 1}, is_last=False)
+    n_lines = len(caplog.records)
+    assert caplog.records[0].getMessage().startswith("reading the data: ")
+    assert len(caplog.records) == n_lines

@@ -58,7 +58,7 @@ def token_set(folder: Path, total: dict[str, Any], *parts: dict[str, Any]) -> To
         longest = n_prompt + max(n_chosen, n_rejected)
         for kind, n in zip(tallies, (n_prompt, n_chosen, n_rejected, longest), strict=True):
             tallies[kind][n] += 1
-    stats.arrays().save(Folder.at(folder), "00000-all")
+    stats.arrays().save(Folder.at(folder), "00000-0000000000")
     np.savez(folder / LENGTHS, **tallies)
     sources = {str(index): part for index, part in enumerate(parts)}
     report = total | {"sources": sources, "quarantine": quarantine}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from orpo_ray.reports.live import LiveView, RunWatcher
+from orpo_ray.reports.live import Curve, LiveView, RunWatcher
 from orpo_ray.reports.terminal import draws_in_place
 from orpo_ray.runs.files import STOP, RunFiles
 from orpo_ray.storage.folder import Folder
@@ -124,3 +124,28 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_curve_of_many_values_is_means_of_all(tmp_path: Path) -> None:
+    """100,000 values are held as at most 2,000 means, whose mean is that of all."""
+    curve = Curve()
+    for value in range(1 << 17):
+        curve.add(float(value))
+        assert len(curve.values) < 2000
+    assert curve.last == (1 << 17) - 1
+    known = [value for value in curve.values if value is not None]
+    assert known == sorted(known)
+    assert len(known) > 900
+    curve.add(None)
+    assert curve.last is None
+
+
+def test_the_metrics_of_a_run_are_read_once(tmp_path: Path) -> None:
+    files = RunFiles(Folder.at(tmp_path), is_writer=True)
+    seen: list[int] = []
+    watcher = RunWatcher(tmp_path, 300, log=lambda line: seen.append(line["step"]))
+    for step in range(1, 301):
+        files.metrics(LINE | {"step": step})
+        watcher._show_new()
+    assert seen == [*range(1, 301)]
+    assert watcher._metrics.n_bytes_read == (tmp_path / "metrics.jsonl").stat().st_size

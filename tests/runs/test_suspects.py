@@ -4,11 +4,15 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from orpo_ray.preference.groups import RowId
+from orpo_ray.runs import suspects as reporting
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.runs.suspects import write_suspects
+from orpo_ray.storage import partitions
 from orpo_ray.storage.folder import Folder
 
 
@@ -73,3 +77,38 @@ def test_rows_of_earlier_other_data_are_left_out(tmp_path):
 
 def test_a_run_without_margins_has_no_suspects(tmp_path):
     assert suspects(tmp_path) == []
+
+
+def test_the_list_for_people_is_short_and_all_rows_are_in_a_table(tmp_path, monkeypatch):
+    """200 rows of two files, three times each: in parts of 40 entries as at once."""
+    monkeypatch.setattr(reporting, "_SHOWN_ROWS", 20)
+    rng = np.random.default_rng(0)
+    tables, lists = [], []
+    margins = rng.normal(size=(3, 200)).round(3)
+    files = RunFiles(Folder.at(tmp_path), is_writer=True)
+    for step in range(60):
+        rows = [step % 20 * 10 + i for i in range(10)]
+        files.ledger(step + 1, 0, [RowId(row % 2, row // 2) for row in rows], ())
+        files.margins(step + 1, margins[step // 20, rows].tolist())
+    for part_rows in (10_000, 40):
+        monkeypatch.setattr(partitions, "PART_ROWS", part_rows)
+        path = write_suspects(tmp_path, ["a.jsonl", "b.jsonl"])
+        lists.append(path.read_text())
+        tables.append(pq.read_table(tmp_path / "suspects.parquet"))
+    assert lists[0] == lists[1]
+    assert tables[0].equals(tables[1].combine_chunks()) or tables[0].to_pylist() == (
+        tables[1].to_pylist()
+    )
+    every = tables[0].to_pylist()
+    places = [(row["file"], row["row"]) for row in every]
+    assert places == [(file, row) for file in ("a.jsonl", "b.jsonl") for row in range(1, 101)]
+    assert {row["passes"] for row in every} == {3}
+    worst = sorted(every, key=lambda row: row["margin_mean"])[:20]
+    shown = [json.loads(line) for line in lists[0].splitlines()]
+    assert [(row["file"], row["row"]) for row in shown] == [(r["file"], r["row"]) for r in worst]
+    # Of row 7 of the second file, whose number among all is 13, by hand.
+    (row,) = [row for row in every if (row["file"], row["row"]) == ("b.jsonl", 7)]
+    right = np.array([(margins[step // 20, step % 20 * 10 :][:10] > 0).sum() for step in range(60)])
+    near = [slice(max(0, step - 25), step + 26) for step in (1, 21, 41)]
+    weights = [max(2 * right[part].mean() / 10 - 1, 0.01) ** 2 for part in near]
+    assert row["margin_mean"] == pytest.approx(np.average(margins[:, 13], weights=weights))
