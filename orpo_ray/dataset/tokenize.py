@@ -23,6 +23,7 @@ from orpo_ray.preference.records import (
     Record,
     Refusal,
     n_characters,
+    text_length,
 )
 from orpo_ray.preference.rendering import TemplateLimitError
 from orpo_ray.preference.special_tokens import special_token_in
@@ -34,6 +35,8 @@ from orpo_ray.storage.folder import Folder, FolderLike
 DONE = "done"
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 4_000_000
+_SHARD_TOKENS = 8_000_000
+_LEAST_CHARACTERS = 2  # of text a token, on average
 
 
 def make_folders(tokens: FolderLike) -> None:
@@ -140,8 +143,22 @@ class TokenizeSplit:
         """The rows of each shard of a split, to be read before the next, and their first number."""
         rows = read_split(split)
         for first in rows:
-            more = itertools.islice(rows, self.request.shard_rows - 1)
-            yield first.number, itertools.chain([first], more)
+            yield first.number, self._shard_of(first, rows)
+
+    def _shard_of(self, first: RawRow, rows: Iterator[RawRow]) -> Iterator[RawRow]:
+        """Rows up to `shard_rows`, or to what may be `_SHARD_TOKENS` tokens.
+
+        A worker holds some tens of shards, so they bound its memory for rows of any length.
+        """
+        most = 2 * self.request.limits.max_length
+        n_tokens, row = 0, first
+        for _ in range(self.request.shard_rows - 1):
+            yield row
+            n_tokens += min(most, text_length(row.record) // _LEAST_CHARACTERS)
+            if n_tokens >= _SHARD_TOKENS or (more := next(rows, None)) is None:
+                return
+            row = more
+        yield row
 
     def _tokenized(self, source: int, first: int, rows: Iterator[RawRow]) -> Chunk:
         contents = _ShardContents(self.request, source, self._pairs)

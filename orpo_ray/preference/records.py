@@ -161,6 +161,17 @@ def n_characters(record: Record) -> int:
     return prompt + max(answers)
 
 
+def text_length(value: Any) -> int:
+    """Number of characters of all texts in a decoded row, or in a part of it."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 0
+    return sum(map(text_length, value))
+
+
 def excerpt(row: Mapping[str, Any], limit: int = 200) -> str:
     """Return the first `limit` characters of a row as JSON, for the quarantine."""
     return json.dumps(row, ensure_ascii=False, default=str)[:limit]

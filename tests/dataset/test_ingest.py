@@ -363,3 +363,19 @@ def test_a_shard_that_a_killed_ingest_finished_is_not_written_again(ingested, tm
     assert task(item) == first
     assert [path.read_bytes() for path in shards] == contents
     assert [path.stat().st_mtime_ns for path in shards[1:]] == times[1:]
+
+
+def test_a_shard_of_long_rows_ends_before_shard_rows(ingested, tmp_path, monkeypatch):
+    """Every row is in one shard, once and in order, and no shard is much above the limit."""
+    monkeypatch.setattr("orpo_ray.dataset.tokenize._SHARD_TOKENS", 1000)
+    pairs = [
+        {"prompt": f"{i} " + "a b " * length, "chosen": "c", "rejected": "d"}
+        for i, length in enumerate([1, 2, 400, 800, 3, 200, 200, 200, 1, 900, 1, 1])
+    ]
+    lines = "\n".join(map(json.dumps, pairs)).encode()
+    request = request_for(ingested, tmp_path, "long.jsonl", lines)
+    tokens = ingest(replace(request, limits=Limits(4096), shard_rows=10), map_tasks)
+    rows = [[row.row for g in tokens.groups(s) for row in g.row_ids] for s in tokens.shards]
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [10, 11]]
+    short = ingest(replace(request, limits=Limits(16), shard_rows=10), map_tasks)
+    assert [shard.n_groups for shard in short.shards] == [10, 2]
