@@ -23,7 +23,7 @@ from orpo_ray.orchestration.cluster import connection
 from orpo_ray.orchestration.cluster.exposure import exposure_warning
 from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
-from orpo_ray.orchestration.preflight import check_model
+from orpo_ray.orchestration.preflight import check_model, check_schedule
 from orpo_ray.orchestration.tasks import map_tasks
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
@@ -80,8 +80,13 @@ class Start:
     @property
     def n_steps(self) -> int:
         """Optimizer steps of the whole run."""
+        return self.config.total_steps(self.steps_per_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the training pairs."""
         train = self._train_plan()
-        return self.config.total_steps(train.order.n_batches(train.plan.batch_groups))
+        return train.order.n_batches(train.plan.batch_groups)
 
     def _train_plan(self) -> FeedPlan:
         weights = [source.weight for source in self.inputs.train_files]
@@ -135,6 +140,7 @@ def start_run(
     inputs = inputs or find_inputs(config, folder.parent, only_evals)
     if trains:
         _refuse_unknown_metric(config, eval_names(config, inputs))
+        check_schedule(config)
     connection.connect()
     for warning in (connection.output_warning(folder), exposure_warning()):
         if warning:

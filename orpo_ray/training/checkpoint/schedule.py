@@ -40,7 +40,7 @@ class CheckpointSchedule:
     due then. `problem` is why the last save failed.
 
     Args:
-        config: the run's config.
+        config: the run's config, with its intervals in steps.
         settings: `decisive_settings` of the run.
         files: of the run directory.
         state: what is saved and restored.
@@ -115,7 +115,8 @@ class CheckpointSchedule:
             last: whether there is none after it.
         """
         self._must_wait = self._poll(step) or last
-        due = step == self._retry_at or step % self._config.train.save_steps == 0
+        every = self._config.train.save_steps
+        due = step == self._retry_at or (every is not None and step % int(every) == 0)
         due = due or step in self._ranking[:1]
         return step != self._committed_step and (self._must_wait or due)
 
@@ -187,7 +188,7 @@ class CheckpointSchedule:
         if problem is None:
             self._committed_step, self._retry_at = self._saving_step, None
             return
-        self._retry_at = step + max(1, self._config.train.save_steps // 10)
+        self._retry_at = step + max(1, int(self._config.train.save_steps or step) // 10)
         self._files.event(
             f"ALARM: the checkpoint of step {self._saving_step} was not saved: {problem}; "
             f"training continues, the next attempt is after step {self._retry_at}",
