@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from orpo_ray.orchestration.evaluate import EvaluationResult, evaluate
     from orpo_ray.orchestration.sweep.tune import SweepResult, trainable, tune
     from orpo_ray.orchestration.train import TrainResult, prepare, train
-    from orpo_ray.orchestration.trainer import ORPOTrainer
+    from orpo_ray.orchestration.trainer.trainer import ORPOTrainer
     from orpo_ray.preference.errors import DataError
     from orpo_ray.training.errors import StoppedError, TrainingError
     from orpo_ray.trl.arguments import ORPOConfig
@@ -43,7 +43,7 @@ _HOME = {
     "DataError": "orpo_ray.preference.errors",
     "EvaluationResult": "orpo_ray.orchestration.evaluate",
     "ORPOConfig": "orpo_ray.trl.arguments",
-    "ORPOTrainer": "orpo_ray.orchestration.trainer",
+    "ORPOTrainer": "orpo_ray.orchestration.trainer.trainer",
     "StoppedError": "orpo_ray.training.errors",
     "SweepResult": "orpo_ray.orchestration.sweep.tune",
     "TrainResult": "orpo_ray.orchestration.train",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import to_yaml
@@ -36,6 +36,7 @@ from orpo_ray.training.checkpoint.best import Evaluations
 from orpo_ray.training.errors import EvaluationError
 
 _EVALUATED_GROUPS = 256
+Config = TypeVar("Config", bound=ORPOConfig)
 _log = logging.getLogger(__name__)
 
 
@@ -98,7 +99,7 @@ class Start:
         return self._train_plan().stream(0, 1).data_digest
 
 
-def with_run_name(config: ORPOConfig) -> ORPOConfig:
+def with_run_name(config: Config) -> Config:
     """The config with a name by the time where it has none; no two commands get the same."""
     if config.output.run_name:
         return config

@@ -20,7 +20,7 @@ from orpo_ray.models.packing_check import check_packing
 from orpo_ray.models.quantized import quantized_text
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
-from orpo_ray.runs.files import STOP, WRITTEN_BY_WORKERS, RunFiles, read_metrics, summary
+from orpo_ray.runs.files import FINISH, STOP, WRITTEN_BY_WORKERS, RunFiles, read_metrics, summary
 from orpo_ray.runs.resume import decisive_settings
 from orpo_ray.runs.statistics import Scores, estimates
 from orpo_ray.storage.folder import Folder, light
@@ -73,7 +73,7 @@ def _files_in_step(run: Folder) -> Iterator[None]:
         yield
         return
     run.fetch(light).make()
-    written, asked = frozenset(WRITTEN_BY_WORKERS), frozenset({STOP})
+    written, asked = frozenset(WRITTEN_BY_WORKERS), frozenset({STOP, FINISH})
     with run.kept_in_step(written.__contains__, asked.__contains__):
         yield
 
@@ -238,6 +238,9 @@ class _Loop:
             self._save(last)
         if self.schedule.stops and not last:
             self._stop()
+        if self.schedule.finishes and self.step + 1 < self.n_steps:
+            self.n_steps = self.step + 1
+            self.files.notice(f"ends after step {self.n_steps}, as asked to")
 
     def _is_due(self, every: Any) -> bool:
         """Whether what is done every so many steps is due; at the last one everything is."""
