@@ -9,8 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import peft
+import pyarrow.parquet as pq
 import pytest
 import ray.train
 import torch
@@ -24,6 +26,7 @@ from transformers import (
 from orpo_ray import ConfigError, DataError, ORPOConfig, ORPOTrainer
 from orpo_ray.demo.model import make_demo_model
 from orpo_ray.orchestration.trainer.adapters import adapter_config, base_weights, lora_settings
+from orpo_ray.orchestration.trainer.memory import KeptInputs
 from orpo_ray.runs.manifest import checkpoint, write_manifest
 from orpo_ray.storage.folder import Folder
 
@@ -391,6 +394,33 @@ def test_arguments_that_would_have_no_effect_are_refused(tmp_path, base, argumen
         ORPOTrainer(str(base), **given)
     assert said in str(caught.value)
     assert not list(tmp_path.glob("demo-*"))
+
+
+def test_frozen_weights_are_refused(base, tmp_path):
+    """They would train unnoticed; adapters leave them as they are."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.get_input_embeddings().requires_grad_(False)
+    with pytest.raises(ConfigError, match="1 of its weights are frozen"):
+        ORPOTrainer(model, ORPOConfig(tmp_path), train_dataset=pairs(2))
+    ORPOTrainer(model, ORPOConfig(tmp_path, lora_r=2), train_dataset=pairs(2))
+
+
+def test_datasets_that_make_their_rows_are_read_through(tmp_path):
+    """A stream, and what a transform makes; each is one file, named by what it holds."""
+    kept = KeptInputs(Folder.at(tmp_path / "inputs"))
+    whole = datasets.Dataset.from_dict(pairs(5))
+    (stream,) = kept.files(whole.to_iterable_dataset(num_shards=2))
+    assert pq.read_table(stream).to_pydict() == pairs(5)
+    shouted = whole.with_transform(
+        lambda rows: {name: [text.upper() for text in texts] for name, texts in rows.items()}
+    )
+    (transformed,) = kept.files(shouted)
+    assert pq.read_table(transformed)["chosen"].to_pylist() == [f"YES {i}" for i in range(5)]
+    assert kept.files(whole.to_iterable_dataset()) == (stream,)
+    whole.set_format("torch", columns=["prompt"])  # of tensors, which texts are none
+    (plain,) = kept.files(whole)
+    assert pq.read_table(plain).to_pydict() == pairs(5)
+    assert len(list((tmp_path / "inputs").iterdir())) == 3
 
 
 def test_a_subclass_with_methods_that_are_never_called_is_refused(tmp_path):

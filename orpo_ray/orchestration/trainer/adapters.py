@@ -77,6 +77,24 @@ def adapter_config(model: Any) -> Any:
     return configs[model.active_adapter]
 
 
+def refuse_frozen(model: Any) -> None:
+    """Refuse a model with frozen weights: workers train all of them, or adapters alone.
+
+    Raises:
+        ConfigError: with the number of them.
+    """
+    if not hasattr(model, "named_parameters") or adapter_config(model) is not None:
+        return
+    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    if frozen:
+        raise ConfigError(
+            [
+                f"model: {len(frozen)} of its weights are frozen (requires_grad=False), such as "
+                f"{frozen[0]}; here all of them train: unfreeze them, or train adapters with lora_r"
+            ]
+        )
+
+
 def base_weights(model: Any) -> tuple[PreTrainedModel, dict[str, Any] | None]:
     """The base model, and its own weights by their names without adapters; None: all it has."""
     if adapter_config(model) is None:

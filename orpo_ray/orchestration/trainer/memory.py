@@ -3,21 +3,27 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_ray.config.data import DataSource
-from orpo_ray.orchestration.inputs import as_sources, keep_dataset
+from orpo_ray.orchestration.inputs import as_sources, keep_dataset, no_progress_bars
 from orpo_ray.orchestration.trainer.adapters import base_weights
 from orpo_ray.preference.reading.finding import passed_over_text, search_files
 from orpo_ray.runs.manifest import fingerprint
 from orpo_ray.storage.folder import Folder
 
 _log = logging.getLogger(__name__)
+
+
+def _each(rows: Iterable[Any]) -> Iterator[Any]:
+    """A generator as `datasets` takes it, that is a function of its own."""
+    yield from rows
 
 
 class KeptInputs:
@@ -32,8 +38,14 @@ class KeptInputs:
 
     def files(self, dataset: Any) -> tuple[str, ...]:
         """The files of one data set, written if it is in memory."""
+        import datasets
+
         if isinstance(dataset, str | Path):
             return self._named(str(dataset))
+        if isinstance(dataset, datasets.IterableDataset):
+            return (self._streamed(dataset, dataset.features),)
+        if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+            return (self._streamed(dataset, None),)  # with_transform: files hold what it makes
         return (keep_dataset(dataset, self._folder),)
 
     def eval_files(self, dataset: Any) -> dict[str, tuple[DataSource, ...]]:
@@ -61,6 +73,22 @@ class KeptInputs:
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Folder:
         """The tokenizer's folder."""
         return self._keep("tokenizer", tokenizer.save_pretrained, "*")
+
+    def _streamed(self, rows: Iterable[Any], features: Any) -> str:
+        """A file of rows that are read through once, a few of them in memory; named by content."""
+        import datasets
+
+        folder = self._folder.make()
+        with TemporaryDirectory(dir=folder.path) as cache, no_progress_bars():
+            whole = datasets.Dataset.from_generator(
+                _each, features=features, cache_dir=cache, gen_kwargs={"rows": rows}
+            )
+            temporary = Path(cache) / "rows.parquet"
+            whole.to_parquet(str(temporary))
+            name = f"{fingerprint(temporary)['xxh3_128']}.parquet"
+            temporary.replace(folder.path / name)
+        folder.publish(name)
+        return f"{folder}/{name}"
 
     def _named(self, name: str) -> tuple[str, ...]:
         """A path, a glob, or a hub id as `owner/name` that is no path here."""

@@ -20,6 +20,7 @@ from orpo_ray.orchestration.train import TrainResult, train
 from orpo_ray.orchestration.trainer.adapters import (
     adapter_config,
     lora_settings,
+    refuse_frozen,
     with_trained_weights,
 )
 from orpo_ray.orchestration.trainer.callbacks import Callbacks, RunFollower
@@ -103,6 +104,8 @@ class ORPOTrainer(Saving):
             config = config.replace(model_name_or_path=str(model))
         if (adapters := peft_config or adapter_config(self._given)) is not None:
             config = config.replace(**lora_settings(adapters, self._model_type))
+        if config.model.lora_r is None:
+            refuse_frozen(self._given)
         more = {"model": self._given, "processing_class": self.processing_class}
         self._callbacks = Callbacks((), more)
         for callback in callbacks or ():
