@@ -53,6 +53,7 @@ lint: .venv/test.installed
 
 docs: .venv/docs.installed
 	$(BIN)/python docs/settings_table.py
+	$(BIN)/python docs/trl_table.py
 	$(BIN)/mkdocs build --strict
 
 # Built, put into an environment of its own, and used from another folder. The packages that it

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from orpo_ray.version import __version__
 
 if TYPE_CHECKING:
-    from orpo_ray.config.schema import ConfigError, ORPOConfig
+    from orpo_ray.config.schema import ConfigError
     from orpo_ray.orchestration.evaluate import EvaluationResult, evaluate
     from orpo_ray.orchestration.sweep.tune import SweepResult, trainable, tune
     from orpo_ray.orchestration.train import TrainResult, prepare, train
-    from orpo_ray.orchestration.trainer import ORPOTrainer
+    from orpo_ray.orchestration.trainer.trainer import ORPOTrainer
     from orpo_ray.preference.errors import DataError
     from orpo_ray.training.errors import StoppedError, TrainingError
+    from orpo_ray.trl.arguments import ORPOConfig
 
 __all__ = [
     "ConfigError",
@@ -41,8 +42,8 @@ _HOME = {
     "ConfigError": "orpo_ray.config.schema",
     "DataError": "orpo_ray.preference.errors",
     "EvaluationResult": "orpo_ray.orchestration.evaluate",
-    "ORPOConfig": "orpo_ray.config.schema",
-    "ORPOTrainer": "orpo_ray.orchestration.trainer",
+    "ORPOConfig": "orpo_ray.trl.arguments",
+    "ORPOTrainer": "orpo_ray.orchestration.trainer.trainer",
     "StoppedError": "orpo_ray.training.errors",
     "SweepResult": "orpo_ray.orchestration.sweep.tune",
     "TrainResult": "orpo_ray.orchestration.train",

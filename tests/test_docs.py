@@ -1,5 +1,6 @@
 """README.md and docs/ are true: commands and Python run as they stand, configs load, links hold."""
 
+import ast
 import json
 import re
 import shlex
@@ -9,13 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from docs import trl_table
 from docs.settings_table import PAGE, type_text, with_settings
+from orpo_ray import ORPOConfig
 from orpo_ray.cli import read_arguments
 from orpo_ray.config.file import load_config
 from orpo_ray.config.schema import SECTION_OF
 from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
 from orpo_ray.preference.layouts import Shape
 from orpo_ray.preference.shapes import ParsedRow, RowReader
+from orpo_ray.trl.names import names
 from tests.conftest import ROOT
 
 README = ROOT / "README.md"
@@ -163,7 +167,7 @@ def test_every_example_of_a_row_is_read():
 def test_every_setting_in_the_text_exists(page):
     """Those in code, as `name=value`."""
     named = re.findall(r"`(?:orpo-ray )?([a-z_.0-9]+)=[^`=]*`", prose(page))
-    known = SECTION_OF.keys() | {"name", "section.name", "search.beta"}
+    known = SECTION_OF.keys() | names().keys() | {"name", "section.name", "search.beta"}
     assert [n for n in named if n not in known and n.partition(".")[2] not in known] == []
 
 
@@ -220,6 +224,29 @@ def test_every_metric_of_the_objective_is_described():
     text = (ROOT / "docs" / "runs.md").read_text()
     metrics = metrics_from_sums([1.0] * N_SUMS, OrpoWeights(beta=0.1, router=0.1))
     assert [name for name in metrics if f"`{name}`" not in text] == []
+
+
+def test_the_table_has_every_name_of_trl():
+    page = trl_table.PAGE.read_text()
+    assert trl_table.with_names(page) == page, "run `make docs`"
+
+
+def test_every_default_that_is_not_trls_is_listed():
+    defaults = page_section("docs/trl.md", "## Defaults that differ")
+    listed = re.findall(r"^\| `(\w+)` \| `(.*?)` \| `(.*?)` \|", defaults, re.M)
+    config = ORPOConfig()
+    differ = {
+        row.name: (row.default, getattr(config, row.name))
+        for row in names().values()
+        if row.verdict == "same" and getattr(config, row.name) != row.default
+    }
+    shown = {name: (ast.literal_eval(old), ast.literal_eval(new)) for name, old, new in listed}
+    assert shown == differ
+
+
+def page_section(page: str, heading: str) -> str:
+    """The text between a heading and the next."""
+    return (ROOT / page).read_text().partition(f"{heading}\n")[2].partition("\n## ")[0]
 
 
 def test_the_table_has_every_setting_of_the_schema():

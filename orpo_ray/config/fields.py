@@ -1,10 +1,12 @@
 """What the sections of the settings are made of: their base class, their fields and their types."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -54,9 +56,28 @@ def _known_place(value: str) -> str:
     return value.rstrip("/")
 
 
+def _some_interval(value: Any) -> Any:
+    if value == "epoch":
+        return value
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if 0 < number < 1:
+        return number
+    if number >= 1 and number == int(number):
+        return int(number)
+    raise ValueError("give a number of steps from 1, a share of all steps below 1, or epoch")
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Place = Annotated[str, AfterValidator(_known_place)]
+Interval = Annotated[
+    PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["epoch"],
+    BeforeValidator(_some_interval),
+]
+"""How often: a number of optimizer steps, a share of all of them, or an epoch."""
 
 
 class Section(BaseModel):

@@ -1,12 +1,9 @@
 """Loading a config from a YAML file and overrides; all its errors are reported at once."""
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel, ValidationError
 
 from orpo_ray.config.references import escape_references, take_out_references
 from orpo_ray.config.schema import (
@@ -20,33 +17,6 @@ from orpo_ray.config.secrets import take_out_secrets
 from orpo_ray.storage.bucket import URLS
 from orpo_ray.storage.files import one_line
 from orpo_ray.storage.folder import VIEWS, Folder
-
-# Names in other trainers for settings whose names here are spelled too differently to be suggested.
-_OTHER_NAMES = {
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "micro_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "base_model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "lambda": "beta",
-    "alpha": "beta",
-    "orpo_alpha": "beta",
-    "sequence_len": "max_length",
-    "max_seq_length": "max_length",
-    "datasets": "train_files",
-    "data_files": "train_files",
-    "train_file": "train_files",
-    "dataset": "dataset_name",
-    "scheduler": "lr_scheduler_type",
-    "lr_scheduler": "lr_scheduler_type",
-    "gpus": "use_gpu",
-    "workers": "num_workers",
-    "keep_checkpoints": "save_total_limit",
-}
-
 
 FORMAT_NAME = "format"
 _MAX_DEPTH = 100
@@ -78,12 +48,11 @@ def load_config(path: str | None, overrides: Sequence[str]) -> ORPOConfig:
     for layer in (in_file, *layers):
         _merge(merged, layer, findings)
     try:
-        config = ORPOConfig.model_validate(merged)
-    except ValidationError as error:
-        for details in error.errors():
-            place = details["loc"]
+        config = ORPOConfig(**merged)
+    except ConfigError as error:
+        for place, line in zip(error.places, error.lines, strict=True):
             is_of_file = _has(in_file, place) and not any(_has(layer, place) for layer in layers)
-            findings.append(f"{path}: {_finding(details)}" if is_of_file else _finding(details))
+            findings.append(f"{path}: {line}" if is_of_file else line)
     if findings:
         raise ConfigError(findings)
     return config
@@ -228,24 +197,3 @@ def _merge(target: dict[str, Any], layer: Mapping[str, Any], findings: list[str]
             target[key] |= value
         else:
             target[key] = value
-
-
-def _finding(details: Any) -> str:
-    """One pydantic error as `field: what is wrong (got value)`, or with the nearest valid name."""
-    where = ".".join(str(part) for part in details["loc"])
-    if details["type"] == "extra_forbidden":
-        return f"{where}: no such setting{_nearest(str(details['loc'][-1]))}"
-    message = details["msg"].removeprefix("Value error, ")
-    value = details.get("input")
-    shown = "" if isinstance(value, Mapping | BaseModel) else f" (got {value!r})"
-    return f"{where or 'config'}: {message[:1].lower()}{message[1:]}{shown}"
-
-
-def _nearest(name: str) -> str:
-    """Suggest the valid name that is closest to `name`."""
-    near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else []
-    near += difflib.get_close_matches(name, [*SECTION_OF, *SECTIONS], n=1, cutoff=0.5)
-    if not near:
-        return "; --help lists all of them"
-    section = SECTION_OF.get(near[0])
-    return f"; did you mean {section}.{near[0]}?" if section else f"; did you mean {near[0]}?"

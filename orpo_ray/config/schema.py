@@ -1,13 +1,15 @@
 """The config of a run as one frozen, validated value."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from orpo_ray.config.data import DataSection
 from orpo_ray.config.fields import Decides, Section
+from orpo_ray.config.findings import finding
 from orpo_ray.config.model import ModelSection
 from orpo_ray.config.run import OutputSection, RaySection, TuneSection
 from orpo_ray.config.train import OrpoSection, TrainSection
@@ -15,20 +17,31 @@ from orpo_ray.storage.hiding import hide
 
 
 class ConfigError(ValueError):
-    """An invalid config; each of `lines` is one finding with field and fix, without secrets."""
+    """An invalid config; each of `lines` is one finding with field and fix, without secrets.
 
-    def __init__(self, lines: Sequence[str]) -> None:
+    Args:
+        lines: the findings.
+        places: of the settings that they are of, section and leaf, where there is one.
+    """
+
+    def __init__(self, lines: Sequence[str], places: Sequence[Sequence[int | str]] = ()) -> None:
         self.lines = tuple(map(hide, lines))
+        self.places = tuple(map(tuple, places))
         super().__init__("\n".join(self.lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep `lines` when the error is pickled."""
+        return (type(self), (self.lines, self.places))
 
 
 class ORPOConfig(Section):
     """The config of a run: `ORPOConfig(beta=0.2, num_workers=8)`, or by sections.
 
-    Setting names are unique, so a setting may be given in its section or at the top level.
+    Setting names are unique, so a setting may be given and read in its section or at the top
+    level: `config.orpo.beta` is `config.beta`.
 
     Raises:
-        pydantic.ValidationError: for unknown names, wrong types and values out of bounds.
+        ConfigError: for unknown names, wrong types and values out of bounds, a line each.
     """
 
     model: ModelSection = ModelSection()
@@ -41,6 +54,25 @@ class ORPOConfig(Section):
     search: dict[str, str | list[Any]] = Field(
         default_factory=dict, description="Search space of a sweep: a distribution by setting name."
     )
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            found = error.errors()
+            lines = [finding(details, SECTION_OF) for details in found]
+            places = [details["loc"] for details in found]
+        else:
+            return
+        # Outside the handler: pydantic's own error may show what was given.
+        raise ConfigError(lines, places)
+
+    if not TYPE_CHECKING:  # the project's own code names the section, which a checker understands
+
+        def __getattr__(self, name: str) -> Any:
+            if name in SECTION_OF:
+                return getattr(getattr(self, SECTION_OF[name]), name)
+            return super().__getattr__(name)
 
     @model_validator(mode="before")
     @classmethod
@@ -83,8 +115,32 @@ class ORPOConfig(Section):
         """A copy with some settings changed, validated like a new config."""
         values = self.model_dump()
         for name, value in leaves.items():
-            values[SECTION_OF[name]][name] = value
-        return type(self).model_validate(values)
+            values.get(SECTION_OF.get(name, ""), values)[name] = value
+        return type(self)(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting by its name alone, in types that JSON has."""
+        sections = self.model_dump(mode="json")
+        leaves = {leaf: sections[section][leaf] for leaf, section in SECTION_OF.items()}
+        return leaves | ({"search": self.search} if self.search else {})
+
+    def to_json_string(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def with_intervals(self, steps_per_epoch: int) -> Self:
+        """With numbers of steps for intervals that are given as a share or an epoch."""
+        n_steps = self.total_steps(steps_per_epoch)
+
+        def in_steps(every: float | str | None) -> int | None:
+            if every == "epoch":
+                return steps_per_epoch
+            if isinstance(every, float) and every < 1:
+                return math.ceil(every * n_steps)
+            return None if every is None else int(every)
+
+        names = ("logging_steps", "eval_steps", "save_steps")
+        return self.replace(**{name: in_steps(getattr(self.train, name)) for name in names})
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from orpo_ray.config.fields import PositiveInt, Section, Share, setting
+from orpo_ray.config.fields import Interval, PositiveInt, Section, Share, setting
 
 
 class OrpoSection(Section):
@@ -46,10 +46,23 @@ class TrainSection(Section):
         8e-6, "Peak learning rate (8e-6 in the paper).", decides="weights", ge=0.0, le=1.0
     )
     lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+        "linear",
+        "cosine",
+        "constant",
+        "constant_with_warmup",
+        "polynomial",
+        "inverse_sqrt",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
     ] = setting(
         "linear",
         "Learning-rate schedule, by its name in transformers.get_scheduler.",
+        decides="weights",
+    )
+    lr_scheduler_kwargs: dict[str, bool | int | float | str] | None = setting(
+        None,
+        "Arguments of the schedule, such as min_lr of cosine_with_min_lr. Default: its own.",
         decides="weights",
     )
     warmup_ratio: Share = setting(
@@ -150,13 +163,19 @@ class TrainSection(Section):
         "Keep weights, gradients and optimizer state in host memory, on GPUs.",
         decides="run",
     )
-    logging_steps: PositiveInt = setting(
-        10, "Number of optimizer steps between lines of metrics.jsonl.", decides="run"
+    logging_steps: Interval | None = setting(
+        10,
+        "Number of optimizer steps between lines of metrics.jsonl, a share of all steps, or epoch. "
+        "null: after the last step only.",
+        decides="run",
     )
-    eval_steps: PositiveInt | None = setting(
+    logging_first_step: bool = setting(
+        False, "Write a line of metrics.jsonl after the first step as well.", decides="run"
+    )
+    eval_steps: Interval | None = setting(
         None,
-        "Number of optimizer steps between evaluations. Default: evaluate before the first and "
-        "after the last step only.",
+        "Number of optimizer steps between evaluations, a share of all steps, or epoch. Default: "
+        "evaluate before the first and after the last step only.",
         decides="run",
     )
     metric_for_best_model: str = setting(
@@ -191,8 +210,11 @@ class TrainSection(Section):
     max_new_tokens: PositiveInt = setting(
         64, "Maximum number of new tokens per sample.", decides="run"
     )
-    save_steps: PositiveInt = setting(
-        500, "Number of optimizer steps between checkpoints.", decides="run"
+    save_steps: Interval | None = setting(
+        500,
+        "Number of optimizer steps between checkpoints, a share of all steps, or epoch. null: "
+        "after the last step only.",
+        decides="run",
     )
     save_total_limit: PositiveInt | None = setting(
         2, "Number of checkpoints to keep; older ones are deleted. null keeps all.", decides="run"
@@ -221,6 +243,14 @@ class TrainSection(Section):
     seed: int = setting(
         42,
         "Seed of the order of pairs, of dropout, and of new adapters and demo weights.",
+        decides="weights",
+        ge=0,
+        lt=2**32,
+    )
+
+    data_seed: int | None = setting(
+        None,
+        "Seed of the order of pairs. Default: seed.",
         decides="weights",
         ge=0,
         lt=2**32,

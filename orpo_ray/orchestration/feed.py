@@ -91,10 +91,11 @@ def eval_plan(config: ORPOConfig, token_set: TokenSet, groups_per_worker: int) -
 
 
 def _order(config: ORPOConfig, token_set: TokenSet, shuffle: bool) -> Order:
+    seed = config.train.seed if config.train.data_seed is None else config.train.data_seed
     return Order(
         shard_lengths=tuple(shard.n_groups for shard in token_set.shards),
         window_shards=config.data.shuffle_window_shards,
-        seed=config.train.seed,
+        seed=seed,
         shuffle=shuffle,
     )
 

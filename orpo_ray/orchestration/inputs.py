@@ -285,13 +285,13 @@ def keep_dataset(dataset: Any, place: FolderLike) -> str:
         )
     name = f"{dataset._fingerprint}.parquet"
     if not (folder.path / name).exists():
-        with folder.replacing(name) as temporary, _no_progress_bars():
+        with folder.replacing(name) as temporary, no_progress_bars():
             dataset.to_parquet(str(temporary))
     return f"{folder}/{name}"
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """No progress bars of `datasets` on stderr."""
     import datasets
 

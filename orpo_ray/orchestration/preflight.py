@@ -65,6 +65,23 @@ def check_model(
         raise ConfigError(problems)
 
 
+def check_schedule(config: ORPOConfig) -> None:
+    """Refuse arguments that the learning-rate schedule does not take, or lacks.
+
+    Raises:
+        ConfigError: with what transformers says of them.
+    """
+    import torch
+
+    from orpo_ray.training.optimizer import build_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        build_scheduler(optimizer, config.train, n_steps=10)
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"train.lr_scheduler_kwargs: {first_line(error)}"]) from error
+
+
 def _tokens_without_embedding(
     model: "PreTrainedModel",
     source: ModelSource,

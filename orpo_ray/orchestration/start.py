@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import to_yaml
@@ -23,7 +23,7 @@ from orpo_ray.orchestration.cluster import connection
 from orpo_ray.orchestration.cluster.exposure import exposure_warning
 from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
-from orpo_ray.orchestration.preflight import check_model
+from orpo_ray.orchestration.preflight import check_model, check_schedule
 from orpo_ray.orchestration.tasks import map_tasks
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
@@ -37,6 +37,7 @@ from orpo_ray.training.checkpoint.best import Evaluations
 from orpo_ray.training.errors import EvaluationError
 
 _EVALUATED_GROUPS = 256
+Config = TypeVar("Config", bound=ORPOConfig)
 _log = logging.getLogger(__name__)
 
 
@@ -81,8 +82,13 @@ class Start:
     @property
     def n_steps(self) -> int:
         """Optimizer steps of the whole run."""
+        return self.config.total_steps(self.steps_per_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the training pairs."""
         train = self._train_plan()
-        return self.config.total_steps(train.order.n_batches(train.plan.batch_groups))
+        return train.order.n_batches(train.plan.batch_groups)
 
     def _train_plan(self) -> FeedPlan:
         weights = [source.weight for source in self.inputs.train_files]
@@ -94,7 +100,7 @@ class Start:
         return self._train_plan().stream(0, 1).data_digest
 
 
-def with_run_name(config: ORPOConfig) -> ORPOConfig:
+def with_run_name(config: Config) -> Config:
     """The config with a name by the time where it has none; no two commands get the same."""
     if config.output.run_name:
         return config
@@ -139,6 +145,7 @@ def start_run(
     inputs = inputs or find_inputs(config, folder.parent, only_evals)
     if trains:
         _refuse_unknown_metric(config, eval_names(config, inputs))
+        check_schedule(config)
     connection.connect()
     for warning in (connection.output_warning(folder), exposure_warning()):
         if warning:

@@ -1,13 +1,14 @@
 """Training and preparing: from a config to a trained model or to token shards; on the driver."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-from ray.train import UserCallback
+from ray.train import Checkpoint, UserCallback
 from rich.console import Console
 
 from orpo_ray.config.schema import ORPOConfig
@@ -95,11 +96,65 @@ class TrainResult:
 
     def plot(self) -> Any:
         """The curves of `report.html` as a matplotlib figure, which a notebook shows."""
-        return picture(read_metrics(Folder.at(self.run_directory).path))
+        return picture(self._lines)
+
+    @property
+    def path(self) -> str:
+        """The run directory, by its name in `ray.train.Result`."""
+        return self.run_directory
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The trained model as a checkpoint of Ray Train."""
+        return Checkpoint(self.model_directory)
+
+    @property
+    def metrics_dataframe(self) -> Any:
+        """All lines of `metrics.jsonl` as a pandas frame."""
+        import pandas
+
+        return pandas.DataFrame(self._lines)
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done."""
+        return int(self._lines[-1]["step"])
+
+    @property
+    def training_loss(self) -> float:
+        """The mean loss of all steps."""
+        return mean_loss(self._lines)
+
+    @property
+    def _lines(self) -> list[dict[str, Any]]:
+        return read_metrics(Folder.at(self.run_directory).path)
+
+
+class Follower(Protocol):
+    """What is told of a run while it trains, in a thread."""
+
+    def begin(self, n_steps: int, steps_per_epoch: int) -> None:
+        """Called before workers start."""
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Called with every line of the metrics, also those of an earlier attempt."""
+
+
+def mean_loss(lines: Sequence[Mapping[str, Any]]) -> float:
+    """The mean of the logged losses, each weighted by the steps that it is of."""
+    total, before = 0.0, 0
+    for line in lines:
+        if line.get("loss") is not None:
+            total += line["loss"] * (line["step"] - before)
+            before = line["step"]
+    return total / before if before else math.nan
 
 
 def train(
-    config: ORPOConfig, inputs: RunInputs | None = None, console: Console | None = None
+    config: ORPOConfig,
+    inputs: RunInputs | None = None,
+    console: Console | None = None,
+    follower: Follower | None = None,
 ) -> TrainResult:
     """Run ORPO as the config says, on the cluster at hand or on this machine.
 
@@ -110,6 +165,7 @@ def train(
         inputs: files and model, when they are not those that the config names.
         console: shows progress as a live view if it is a terminal. Default: progress is only
             logged, by the logger `orpo_ray`.
+        follower: told of every line that is logged.
 
     Raises:
         ConfigError: for settings that the cluster or the run directory cannot meet, and while
@@ -129,11 +185,14 @@ def train(
         _log.info("run directory: %s", run_directory)
         _log.info("starting %s worker(s) with %s", _workers_text(start.config), resources)
         with stopping_on_signals(run_directory):
-            return train_run(start, console)
+            return train_run(start, console, follower=follower)
 
 
 def train_run(
-    start: Start, console: Console | None = None, callbacks: Sequence[UserCallback] = ()
+    start: Start,
+    console: Console | None = None,
+    callbacks: Sequence[UserCallback] = (),
+    follower: Follower | None = None,
 ) -> TrainResult:
     """Train on ingested data in a run directory that is ours, and write its reports.
 
@@ -141,6 +200,7 @@ def train_run(
         start: from `start_run`.
         console: see `train`.
         callbacks: of Ray Train, called at every report.
+        follower: see `train`.
 
     Raises:
         StoppedError: when the run was asked to stop, once a checkpoint was saved.
@@ -150,7 +210,15 @@ def train_run(
     tokens = start.token_sets[TRAIN]
     refresh = partial(write_run_report, start.folder, config, data_report)
     with closing(Trackers(config, run_directory)) as trackers:
-        with RunWatcher(run_directory, start.n_steps, console, refresh, trackers.log):
+
+        def log(line: Mapping[str, Any]) -> None:
+            trackers.log(line)
+            if follower is not None:
+                follower.log(line)
+
+        if follower is not None:
+            follower.begin(start.n_steps, start.steps_per_epoch)
+        with RunWatcher(run_directory, start.n_steps, console, refresh, log):
             run_workers(train_worker, start, callbacks)
         data_report = count_trained(run_directory, data_report, tokens)
         save_report(run_directory, data_report)

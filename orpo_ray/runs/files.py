@@ -25,6 +25,7 @@ MARGINS = "margins.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
 STOP = "stop-requested"
+FINISH = "finish-requested"
 FINAL = "final"
 RECORD = "orpo_ray.json"
 # Of a sweep: the folder of its trials, and the record of each trial.
@@ -65,6 +66,11 @@ class RunFiles:
     def stop_requested(self) -> bool:
         """Whether the driver asks for a last checkpoint; for the writer only."""
         return self.is_writer and (self.directory / STOP).exists()
+
+    @property
+    def finish_requested(self) -> bool:
+        """Whether the driver asks that the next step be the last; for the writer only."""
+        return self.is_writer and (self.directory / FINISH).exists()
 
     def notice(self, text: str) -> None:
         """Add a line to the log, which the driver shows, without secrets."""

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -20,7 +20,7 @@ from orpo_ray.models.packing_check import check_packing
 from orpo_ray.models.quantized import quantized_text
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
-from orpo_ray.runs.files import STOP, WRITTEN_BY_WORKERS, RunFiles, read_metrics, summary
+from orpo_ray.runs.files import FINISH, STOP, WRITTEN_BY_WORKERS, RunFiles, read_metrics, summary
 from orpo_ray.runs.resume import decisive_settings
 from orpo_ray.runs.statistics import Scores, estimates
 from orpo_ray.storage.folder import Folder, light
@@ -73,7 +73,7 @@ def _files_in_step(run: Folder) -> Iterator[None]:
         yield
         return
     run.fetch(light).make()
-    written, asked = frozenset(WRITTEN_BY_WORKERS), frozenset({STOP})
+    written, asked = frozenset(WRITTEN_BY_WORKERS), frozenset({STOP, FINISH})
     with run.kept_in_step(written.__contains__, asked.__contains__):
         yield
 
@@ -86,7 +86,8 @@ class _Loop:
     skipped_rows: int = 0
 
     def __post_init__(self) -> None:
-        job, config = self.job, self.job.config
+        config = self.job.config.with_intervals(self.job.train.steps_per_epoch)
+        self.job = job = replace(self.job, config=config)
         self.evaluations = Evaluations.from_config(config.train, list(job.evals))
         self.files = RunFiles(self.folder, is_writer=dist.get_rank() == 0)
         self.n_steps = config.total_steps(job.train.steps_per_epoch)
@@ -218,12 +219,12 @@ class _Loop:
         """Log, evaluate and save if due."""
         config = self.job.config.train
         evaluated: dict[str, Any] = {}
-        if self.step == self.n_steps or (config.eval_steps and self.step % config.eval_steps == 0):
+        if self._is_due(config.eval_steps):
             evaluated = self._evaluate()
             self._check_patience()
         last = self.step == self.n_steps
         line: dict[str, Any] = {}
-        if last or self.step % config.logging_steps == 0:
+        if self._is_due(config.logging_steps) or (self.step == 1 and config.logging_first_step):
             self.margins.flush()
             line |= self.log.read(rate)
             self.log.check_spike(self.step, line["loss"])
@@ -237,6 +238,13 @@ class _Loop:
             self._save(last)
         if self.schedule.stops and not last:
             self._stop()
+        if self.schedule.finishes and self.step + 1 < self.n_steps:
+            self.n_steps = self.step + 1
+            self.files.notice(f"ends after step {self.n_steps}, as asked to")
+
+    def _is_due(self, every: Any) -> bool:
+        """Whether what is done every so many steps is due; at the last one everything is."""
+        return self.step == self.n_steps or (every is not None and self.step % every == 0)
 
     def _stop(self) -> NoReturn:
         """End here, as the run was asked to.

@@ -33,6 +33,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainSection, n_st
         optimizer=optimizer,
         num_warmup_steps=warmup_steps,
         num_training_steps=n_steps,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
     )
 
 

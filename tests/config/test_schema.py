@@ -1,6 +1,8 @@
 """The config: what it accepts, and how it says no."""
 
 import itertools
+import json
+import pickle
 from typing import get_args
 
 import pytest
@@ -102,8 +104,49 @@ def test_a_config_cannot_be_changed():
 
 def test_replace_checks_what_it_puts_in():
     assert ORPOConfig().replace(beta=0.2).orpo.beta == 0.2
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError, match=r"orpo\.beta"):
         ORPOConfig().replace(beta=-1)
+
+
+def test_every_setting_is_read_by_its_name_alone():
+    config = ORPOConfig(beta=0.3, num_workers=[1, 4])
+    for leaf, section in SECTION_OF.items():
+        assert getattr(config, leaf) == getattr(getattr(config, section), leaf)
+    with pytest.raises(AttributeError, match="betta"):
+        _ = config.betta  # type: ignore[attr-defined]
+    assert json.loads(config.to_json_string())["num_workers"] == [1, 4]
+    assert ORPOConfig(**config.to_dict()) == pickle.loads(pickle.dumps(config)) == config
+
+
+def test_python_says_of_a_wrong_setting_what_yaml_says():
+    wrong = {"betta": 1, "lr": 1e-5, "max_length": 1, "train": {"seeed": 3}, "qqqq": 0}
+    with pytest.raises(ConfigError) as caught:
+        ORPOConfig(**wrong)
+    lines = refusals("betta=1", "lr=1e-5", "max_length=1", "train.seeed=3", "qqqq=0")
+    assert sorted(caught.value.lines) == sorted(lines)
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    assert pickle.loads(pickle.dumps(caught.value)).lines == caught.value.lines
+    with pytest.raises(ConfigError, match=r"did you mean orpo\.beta"):
+        ORPOConfig().replace(betta=1)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, "often", True, [3], "nan"])
+def test_an_interval_is_of_steps_a_share_or_an_epoch(every):
+    with pytest.raises(ConfigError) as caught:
+        ORPOConfig(eval_steps=every)
+    assert caught.value.lines == (
+        "train.eval_steps: give a number of steps from 1, a share of all steps below 1, or epoch "
+        f"(got {every!r})",
+    )
+
+
+def test_intervals_in_steps():
+    """3.5 epochs of 7 steps are 25; a tenth of that is 2.5, rounded up as transformers does."""
+    config = ORPOConfig(num_train_epochs=3.5, eval_steps="epoch", save_steps=0.1, logging_steps=4.0)
+    train = config.with_intervals(7).train
+    assert (train.eval_steps, train.save_steps, train.logging_steps) == (7, 3, 4)
+    train = config.replace(save_steps=None, eval_steps="12").with_intervals(7).train
+    assert (train.eval_steps, train.save_steps) == (12, None)
 
 
 def test_all_findings_come_at_once():
@@ -268,9 +311,9 @@ def test_yaml_that_runs_code_is_refused_and_not_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "/tmp/x", "a\\b", "x\n", "~", ".x"])
 def test_a_run_name_cannot_leave_the_output_directory(name):
-    with pytest.raises(ValidationError, match=r"output\.run_name"):
+    with pytest.raises(ConfigError, match=r"output\.run_name"):
         ORPOConfig(run_name=name)
-    with pytest.raises(ValidationError, match="name"):
+    with pytest.raises(ConfigError, match="name"):
         ORPOConfig(eval_files=[{"path": "a.jsonl", "name": name}])
 
 
@@ -285,7 +328,7 @@ def test_a_config_reads_back_whatever_texts_it_holds(tmp_path_factory, text):
     try:
         config = ORPOConfig(sample_prompts=(text,), column_mapping={"prompt": text or "p"})
         content = to_yaml(config).encode()
-    except (ValidationError, UnicodeEncodeError):
+    except (ConfigError, UnicodeEncodeError):
         return  # a text that no config holds, or no file
     path = tmp_path_factory.getbasetemp() / "texts.yaml"
     path.write_bytes(content)

@@ -1,7 +1,6 @@
 """Secrets: no config takes one, and nothing that says so shows it."""
 
 import pytest
-from pydantic import ValidationError
 
 from orpo_ray.config.data import DataSource
 from orpo_ray.config.file import load_config
@@ -81,9 +80,9 @@ def test_names_of_secrets_are_known_wherever_they_stand(tmp_path, name):
         assert CANARY not in text
     (tmp_path / "c.yaml").write_text(f"data:\n  - {{{name}: {CANARY}}}\n")
     assert CANARY not in refused(str(tmp_path / "c.yaml"))
-    with pytest.raises(ValidationError, match="by its name") as caught:
+    with pytest.raises(ConfigError, match="by its name") as caught:
         ORPOConfig(**{name: CANARY})
-    assert CANARY not in f"{caught.value} {caught.value.errors()}"
+    assert CANARY not in f"{caught.value} {caught.getrepr(chain=True)}"
 
 
 def test_settings_are_not_taken_for_secrets():
@@ -106,7 +105,7 @@ def test_values_that_are_secrets_are_refused_unseen(tmp_path, value):
     (tmp_path / "c.yaml").write_text(f"eval_files: [{{path: '{value}'}}]\n")
     text = refused(str(tmp_path / "c.yaml"))
     assert text.startswith("eval_files.0.path: its value looks like a secret")
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ConfigError) as caught:
         ORPOConfig().replace(chat_template=value)
     assert value not in str(caught.value)
     assert hide(f"before {value} after") != f"before {value} after"

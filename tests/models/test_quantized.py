@@ -8,13 +8,12 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.packing import pack
 from orpo_ray.models.build import build_model, build_quantized
 from orpo_ray.models.export import export_model
@@ -33,7 +32,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 
 
 def test_weights_in_4_bits_want_adapters():
-    with pytest.raises(ValidationError, match="load_in_4bit: weights in 4 bits are not trained"):
+    with pytest.raises(ConfigError, match="load_in_4bit: weights in 4 bits are not trained"):
         ORPOConfig(load_in_4bit=True)
     assert ORPOConfig(load_in_4bit=True, lora_r=4).model.load_in_4bit
 

@@ -9,10 +9,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import ray.data
-from pydantic import ValidationError
 
 from orpo_ray.config.data import DataSource
-from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.demo.model import make_demo_model
 from orpo_ray.orchestration.inputs import find_inputs, keep_dataset
 from orpo_ray.preference.errors import DataError
@@ -84,9 +83,9 @@ def test_a_file_under_two_weights_is_refused(files: Path) -> None:
 
 
 def test_weights_do_not_go_with_prompt_groups() -> None:
-    with pytest.raises(ValidationError, match="takes no weights"):
+    with pytest.raises(ConfigError, match="takes no weights"):
         config(train_files=[{"path": "a", "weight": 2}], group_by_prompt=True)
-    with pytest.raises(ValidationError, match="greater than 0"):
+    with pytest.raises(ConfigError, match="greater than 0"):
         config(train_files=[{"path": "a", "weight": 0}])
 
 

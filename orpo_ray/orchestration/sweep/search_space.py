@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pydantic import ValidationError
 from ray import tune
 
 from orpo_ray.config.schema import (
@@ -110,7 +109,6 @@ def _refused(config: ORPOConfig, leaf: str, samples: Sequence[Any]) -> list[str]
     for value in samples:
         try:
             config.replace(**{leaf: value})
-        except ValidationError as error:
-            message = error.errors()[0]["msg"]
-            findings.append(f"search.{leaf}: {message[:1].lower()}{message[1:]} (got {value!r})")
+        except ConfigError as error:
+            findings.append(f"search.{leaf}: {error.lines[0].partition(': ')[2]}")
     return findings

@@ -296,7 +296,8 @@ def _search_algorithm(config: ORPOConfig, n_before: int) -> Any:
 
 def _scheduler(start: Start) -> TrialScheduler:
     config = start.config
-    grace = config.tune.grace_steps or config.train.eval_steps or 1
+    every = config.with_intervals(start.steps_per_epoch).train.eval_steps
+    grace = config.tune.grace_steps or int(every or 1)
     if config.tune.trial_scheduler == "asha":
         n_steps = max(start.n_steps, grace)
         return ASHAScheduler(

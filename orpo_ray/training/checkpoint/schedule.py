@@ -37,10 +37,11 @@ class CheckpointSchedule:
     """Restores the newest valid checkpoint and decides when the next one is saved.
 
     Every rank makes the same calls. `stops` is set once the run was asked to stop; a checkpoint is
-    due then. `problem` is why the last save failed.
+    due then. `finishes` is set once it was asked to end after its next step. `problem` is why the
+    last save failed.
 
     Args:
-        config: the run's config.
+        config: the run's config, with its intervals in steps.
         settings: `decisive_settings` of the run.
         files: of the run directory.
         state: what is saved and restored.
@@ -67,7 +68,7 @@ class CheckpointSchedule:
         self._saving_step = self._committed_step = -1
         self._retry_at: int | None = None
         self._last_notice: str | None = None
-        self.stops = False
+        self.stops = self.finishes = False
         self.problem: str | None = None
         self._must_wait = False
         self._polled = (0, time.perf_counter())
@@ -115,7 +116,8 @@ class CheckpointSchedule:
             last: whether there is none after it.
         """
         self._must_wait = self._poll(step) or last
-        due = step == self._retry_at or step % self._config.train.save_steps == 0
+        every = self._config.train.save_steps
+        due = step == self._retry_at or (every is not None and step % int(every) == 0)
         due = due or step in self._ranking[:1]
         return step != self._committed_step and (self._must_wait or due)
 
@@ -158,13 +160,14 @@ class CheckpointSchedule:
         notice = self._preemption_notice()
         (polled_step, polled_at), now = self._polled, time.perf_counter()
         pace_s = max(1e-6, (now - polled_at) / max(1, step - polled_step))
-        stops = self._files.stop_requested
+        stops = 2 * self._files.stop_requested + self._files.finish_requested
         # Ranks measure different times, and have to poll at the same step.
         agreed = torch.tensor([max(1, int(_POLL_S / pace_s)), stops], device=self._state.device)
         dist.broadcast(agreed, 0)
         stride, stops = agreed.tolist()
         self._polled, self._next_poll = (step, now), step + stride
-        if stops:
+        self.finishes = stops == 1
+        if stops > 1:
             self.stops = True
             return True
         if notice is None or notice == self._last_notice:
@@ -187,7 +190,7 @@ class CheckpointSchedule:
         if problem is None:
             self._committed_step, self._retry_at = self._saving_step, None
             return
-        self._retry_at = step + max(1, self._config.train.save_steps // 10)
+        self._retry_at = step + max(1, int(self._config.train.save_steps or step) // 10)
         self._files.event(
             f"ALARM: the checkpoint of step {self._saving_step} was not saved: {problem}; "
             f"training continues, the next attempt is after step {self._retry_at}",

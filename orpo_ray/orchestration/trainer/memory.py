@@ -1,0 +1,128 @@
+"""Models, tokenizers and data sets held in memory become files of a run; on the driver."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import xxhash
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from orpo_ray.config.data import DataSource
+from orpo_ray.orchestration.inputs import as_sources, keep_dataset, no_progress_bars
+from orpo_ray.orchestration.trainer.adapters import base_weights
+from orpo_ray.preference.reading.finding import passed_over_text, search_files
+from orpo_ray.runs.manifest import fingerprint
+from orpo_ray.storage.folder import Folder
+
+_log = logging.getLogger(__name__)
+
+
+def _each(rows: Iterable[Any]) -> Iterator[Any]:
+    """A generator as `datasets` takes it, that is a function of its own."""
+    yield from rows
+
+
+class KeptInputs:
+    """The folder of a run in which its inputs are kept.
+
+    Args:
+        folder: made when something is kept.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+
+    def files(self, dataset: Any) -> tuple[str, ...]:
+        """The files of one data set, written if it is in memory."""
+        import datasets
+
+        if isinstance(dataset, str | Path):
+            return self._named(str(dataset))
+        if isinstance(dataset, datasets.IterableDataset):
+            return (self._streamed(dataset, dataset.features),)
+        if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+            return (self._streamed(dataset, None),)  # with_transform: files hold what it makes
+        return (keep_dataset(dataset, self._folder),)
+
+    def eval_files(self, dataset: Any) -> dict[str, tuple[DataSource, ...]]:
+        """The files of every evaluation set, by metric prefix."""
+        named = isinstance(dataset, Mapping) and not any(
+            isinstance(value, list | tuple) for value in dataset.values()
+        )
+        if not named:
+            return {"eval_": as_sources(self.files(dataset))}
+        parts = {name: self.files(part) for name, part in dataset.items()}
+        return {
+            f"eval_{name}_": as_sources(files, DataSource(path="-", name=name))
+            for name, files in parts.items()
+        }
+
+    def model(self, model: PreTrainedModel) -> Folder:
+        """The base model's folder; of a model with adapters, without them."""
+
+        def save(folder: Path) -> None:
+            base, weights = base_weights(model)
+            base.save_pretrained(folder, state_dict=weights)
+
+        return self._keep("model", save, "*.safetensors")
+
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Folder:
+        """The tokenizer's folder."""
+        return self._keep("tokenizer", tokenizer.save_pretrained, "*")
+
+    def _streamed(self, rows: Iterable[Any], features: Any) -> str:
+        """A file of rows that are read through once, a few of them in memory; named by content."""
+        import datasets
+
+        folder = self._folder.make()
+        with TemporaryDirectory(dir=folder.path) as cache, no_progress_bars():
+            whole = datasets.Dataset.from_generator(
+                _each, features=features, cache_dir=cache, gen_kwargs={"rows": rows}
+            )
+            temporary = Path(cache) / "rows.parquet"
+            whole.to_parquet(str(temporary))
+            name = f"{fingerprint(temporary)['xxh3_128']}.parquet"
+            temporary.replace(folder.path / name)
+        folder.publish(name)
+        return f"{folder}/{name}"
+
+    def _named(self, name: str) -> tuple[str, ...]:
+        """A path, a glob, or a hub id as `owner/name` that is no path here."""
+        on_hub = name.count("/") == 1 and not Path(name).suffix and not Path(name).parent.exists()
+        if on_hub:
+            from datasets import load_dataset
+
+            return (keep_dataset(load_dataset(name, split="train"), self._folder),)
+        found = search_files([name])
+        if found.passed_over:
+            _log.info("%s: passed over: %s", name, passed_over_text(found.passed_over))
+        return found.files
+
+    def _keep(self, name: str, save: Callable[[Path], object], compared: str) -> Folder:
+        """Write what is held in memory into a folder, unless an earlier attempt has done so.
+
+        That of an earlier attempt stays as it is; where it holds something else, there are two.
+
+        Args:
+            name: of the folder.
+            save: writes into a folder.
+            compared: pattern of the files by which two of them are the same.
+        """
+        new = self._folder / f"{name}-{os.getpid()}.tmp"
+        new.remove()
+        save(new.path)
+        files = [fingerprint(path) for path in sorted(new.path.glob(compared))]
+        for kept in (name, f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(files).encode())}"):
+            folder = (self._folder / kept).fetch()
+            if not folder.path.exists():
+                new.path.rename(folder.path)
+                folder.publish_all()
+                break
+            if files == [fingerprint(path) for path in sorted(folder.path.glob(compared))]:
+                break
+        new.remove()
+        return folder

@@ -1,0 +1,346 @@
+"""ORPOTrainer: what a TRL user writes, with the import changed; on the driver."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainerState
+from transformers.trainer_utils import PredictionOutput
+
+from orpo_ray.config import schema
+from orpo_ray.config.schema import ConfigError
+from orpo_ray.orchestration.evaluate import EvaluationResult, evaluate
+from orpo_ray.orchestration.inputs import RunInputs, find_inputs
+from orpo_ray.orchestration.start import run_directory_of, with_run_name
+from orpo_ray.orchestration.train import TrainResult, train
+from orpo_ray.orchestration.trainer.adapters import (
+    adapter_config,
+    lora_settings,
+    refuse_frozen,
+    with_trained_weights,
+)
+from orpo_ray.orchestration.trainer.callbacks import Callbacks, RunFollower
+from orpo_ray.orchestration.trainer.history import add_entry
+from orpo_ray.orchestration.trainer.memory import KeptInputs
+from orpo_ray.orchestration.trainer.refusals import refuse_arguments, refuse_overrides, way_of
+from orpo_ray.orchestration.trainer.resuming import run_to_resume
+from orpo_ray.orchestration.trainer.saving import Saving
+from orpo_ray.preference.errors import DataError
+from orpo_ray.pretrained import load_model, load_tokenizer
+from orpo_ray.runs.files import FINISH, holds_run
+from orpo_ray.runs.lock import claimed
+from orpo_ray.storage.folder import Folder
+from orpo_ray.trl.arguments import ORPOConfig
+
+
+class ORPOTrainer(Saving):
+    """Train a model on preference pairs with ORPO, on the Ray cluster at hand or this machine.
+
+    The arguments are those of TRL's `ORPOTrainer`, in its order; `docs/trl.md` says what differs.
+
+    Args:
+        model: folder, hub id, or a model in memory; unset: the one that `args` names.
+        args: the run.
+        data_collator: refused.
+        train_dataset: a path or glob, a hub id, a `datasets.Dataset`, a Ray Dataset, a pandas
+            frame, or a dict of lists with `prompt`, `chosen` and `rejected`; unset: the files that
+            `args` names.
+        eval_dataset: the same, or a dict of such data sets by name, whose metrics are then
+            `eval_<name>_...`.
+        processing_class: the tokenizer; unset: the model's own.
+        model_init: makes the model, in place of `model`.
+        callbacks: transformers' callbacks, called on the driver when lines are logged.
+        optimizers: refused.
+        preprocess_logits_for_metrics: refused.
+        peft_config: a `peft.LoraConfig`, in place of the settings `lora_...`.
+        compute_metrics: gets the scores of the pairs in `evaluate` and `predict`, as
+            `EvalPrediction`: mean log-probabilities of chosen and rejected, and the label 0.
+        tokenizer: another name of `processing_class`.
+
+    Raises:
+        ConfigError: for arguments that are refused, and while another driver has the run directory.
+        DataError: for missing files, data that cannot be read, and a model without data.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: schema.ORPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[[], Any] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: Any = (None, None),
+        preprocess_logits_for_metrics: Any = None,
+        peft_config: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        refuse_overrides(type(self), ORPOTrainer)
+        refuse_arguments(
+            args,
+            data_collator=data_collator,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            tokenizer=tokenizer if processing_class is not None else None,
+            model_init=model_init if model is not None else None,
+        )
+        model = model_init() if model_init is not None else model
+        self.processing_class = tokenizer if processing_class is None else processing_class
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.compute_metrics = compute_metrics
+        self.result: TrainResult | None = None
+        self._given = None if isinstance(model, str | Path) else model
+        self._loaded: Any = None
+        config = _as_arguments(args)
+        if self._given is None and model is not None:
+            config = config.replace(model_name_or_path=str(model))
+        if (adapters := peft_config or adapter_config(self._given)) is not None:
+            config = config.replace(**lora_settings(adapters, self._model_type))
+        if config.model.lora_r is None:
+            refuse_frozen(self._given)
+        more = {"model": self._given, "processing_class": self.processing_class}
+        self._callbacks = Callbacks((), more)
+        for callback in callbacks or ():
+            config = self._with_callback(config, callback)
+        self._has_own_name = config.output.run_name is not None
+        self._prepare(with_run_name(config))
+        self._callbacks.call("on_init_end", self.args)
+
+    def _prepare(self, config: ORPOConfig) -> None:
+        """Write what is in memory into the run directory of the config, and find the rest."""
+        self._run_directory = run_directory_of(config)
+        kept = KeptInputs(self._run_directory / "inputs")
+        has_data = self.train_dataset is not None or config.data.train_files is not None
+        has_data = has_data or config.data.dataset_name is not None
+        has_model = self._given is not None or config.model.model_name_or_path is not None
+        if has_model and not has_data and self.eval_dataset is None:
+            raise DataError(["train_dataset: a model, but no pairs to train it on; give them"])
+        self._trains = has_data or not has_model
+        with claimed(self._run_directory):
+            if self._given is not None:
+                config = config.replace(model_name_or_path=kept.model(self._given).address)
+            if self.train_dataset is not None:
+                files = kept.files(self.train_dataset)
+                config = config.replace(train_files=files, dataset_name=None)
+            inputs = find_inputs(config, self._run_directory.parent, not self._trains)
+            if self.eval_dataset is not None:
+                inputs = dataclasses.replace(inputs, eval_files=kept.eval_files(self.eval_dataset))
+            if self.processing_class is not None:
+                folder = kept.tokenizer(self.processing_class)
+                source = dataclasses.replace(inputs.model, tokenizer=folder)
+                inputs = dataclasses.replace(inputs, model=source)
+        self.args, self._inputs = config, inputs
+
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | Path | None = None,
+        trial: None = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> TrainResult:
+        """Train; with the `run_name` of an earlier run, resume from its newest checkpoint.
+
+        Args:
+            resume_from_checkpoint: True: go on with the newest run below `output_dir` that has a
+                checkpoint, or with that of `run_name`. A path: with the run that it is of.
+            trial: refused; `orpo_ray.tune` runs sweeps.
+            ignore_keys_for_eval: without effect, as no logits are kept.
+
+        Raises:
+            ConfigError: when there is no checkpoint to resume from. Others: see `orpo_ray.train`.
+            DataError: without training data.
+        """
+        if trial is not None:
+            raise ConfigError(["trial: orpo_ray.tune(config) runs sweeps"])
+        if resume_from_checkpoint:
+            run = run_to_resume(self.args, resume_from_checkpoint, self._has_own_name)
+            if run != self._run_directory:
+                if not self._has_own_name and not holds_run(self._run_directory.path):
+                    self._run_directory.remove()  # it was made for this trainer, and has inputs
+                named = {"output_dir": run.parent.address, "run_name": run.name}
+                self._prepare(self.args.replace(**named, **self._own_names()))
+        if not self._trains:
+            raise DataError(["train_dataset: this trainer has no pairs to train on; give them"])
+        started = time.monotonic()
+        self._run_directory.remove(FINISH)
+        self._callbacks.begin(self.args)
+        follower = RunFollower(self._callbacks, self.args, self._run_directory)
+        try:
+            result = train(self.args, self._inputs, follower=follower)
+        finally:
+            self._run_directory.remove(FINISH)
+        self._end(result, time.monotonic() - started)
+        follower.look_for_checkpoints()
+        self._callbacks.call("on_train_end", self.args)
+        if follower.error is not None:
+            raise follower.error
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        return self.result or result
+
+    def _own_names(self) -> dict[str, Any]:
+        """What the config says of inputs that are kept elsewhere when the run is another."""
+        named: dict[str, Any] = {}
+        if self.train_dataset is not None:
+            named["train_files"] = None
+        if self._given is not None:
+            named["model_name_or_path"] = None
+        return named
+
+    def _end(self, result: TrainResult, seconds: float) -> None:
+        """Note the result, with what transformers adds to the metrics, and the trained weights."""
+        state = self._callbacks.state
+        summary = {
+            "train_runtime": seconds,
+            "train_steps_per_second": result.global_step / seconds,
+            "train_loss": result.training_loss,
+        }
+        place = {"epoch": state.epoch, "step": result.global_step}
+        state.log_history.append(summary | place)
+        self.result = dataclasses.replace(result, metrics=result.metrics | summary)
+        self._loaded = None
+        if self._given is not None:
+            folder = Folder.at(result.model_directory).fetch().path
+            self._loaded = with_trained_weights(self._given, folder)
+
+    @property
+    def state(self) -> TrainerState:
+        """The history and the step, as transformers has them."""
+        return self._callbacks.state
+
+    @property
+    def control(self) -> Any:
+        """What callbacks have asked for."""
+        return self._callbacks.control
+
+    @property
+    def model(self) -> Any:
+        """The model: the one that was given, with the trained weights once there are some.
+
+        One that was named is loaded on first use.
+        """
+        if self._loaded is None:
+            source = self._inputs.model
+            if self.result is not None:
+                source = dataclasses.replace(source, model=Folder.at(self.result.model_directory))
+            self._loaded = self._given if self.result is None else None
+            if self._loaded is None:
+                self._loaded = load_model(source, "auto")
+        return self._loaded
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer: the one that was given, or the model's."""
+        return self.processing_class or load_tokenizer(self._inputs.model)
+
+    @property
+    def _model_type(self) -> str | None:
+        return getattr(getattr(self._given, "config", None), "model_type", None)
+
+    def _with_callback(self, config: ORPOConfig, callback: Any) -> ORPOConfig:
+        """Add a callback; early stopping is a setting, which workers follow at once."""
+        if isinstance(callback, EarlyStoppingCallback) and not callback.early_stopping_threshold:
+            return config.replace(early_stopping_patience=callback.early_stopping_patience)
+        self._callbacks.add(callback)
+        return config
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback of transformers, an instance or a class."""
+        self.args = self._with_callback(self.args, callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback, by itself or by its class; returns it, or None."""
+        return self._callbacks.pop(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback, by itself or by its class."""
+        self._callbacks.pop(callback)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics on evaluation data: of the trained model, before `train()` of the base.
+
+        The run directory then has what `orpo_ray.evaluate` writes.
+
+        Args:
+            eval_dataset: as in the constructor; unset: the one given there.
+            ignore_keys: without effect, as no logits are kept.
+            metric_key_prefix: begins the metrics' names in place of `eval`.
+
+        Raises:
+            DataError: without evaluation data.
+        """
+        _, metrics = self._evaluate(eval_dataset, metric_key_prefix)
+        place = {"epoch": self.state.epoch or 0.0, "step": self.state.global_step}
+        add_entry(self.state, metrics | place, self.args)
+        self._callbacks.call("on_log", self.args, logs=dict(metrics))
+        self._callbacks.call("on_evaluate", self.args, metrics=dict(metrics))
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Score pairs: the mean log-probability of a token of chosen and of rejected, a row a pair.
+
+        Args:
+            test_dataset: as `eval_dataset`.
+            ignore_keys: without effect.
+            metric_key_prefix: begins the metrics' names.
+        """
+        result, metrics = self._evaluate(test_dataset, metric_key_prefix)
+        parts = [self._scores(name, result) for name in result.sets]
+        scores = np.concatenate(parts)
+        return PredictionOutput(scores, np.zeros(len(scores), np.int64), metrics)
+
+    def _evaluate(self, dataset: Any, prefix: str) -> tuple[EvaluationResult, dict[str, float]]:
+        inputs: RunInputs = self._inputs
+        if dataset is not None:
+            kept = KeptInputs(self._run_directory / "inputs")
+            inputs = dataclasses.replace(inputs, eval_files=kept.eval_files(dataset))
+        if self.result is not None:
+            model = Folder.at(self.result.model_directory)
+            trained = dataclasses.replace(inputs.model, model=model)
+            inputs = dataclasses.replace(inputs, model=trained)
+        result = evaluate(self.args, inputs)
+        metrics = dict(result.metrics)
+        if self.compute_metrics is not None:
+            for name in result.sets:
+                scores = self._scores(name, result)
+                found = self.compute_metrics(
+                    EvalPrediction(scores, np.zeros(len(scores), np.int64))
+                )
+                start = "eval_" if name == "eval" else f"eval_{name}_"
+                metrics |= {start + key.removeprefix("eval_"): v for key, v in found.items()}
+        named = {prefix + name.removeprefix("eval"): value for name, value in metrics.items()}
+        return result, named
+
+    def _scores(self, name: str, result: EvaluationResult) -> Any:
+        """The scores of a set's pairs: (pairs, 2), chosen and rejected."""
+        file = self._run_directory.path / Path(result.sets[name].scores).name
+        table = pq.read_table(file)
+        columns = [table[column].to_numpy() for column in ("logps_chosen", "logps_rejected")]
+        return np.stack(columns, axis=1)
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the process that writes: the driver always is."""
+        return True
+
+    is_local_process_zero = is_world_process_zero
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(way_of(name))
+
+
+def _as_arguments(args: Any) -> ORPOConfig:
+    """The config as users of TRL read it back."""
+    if args is None or isinstance(args, ORPOConfig):
+        return args or ORPOConfig()
+    return ORPOConfig(**args.model_dump())

@@ -1,0 +1,1 @@
+"""TRL's names: their table, and what becomes of each; nothing else in the project knows them."""

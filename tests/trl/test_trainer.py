@@ -1,0 +1,473 @@
+"""What a script for TRL's trainer does with ours: callbacks, state, model, adapters, the hub."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import peft
+import pyarrow.parquet as pq
+import pytest
+import ray.train
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    TrainerCallback,
+)
+
+from orpo_ray import ConfigError, DataError, ORPOConfig, ORPOTrainer
+from orpo_ray.demo.model import make_demo_model
+from orpo_ray.orchestration.trainer.adapters import adapter_config, base_weights, lora_settings
+from orpo_ray.orchestration.trainer.memory import KeptInputs
+from orpo_ray.runs.manifest import checkpoint, write_manifest
+from orpo_ray.storage.folder import Folder
+
+SEVEN = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins log_odds_chosen"
+SEVEN += " log_odds_ratio nll_loss"
+EVENTS = ("init_end", "train_begin", "log", "evaluate", "save", "epoch_end", "train_end")
+
+
+def pairs(n: int, start: int = 0) -> dict[str, list[str]]:
+    numbers = range(start, start + n)
+    return {
+        "prompt": [f"{i}: " for i in numbers],
+        "chosen": [f"yes {i}" for i in numbers],
+        "rejected": ["no"] * n,
+    }
+
+
+class Watch(TrainerCallback):
+    """Notes every event that comes, with the step at which it does."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+        for event in EVENTS:
+            setattr(self, f"on_{event}", self._noting(event))
+
+    def _noting(self, event: str) -> Any:
+        def note(args: Any, state: Any, control: Any, **more: Any) -> None:
+            assert args.beta == 0.2
+            self.seen.append((event, state.global_step))
+
+        return note
+
+    def steps(self, event: str) -> list[int]:
+        """The steps at which an event came."""
+        return [step for name, step in self.seen if name == event]
+
+
+@dataclass
+class Case:
+    """A trained trainer, and what was before."""
+
+    trainer: ORPOTrainer
+    watch: Watch
+    before: dict[str, torch.Tensor]
+    result: Any
+    evaluated: dict[str, float] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A folder with a small model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    make_demo_model(str(folder), ["yes no"], 1)
+    return folder
+
+
+def settings(folder: Path, **more: Any) -> dict[str, Any]:
+    few = {"output_dir": str(folder), "per_device_train_batch_size": 4, "learning_rate": 3e-3}
+    return few | {"logging_steps": 1, "beta": 0.2, "generate_during_eval": False} | more
+
+
+@pytest.fixture(scope="module")
+def trained(ray_cluster, base, tmp_path_factory) -> Case:
+    """Two epochs of two steps each, with objects for everything."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    watch = Watch()
+    trainer = ORPOTrainer(
+        model,
+        ORPOConfig(
+            **settings(tmp_path_factory.mktemp("runs")),
+            num_train_epochs=2,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            lr_scheduler_type="constant",
+            report_to="none",
+        ),
+        train_dataset=pairs(8),
+        eval_dataset=pairs(4, 100),
+        tokenizer=AutoTokenizer.from_pretrained(base),
+        callbacks=[watch],
+        compute_metrics=lambda scored: {"right": np.mean(np.diff(scored.predictions) < 0)},
+    )
+    assert trainer.model is model
+    evaluated = trainer.evaluate(metric_key_prefix="start")
+    return Case(trainer, watch, before, trainer.train(), evaluated)
+
+
+def test_the_result_has_what_users_of_trl_and_of_ray_look_for(trained):
+    result = trained.result
+    assert {*SEVEN.split(), "train_loss", "train_runtime", "eval_loss"} <= result.metrics.keys()
+    losses = [line["loss"] for line in trained.trainer.state.log_history if "loss" in line]
+    assert result.training_loss == pytest.approx(np.mean(losses)) == result.metrics["train_loss"]
+    assert result.global_step == 4
+    assert isinstance(result.checkpoint, ray.train.Checkpoint)
+    assert (Path(result.checkpoint.path) / "model.safetensors").exists()
+    assert Path(result.path, "metrics.jsonl").exists()
+    assert result.metrics_dataframe["step"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_state_is_that_of_transformers(trained):
+    state = trained.trainer.state
+    history = state.log_history
+    assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in history if "eval_loss" in line] == [0, 2, 4]
+    wanted = {"loss", "learning_rate", "grad_norm", "epoch", "step", *SEVEN.split()}
+    assert all(wanted <= line.keys() for line in history if "loss" in line)
+    assert history[-1]["train_loss"] > 0
+    assert (state.global_step, state.epoch, state.max_steps) == (4, 2.0, 4)
+    values = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
+    assert state.best_metric == min(values[2], values[4])
+
+
+def test_callbacks_are_called_on_the_driver(trained):
+    watch = trained.watch
+    assert watch.seen[0] == ("init_end", 0)
+    assert watch.steps("train_begin") == [0]
+    assert watch.steps("log") == [0, 0, 1, 2, 2, 3, 4, 4]  # `evaluate` before training as well
+    assert watch.steps("evaluate") == [0, 0, 2, 4]
+    assert watch.steps("epoch_end") == [2, 4]
+    assert len(watch.steps("save")) == 2
+    assert watch.seen[-1] == ("train_end", 4)
+
+
+def test_the_model_that_was_given_is_trained(trained):
+    trainer = trained.trainer
+    after = trainer.model.state_dict()
+    assert not [name for name, value in trained.before.items() if torch.equal(value, after[name])]
+    saved = AutoModelForCausalLM.from_pretrained(trainer.save_model(), dtype=torch.float32)
+    for name, value in saved.state_dict().items():
+        assert torch.equal(value, after[name]), name
+
+
+def test_evaluation_has_the_prefix_and_computed_metrics(trained):
+    trainer = trained.trainer
+    assert {"start_loss", "start_right", "start_rewards/margins"} <= trained.evaluated.keys()
+    assert all(name.startswith("start_") for name in trained.evaluated)
+    test = trainer.predict(pairs(6, 200))
+    assert test.predictions.shape == (6, 2)
+    assert not test.label_ids.any()
+    chosen, rejected = test.predictions.mean(0)
+    assert test.metrics["test_logps/chosen"] == pytest.approx(chosen, rel=1e-5)
+    assert test.metrics["test_logps/rejected"] == pytest.approx(rejected, rel=1e-5)
+    assert test.metrics["test_right"] == test.metrics["test_rewards/accuracies"]
+    after = trainer.evaluate()
+    assert after["eval_loss"] < trained.evaluated["start_loss"]
+    assert trainer.state.log_history[-1]["eval_loss"] == after["eval_loss"]
+
+
+def test_metrics_and_state_are_saved_where_trl_saves_them(trained, capsys):
+    trainer = trained.trainer
+    trainer.log_metrics("train", trained.result.metrics)
+    assert "***** train metrics *****" in capsys.readouterr().out
+    trainer.save_metrics("train", {"train_loss": 1.0})
+    trainer.save_metrics("eval", {"eval_loss": 2.0})
+    trainer.save_state()
+    folder = Path(trainer.args.output_dir)
+    assert json.loads((folder / "train_results.json").read_text()) == {"train_loss": 1.0}
+    together = json.loads((folder / "all_results.json").read_text())
+    assert together == {"train_loss": 1.0, "eval_loss": 2.0}
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 4
+
+
+@dataclass
+class Hub:
+    """What a stand-in for the hub was asked, and the files that were committed to it."""
+
+    address: str
+    calls: list[str] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer({"id": "me/tiny", "sha": "0" * 40, "siblings": [], "private": False})
+
+        def do_POST(self) -> None:
+            found.calls.append(self.path)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.headers.get("Transfer-Encoding") == "chunked":
+                while size := int(self.rfile.readline().strip() or b"0", 16):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+            if "/preupload/" in self.path:
+                asked = [file["path"] for file in json.loads(body)["files"]]
+                plain = {"uploadMode": "regular", "shouldIgnore": False}
+                self.answer({"files": [plain | {"path": path} for path in asked]})
+            elif "/commit/" in self.path:
+                items = [json.loads(line) for line in body.splitlines()]
+                parts = [item["value"] for item in items if item["key"] == "file"]
+                found.files |= {p["path"]: base64.b64decode(p["content"]) for p in parts}
+                url = f"{found.address}/me/tiny/commit/{'1' * 40}"
+                self.answer({"commitUrl": url, "commitOid": "1" * 40, "success": True})
+            else:
+                self.answer({"url": f"{found.address}/me/tiny", "name": "tiny"})
+
+        def answer(self, value: Any) -> None:
+            body = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found = Hub(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_the_model_is_pushed_with_its_card(trained, hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    trainer = trained.trainer
+    trainer.args = trainer.args.replace(hub_model_id="me/tiny", hub_revision="second")
+    trainer.push_to_hub(dataset_name="me/pairs", tags="mine")
+    assert "/api/models/me/tiny/commit/second" in hub.calls
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= hub.files.keys()
+    card = hub.files["README.md"].decode()
+    assert "- me/pairs" in card
+    assert "- mine" in card
+    assert b"hf_of_a_test" not in b"".join(hub.files.values())
+
+
+def test_training_resumes_in_the_newest_run_with_a_checkpoint(trained, base):
+    """The history is that of the whole run; what is called again is of new steps alone."""
+    first = trained.trainer
+    watch = Watch()
+    again = ORPOTrainer(
+        AutoModelForCausalLM.from_pretrained(base),
+        ORPOConfig(
+            **settings(Path(first.args.output_dir)), max_steps=6, lr_scheduler_type="constant"
+        ),
+        train_dataset=pairs(8),
+        tokenizer=AutoTokenizer.from_pretrained(base),
+        callbacks=[watch],
+    )
+    made = Path(again.args.output_dir, again.args.run_name)
+    result = again.train(resume_from_checkpoint=True)
+    assert result.run_directory == trained.result.run_directory
+    assert not made.exists()
+    history = again.state.log_history
+    assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert watch.steps("log") == [5, 6]
+
+
+class StopSoon(TrainerCallback):
+    """Asks for the end of training at step 2."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:  # noqa: D102
+        control.should_training_stop = state.global_step >= 2
+
+
+def test_adapters_by_peft_and_an_end_by_a_callback(ray_cluster, base, tmp_path):
+    """The run ends as if the next step had been its last: it is logged, saved and exported."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    trainer = ORPOTrainer(
+        model=model,
+        args=ORPOConfig(**settings(tmp_path, run_name="adapters"), max_steps=10_000),
+        train_dataset=pairs(8),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+        callbacks=[StopSoon],
+    )
+    result = trainer.train()
+    assert 2 < result.global_step < 10_000
+    assert result.global_step == result.metrics["step"] == trainer.state.global_step
+    assert isinstance(trainer.model, peft.PeftModel)
+    adapter = json.loads((tmp_path / "adapters/final/adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (4, 8)
+    assert sorted(adapter["target_modules"]) == ["q_proj", "v_proj"]
+    tuned = [value for name, value in trainer.model.named_parameters() if "lora_B" in name]
+    assert len(tuned) == 8
+    assert all(value.any() for value in tuned)
+    with pytest.raises(ConfigError, match="its adapters were trained before"):
+        adapter_config(trainer.model)
+
+
+class Broken(TrainerCallback):
+    """Fails at the first line."""
+
+    def on_log(self, *_: Any, **__: Any) -> None:  # noqa: D102
+        raise RuntimeError("of a callback")
+
+
+def test_an_error_of_a_callback_is_raised_once_the_run_has_ended(ray_cluster, base, tmp_path):
+    trainer = ORPOTrainer(
+        str(base),
+        ORPOConfig(**settings(tmp_path), max_steps=10_000),
+        train_dataset=pairs(8),
+        callbacks=[Broken()],
+    )
+    with pytest.raises(RuntimeError, match="of a callback"):
+        trainer.train()
+    assert trainer.model.dtype == torch.float32
+
+
+def test_new_adapters_in_memory_are_a_config_and_a_base(base):
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    names = {name: value.clone() for name, value in plain.state_dict().items()}
+    model = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert adapter_config(model).r == 2
+    kept, weights = base_weights(model)
+    assert kept is plain
+    assert weights is not None
+    assert weights.keys() == names.keys()
+    assert all(torch.equal(weights[name], value) for name, value in names.items())
+    assert base_weights(AutoModelForCausalLM.from_pretrained(base))[1] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"target_modules": "all-linear"}, {"lora_r": 8, "lora_target_modules": None}),
+        ({"r": 4, "lora_dropout": 0.1}, {"lora_r": 4, "lora_dropout": 0.1}),
+        ({}, {"lora_target_modules": ["q_proj", "v_proj"]}),  # peft's own of a Llama
+        ({"target_modules": {"b", "a"}}, {"lora_target_modules": ["a", "b"]}),
+    ],
+)
+def test_a_lora_config_becomes_settings(given, wanted):
+    found = lora_settings(peft.LoraConfig(task_type="CAUSAL_LM", **given), "llama")
+    assert {name: found[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (peft.LoraConfig(use_dora=True, bias="all"), "bias='all' has no setting here"),
+        (peft.LoraConfig(target_modules=".*q_proj"), "is a pattern; list the names"),
+        (peft.LoraConfig(task_type="SEQ_CLS"), "task_type='SEQ_CLS' is not CAUSAL_LM"),
+        (peft.PrefixTuningConfig(), "a PrefixTuningConfig has no settings here"),
+    ],
+)
+def test_what_has_no_setting_is_refused_by_name(config, said):
+    with pytest.raises(ConfigError) as caught:
+        lora_settings(config, "llama")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"data_collator": print}, "data_collator: not taken; rows are packed"),
+        ({"optimizers": (print, None)}, "optimizers: not taken; learning_rate"),
+        ({"tokenizer": "a", "processing_class": "b"}, "another name of processing_class"),
+        ({"args": {"beta": 1}}, "args: a dict; give an orpo_ray.ORPOConfig"),
+        ({"train_dataset": None}, "train_dataset: a model, but no pairs to train it on"),
+    ],
+)
+def test_arguments_that_would_have_no_effect_are_refused(tmp_path, base, arguments, said):
+    given = {"args": ORPOConfig(tmp_path), "train_dataset": pairs(2)} | arguments
+    with pytest.raises((ConfigError, DataError)) as caught:
+        ORPOTrainer(str(base), **given)
+    assert said in str(caught.value)
+    assert not list(tmp_path.glob("demo-*"))
+
+
+def test_frozen_weights_are_refused(base, tmp_path):
+    """They would train unnoticed; adapters leave them as they are."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.get_input_embeddings().requires_grad_(False)
+    with pytest.raises(ConfigError, match="1 of its weights are frozen"):
+        ORPOTrainer(model, ORPOConfig(tmp_path), train_dataset=pairs(2))
+    ORPOTrainer(model, ORPOConfig(tmp_path, lora_r=2), train_dataset=pairs(2))
+
+
+def test_datasets_that_make_their_rows_are_read_through(tmp_path):
+    """A stream, and what a transform makes; each is one file, named by what it holds."""
+    kept = KeptInputs(Folder.at(tmp_path / "inputs"))
+    whole = datasets.Dataset.from_dict(pairs(5))
+    (stream,) = kept.files(whole.to_iterable_dataset(num_shards=2))
+    assert pq.read_table(stream).to_pydict() == pairs(5)
+    shouted = whole.with_transform(
+        lambda rows: {name: [text.upper() for text in texts] for name, texts in rows.items()}
+    )
+    (transformed,) = kept.files(shouted)
+    assert pq.read_table(transformed)["chosen"].to_pylist() == [f"YES {i}" for i in range(5)]
+    assert kept.files(whole.to_iterable_dataset()) == (stream,)
+    whole.set_format("torch", columns=["prompt"])  # of tensors, which texts are none
+    (plain,) = kept.files(whole)
+    assert pq.read_table(plain).to_pydict() == pairs(5)
+    assert len(list((tmp_path / "inputs").iterdir())) == 3
+
+
+def test_a_subclass_with_methods_that_are_never_called_is_refused(tmp_path):
+    class Mine(ORPOTrainer):
+        def compute_loss(self) -> None:
+            pass
+
+    with pytest.raises(TypeError, match="Mine overrides what is never called here: compute_loss"):
+        Mine(args=ORPOConfig(tmp_path))
+
+
+def test_attributes_and_callbacks_that_stay_out_say_the_way(base, tmp_path, caplog):
+    args = ORPOConfig(tmp_path, eval_strategy="epoch", run_name="early")
+    stopping = EarlyStoppingCallback(early_stopping_patience=3)
+    trainer = ORPOTrainer(str(base), args, eval_dataset=pairs(2), callbacks=[stopping, Steps])
+    assert trainer.args.early_stopping_patience == 3
+    assert "callback Steps: on_step_end are not called" in caplog.text
+    assert isinstance(trainer.pop_callback(Steps), Steps)
+    with pytest.raises(AttributeError, match=r"no 'optimizer': it lives in the workers"):
+        _ = trainer.optimizer
+    with pytest.raises(AttributeError, match=r"no 'whatever'; docs/trl\.md lists"):
+        _ = trainer.whatever
+    with pytest.raises(DataError, match="no pairs to train on"):
+        trainer.train()
+
+
+class Steps(TrainerCallback):
+    """Wants an event that does not come."""
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:  # noqa: D102
+        pass
+
+
+def test_a_run_to_resume_has_to_exist(base, tmp_path):
+    trainer = ORPOTrainer(str(base), ORPOConfig(tmp_path / "runs"), train_dataset=pairs(2))
+
+    def refused(given: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            trainer.train(resume_from_checkpoint=given)
+        return str(caught.value)
+
+    assert refused(True).endswith("runs has a checkpoint")
+    assert "no checkpoint of a run" in refused(str(tmp_path))
+    run = Folder.at(tmp_path / "other")
+    for step in (2, 4):
+        made = checkpoint(run, step)
+        made.path.mkdir(parents=True)
+        write_manifest(made, {"step": step}, {})
+    old = tmp_path / "other" / "checkpoints" / "step-00000002"
+    assert "runs resume from their newest, which is step-00000004" in refused(old)
