@@ -17,7 +17,7 @@ from orpo_ray.orchestration.inputs import RunInputs
 from orpo_ray.orchestration.start import Start, run_directory_of, start_run, with_run_name
 from orpo_ray.orchestration.stopping import requests
 from orpo_ray.orchestration.trackers import Trackers, refuse_missing
-from orpo_ray.orchestration.workers import run_workers, train_worker
+from orpo_ray.orchestration.workers import ComputeMetrics, run_workers, train_worker
 from orpo_ray.reports.card import write_model_card
 from orpo_ray.reports.curves import picture
 from orpo_ray.reports.data import count_trained, save_report
@@ -155,6 +155,7 @@ def train(
     inputs: RunInputs | None = None,
     console: Console | None = None,
     follower: Follower | None = None,
+    compute_metrics: ComputeMetrics | None = None,
 ) -> TrainResult:
     """Run ORPO as the config says, on the cluster at hand or on this machine.
 
@@ -166,6 +167,8 @@ def train(
         console: shows progress as a live view if it is a terminal. Default: progress is only
             logged, by the logger `orpo_ray`.
         follower: told of every line that is logged.
+        compute_metrics: further metrics of an evaluation, of tables of scores by the prefix of
+            their set; called on a worker.
 
     Raises:
         ConfigError: for settings that the cluster or the run directory cannot meet, and while
@@ -185,7 +188,7 @@ def train(
         _log.info("run directory: %s", run_directory)
         _log.info("starting %s worker(s) with %s", _workers_text(start.config), resources)
         with stopping_on_signals(run_directory):
-            return train_run(start, console, follower=follower)
+            return train_run(start, console, (), follower, compute_metrics)
 
 
 def train_run(
@@ -193,6 +196,7 @@ def train_run(
     console: Console | None = None,
     callbacks: Sequence[UserCallback] = (),
     follower: Follower | None = None,
+    compute_metrics: ComputeMetrics | None = None,
 ) -> TrainResult:
     """Train on ingested data in a run directory that is ours, and write its reports.
 
@@ -201,6 +205,7 @@ def train_run(
         console: see `train`.
         callbacks: of Ray Train, called at every report.
         follower: see `train`.
+        compute_metrics: see `train`.
 
     Raises:
         StoppedError: when the run was asked to stop, once a checkpoint was saved.
@@ -219,7 +224,8 @@ def train_run(
         if follower is not None:
             follower.begin(start.n_steps, start.steps_per_epoch)
         with RunWatcher(run_directory, start.n_steps, console, refresh, log):
-            run_workers(train_worker, start, callbacks)
+            work = partial(train_worker, compute_metrics=compute_metrics)
+            run_workers(work, start, callbacks)
         data_report = count_trained(run_directory, data_report, tokens)
         save_report(run_directory, data_report)
         write_suspects(run_directory, tokens.sources)

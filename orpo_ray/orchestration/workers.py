@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
@@ -44,6 +45,7 @@ from orpo_ray.training.errors import (
 if TYPE_CHECKING:
     import torch
 
+ComputeMetrics = Callable[[Mapping[str, pa.Table]], dict[str, float]]
 _CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 _log = logging.getLogger(__name__)
 
@@ -68,9 +70,13 @@ class WorkerAnswer:
 
 
 def train_worker(
-    config: ORPOConfig, model: ModelSource, run_directory: Folder, evals: Sequence[str]
+    config: ORPOConfig,
+    model: ModelSource,
+    run_directory: Folder,
+    evals: Sequence[str],
+    compute_metrics: ComputeMetrics | None = None,
 ) -> WorkerAnswer:
-    """Run the training loop on this rank; see `Work`."""
+    """Run the training loop on this rank; see `Work`, and `TrainingJob` for `compute_metrics`."""
     from orpo_ray.training.job import TrainingJob
     from orpo_ray.training.loop import run_training
 
@@ -84,6 +90,7 @@ def train_worker(
         report=_report,
         watch=_watch(run_directory),
         preemption_notice=_preemption_notice,
+        compute_metrics=compute_metrics or (lambda scores: {}),
     )
     # These would come back at every attempt: they are answers, not failures to start again from.
     try:

@@ -29,6 +29,8 @@ class TrainingJob:
         watch: called with every line of `metrics.jsonl` when it is written, on rank 0.
         preemption_notice: called about once a second by all ranks together; a text when one of
             their nodes is about to be preempted, upon which a checkpoint is saved.
+        compute_metrics: further metrics of an evaluation, of the scores of its pairs by prefix; on
+            rank 0.
     """
 
     config: ORPOConfig
@@ -40,3 +42,4 @@ class TrainingJob:
     report: Report
     watch: Report = lambda line: None
     preemption_notice: Callable[[], str | None] = lambda: None
+    compute_metrics: Callable[[Mapping[str, Any]], Mapping[str, float]] = lambda scores: {}

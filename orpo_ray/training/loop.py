@@ -279,7 +279,8 @@ class _Loop:
                 answers = self.sampler.answer(model, job.device)
                 for prompt, answer in zip(self.sampler.prompts, answers, strict=True):
                     self.files.sample(self.step, prompt.text, answer, prompt.chosen)
-        return found.metrics
+        more = self.job.compute_metrics(found.scores) if found.scores else {}
+        return found.metrics | dict(more)
 
     def _check_patience(self) -> None:
         """Make this step the last one if early_stopping_patience is exceeded."""

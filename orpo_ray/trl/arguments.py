@@ -112,8 +112,10 @@ def _describe_as_dataclass() -> None:
         fields.append((name, types[name], dataclasses.field(default=described.get_default())))
     for name, row in names().items():
         if name not in types:
-            types[name] = bool | None if isinstance(row.default, bool) else _parsed
-            fields.append((name, types[name], dataclasses.field(default=None)))
+            is_flag = isinstance(row.default, bool)
+            types[name] = bool if is_flag else _parsed
+            default = row.default if is_flag else None
+            fields.append((name, types[name], dataclasses.field(default=default)))
     types["report_to"] = list[str]
     as_dataclass: Any = dataclasses.make_dataclass("ORPOConfig", fields)
     described_class: Any = ORPOConfig

@@ -169,10 +169,6 @@ def _optim(value: Any, given: Given) -> Settings:
     return {}
 
 
-def _answered_prompts(value: Any, given: Given) -> Settings:
-    return {} if value or "sample_prompts" in given else {"sample_prompts": 0}
-
-
 def _sampling(value: Any, given: Given) -> Settings:
     if value not in ("random", "sequential", "group_by_length"):
         raise ValueError("it is random, sequential or group_by_length")
@@ -214,7 +210,6 @@ _TRANSLATED: Mapping[str, Callable[[Any, Given], Settings]] = {
     "save_strategy": _save_strategy,
     "logging_strategy": _logging_strategy,
     "optim": _optim,
-    "generate_during_eval": _answered_prompts,
     "train_sampling_strategy": _sampling,
     "save_safetensors": _safetensors,
     "model_init_kwargs": _model_arguments,

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.config.train import TrainSection
 from orpo_ray.dataset.ingest import held_out_set, ingest, pairs_longer_than
 from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration.cluster import connection
-from orpo_ray.orchestration.preflight import check_model
+from orpo_ray.orchestration.preflight import check_model, check_schedule
 from orpo_ray.preference.tokenization import Limits
 from orpo_ray.pretrained import ModelSource
+from orpo_ray.training.optimizer import build_scheduler, move_to_step
 from tests.reference.ingest import (
     groups_of,
     map_tasks,
@@ -209,3 +212,39 @@ def test_what_needs_gpus_is_refused_where_workers_have_none(ray_cluster, setting
     with pytest.raises(ConfigError, match=f"{named}: .* on GPUs only"):
         connection.with_cluster(ORPOConfig(**settings))
     assert not connection.with_cluster(ORPOConfig(use_liger_kernel=False)).ray.use_gpu
+
+
+SCHEDULES = get_args(TrainSection.model_fields["lr_scheduler_type"].annotation)
+ARGUMENTS = {"cosine_with_min_lr": {"min_lr": 1e-7}, "warmup_stable_decay": {"num_decay_steps": 4}}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_resumes_where_it_was(name):
+    """After `move_to_step` a new schedule goes on as one that made the steps."""
+    kwargs = ARGUMENTS.get(name)
+    config = ORPOConfig(
+        lr_scheduler_type=name, lr_scheduler_kwargs=kwargs, warmup_steps=2, learning_rate=1e-3
+    )
+    check_schedule(config)
+    rates = []
+    for moved in (0, 5):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        scheduler = build_scheduler(optimizer, config.train, n_steps=10)
+        if moved:
+            move_to_step(scheduler, moved)
+        seen = []
+        for _ in range(moved, 10):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        rates.append(seen)
+    assert rates[1] == pytest.approx(rates[0][5:])
+
+
+def test_arguments_that_a_schedule_does_not_take_or_lacks_are_refused():
+    for given in (
+        {"lr_scheduler_kwargs": {"min_lr": 0.1}},
+        {"lr_scheduler_type": "warmup_stable_decay"},
+    ):
+        with pytest.raises(ConfigError, match=r"^train\.lr_scheduler_kwargs: "):
+            check_schedule(ORPOConfig(**given))

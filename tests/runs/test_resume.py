@@ -18,7 +18,15 @@ from orpo_ray.storage.folder import Folder
 DECISIVE = {
     *("model_name_or_path", "model_revision", "trust_remote_code", "disable_dropout", "lora_r"),
     *("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "beta", "nll_scope"),
-    *("router_aux_loss_coef", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps"),
+    *(
+        "router_aux_loss_coef",
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "data_seed",
+        "warmup_ratio",
+        "warmup_steps",
+    ),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16"),
     *("full_determinism", "seed", "shuffle", "shuffle_window_shards"),
 }

@@ -26,7 +26,6 @@ EXAMPLES: dict[str, Any] = {
     "train_sampling_strategy": "sequential",
     "truncation_mode": "keep_start",
     "activation_checkpointing": True,
-    "generate_during_eval": True,
 }
 
 
@@ -114,7 +113,6 @@ def test_another_value_is_refused_in_one_line(row):
         ({"report_to": "tensorboard"}, {"report_to": ("tensorboard",)}),
         ({"metric_for_best_model": None}, {"metric_for_best_model": "eval_loss"}),
         ({"use_cpu": True}, {"use_gpu": False}),
-        ({"generate_during_eval": False}, {"sample_prompts": 0}),
         ({"auto_find_batch_size": True}, {"max_tokens_per_microbatch": "auto"}),
         ({"ddp_timeout": 1800}, {"process_group_timeout_s": 1800.0}),
         ({"model_init_kwargs": {"revision": "main", "dtype": "auto"}}, {"model_revision": "main"}),
@@ -175,10 +173,12 @@ def test_arguments_are_parsed_as_trls_are():
         "--dataset_name d --model_name_or_path m --output_dir o --beta 0.3 --bf16 --eval_strategy"
     )
     line += " steps --eval_steps 5 --report_to none --num_workers [1,2] --no_disable_dropout"
+    line += " --no_remove_unused_columns --logging_first_step --do_eval"
     script, args, model = TrlParser(
         (ScriptArguments, ORPOConfig, ModelConfig)
     ).parse_args_and_config(line.split())
     assert (script.dataset_name, model.model_name_or_path) == ("d", "m")
     wanted = {"output_dir": "o", "beta": 0.3, "bf16": True, "eval_strategy": "steps"}
     wanted |= {"eval_steps": 5, "report_to": (), "num_workers": (1, 2), "disable_dropout": False}
+    wanted |= {"remove_unused_columns": False, "logging_first_step": True, "do_eval": True}
     assert args == ORPOConfig(**wanted)

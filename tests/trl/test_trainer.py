@@ -85,7 +85,7 @@ def base(tmp_path_factory) -> Path:
 
 def settings(folder: Path, **more: Any) -> dict[str, Any]:
     few = {"output_dir": str(folder), "per_device_train_batch_size": 4, "learning_rate": 3e-3}
-    return few | {"logging_steps": 1, "beta": 0.2, "generate_during_eval": False} | more
+    return few | {"logging_steps": 1, "beta": 0.2, "sample_prompts": 0} | more
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,7 @@ def trained(ray_cluster, base, tmp_path_factory) -> Case:
         ),
         train_dataset=pairs(8),
         eval_dataset=pairs(4, 100),
-        tokenizer=AutoTokenizer.from_pretrained(base),
-        callbacks=[watch],
+        callbacks=[watch],  # and the tokenizer of the folder that the model is from
         compute_metrics=lambda scored: {"right": np.mean(np.diff(scored.predictions) < 0)},
     )
     assert trainer.model is model
@@ -134,6 +133,7 @@ def test_the_state_is_that_of_transformers(trained):
     assert [line["step"] for line in history if "eval_loss" in line] == [0, 2, 4]
     wanted = {"loss", "learning_rate", "grad_norm", "epoch", "step", *SEVEN.split()}
     assert all(wanted <= line.keys() for line in history if "loss" in line)
+    assert all("eval_right" in line for line in history if "eval_loss" in line)
     assert history[-1]["train_loss"] > 0
     assert (state.global_step, state.epoch, state.max_steps) == (4, 2.0, 4)
     values = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
@@ -421,6 +421,17 @@ def test_datasets_that_make_their_rows_are_read_through(tmp_path):
     (plain,) = kept.files(whole)
     assert pq.read_table(plain).to_pydict() == pairs(5)
     assert len(list((tmp_path / "inputs").iterdir())) == 3
+
+
+def test_a_tokenizer_is_found_where_a_model_is_from(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    trainer = ORPOTrainer(model, ORPOConfig(tmp_path), train_dataset=pairs(2))
+    assert trainer.processing_class.get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
+    named = ORPOTrainer(str(base), ORPOConfig(tmp_path), train_dataset=pairs(2))
+    assert named.tokenizer.get_vocab() == trainer.tokenizer.get_vocab()
+    model.config._name_or_path = ""
+    with pytest.raises(ConfigError, match="a model in memory comes without its tokenizer"):
+        ORPOTrainer(model, ORPOConfig(tmp_path), train_dataset=pairs(2))
 
 
 def test_a_subclass_with_methods_that_are_never_called_is_refused(tmp_path):

@@ -12,13 +12,34 @@ import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_ray.config.data import DataSource
+from orpo_ray.config.schema import ConfigError
 from orpo_ray.orchestration.inputs import as_sources, keep_dataset, no_progress_bars
 from orpo_ray.orchestration.trainer.adapters import base_weights
 from orpo_ray.preference.reading.finding import passed_over_text, search_files
+from orpo_ray.pretrained import ModelSource, load_tokenizer
 from orpo_ray.runs.manifest import fingerprint
+from orpo_ray.storage.files import first_line
 from orpo_ray.storage.folder import Folder
 
 _log = logging.getLogger(__name__)
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer of the folder or hub id that a model in memory was loaded from.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    try:
+        if name:
+            return load_tokenizer(ModelSource(name, name))
+    except (OSError, ValueError) as error:
+        reason = f" ({first_line(error)})"
+    else:
+        reason = ""
+    text = "processing_class: a model in memory comes without its tokenizer; give it"
+    raise ConfigError([text + reason])
 
 
 def _each(rows: Iterable[Any]) -> Iterator[Any]:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainerState
 from transformers.trainer_utils import PredictionOutput
@@ -25,10 +27,11 @@ from orpo_ray.orchestration.trainer.adapters import (
 )
 from orpo_ray.orchestration.trainer.callbacks import Callbacks, RunFollower
 from orpo_ray.orchestration.trainer.history import add_entry
-from orpo_ray.orchestration.trainer.memory import KeptInputs
+from orpo_ray.orchestration.trainer.memory import KeptInputs, tokenizer_of
 from orpo_ray.orchestration.trainer.refusals import refuse_arguments, refuse_overrides, way_of
 from orpo_ray.orchestration.trainer.resuming import run_to_resume
 from orpo_ray.orchestration.trainer.saving import Saving
+from orpo_ray.orchestration.trainer.scores import computed_metrics, pair_scores
 from orpo_ray.preference.errors import DataError
 from orpo_ray.pretrained import load_model, load_tokenizer
 from orpo_ray.runs.files import FINISH, holds_run
@@ -57,8 +60,8 @@ class ORPOTrainer(Saving):
         optimizers: refused.
         preprocess_logits_for_metrics: refused.
         peft_config: a `peft.LoraConfig`, in place of the settings `lora_...`.
-        compute_metrics: gets the scores of the pairs in `evaluate` and `predict`, as
-            `EvalPrediction`: mean log-probabilities of chosen and rejected, and the label 0.
+        compute_metrics: gets the scores of the pairs at every evaluation, in training on a worker,
+            as `EvalPrediction`: mean log-probabilities of chosen and rejected, and the label 0.
         tokenizer: another name of `processing_class`.
 
     Raises:
@@ -93,11 +96,13 @@ class ORPOTrainer(Saving):
             model_init=model_init if model is not None else None,
         )
         model = model_init() if model_init is not None else model
-        self.processing_class = tokenizer if processing_class is None else processing_class
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.compute_metrics = compute_metrics
         self.result: TrainResult | None = None
         self._given = None if isinstance(model, str | Path) else model
+        self._tokenizer = tokenizer if processing_class is None else processing_class
+        if self._given is not None and self._tokenizer is None:
+            self._tokenizer = tokenizer_of(self._given)
         self._loaded: Any = None
         config = _as_arguments(args)
         if self._given is None and model is not None:
@@ -106,7 +111,7 @@ class ORPOTrainer(Saving):
             config = config.replace(**lora_settings(adapters, self._model_type))
         if config.model.lora_r is None:
             refuse_frozen(self._given)
-        more = {"model": self._given, "processing_class": self.processing_class}
+        more = {"model": self._given, "processing_class": self._tokenizer}
         self._callbacks = Callbacks((), more)
         for callback in callbacks or ():
             config = self._with_callback(config, callback)
@@ -133,8 +138,8 @@ class ORPOTrainer(Saving):
             inputs = find_inputs(config, self._run_directory.parent, not self._trains)
             if self.eval_dataset is not None:
                 inputs = dataclasses.replace(inputs, eval_files=kept.eval_files(self.eval_dataset))
-            if self.processing_class is not None:
-                folder = kept.tokenizer(self.processing_class)
+            if self._tokenizer is not None:
+                folder = kept.tokenizer(self._tokenizer)
                 source = dataclasses.replace(inputs.model, tokenizer=folder)
                 inputs = dataclasses.replace(inputs, model=source)
         self.args, self._inputs = config, inputs
@@ -173,7 +178,7 @@ class ORPOTrainer(Saving):
         self._callbacks.begin(self.args)
         follower = RunFollower(self._callbacks, self.args, self._run_directory)
         try:
-            result = train(self.args, self._inputs, follower=follower)
+            result = train(self.args, self._inputs, follower=follower, compute_metrics=self._scorer)
         finally:
             self._run_directory.remove(FINISH)
         self._end(result, time.monotonic() - started)
@@ -236,9 +241,13 @@ class ORPOTrainer(Saving):
         return self._loaded
 
     @property
-    def tokenizer(self) -> Any:
-        """The tokenizer: the one that was given, or the model's."""
-        return self.processing_class or load_tokenizer(self._inputs.model)
+    def processing_class(self) -> Any:
+        """The tokenizer: the one that was given, or the model's, which is loaded on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._inputs.model)
+        return self._tokenizer
+
+    tokenizer = processing_class
 
     @property
     def _model_type(self) -> str | None:
@@ -296,8 +305,7 @@ class ORPOTrainer(Saving):
             metric_key_prefix: begins the metrics' names.
         """
         result, metrics = self._evaluate(test_dataset, metric_key_prefix)
-        parts = [self._scores(name, result) for name in result.sets]
-        scores = np.concatenate(parts)
+        scores = np.concatenate([pair_scores(self._table(name, result)) for name in result.sets])
         return PredictionOutput(scores, np.zeros(len(scores), np.int64), metrics)
 
     def _evaluate(self, dataset: Any, prefix: str) -> tuple[EvaluationResult, dict[str, float]]:
@@ -311,23 +319,21 @@ class ORPOTrainer(Saving):
             inputs = dataclasses.replace(inputs, model=trained)
         result = evaluate(self.args, inputs)
         metrics = dict(result.metrics)
-        if self.compute_metrics is not None:
-            for name in result.sets:
-                scores = self._scores(name, result)
-                found = self.compute_metrics(
-                    EvalPrediction(scores, np.zeros(len(scores), np.int64))
-                )
-                start = "eval_" if name == "eval" else f"eval_{name}_"
-                metrics |= {start + key.removeprefix("eval_"): v for key, v in found.items()}
+        if self._scorer is not None:
+            metrics |= self._scorer(
+                {_prefix(name): self._table(name, result) for name in result.sets}
+            )
         named = {prefix + name.removeprefix("eval"): value for name, value in metrics.items()}
         return result, named
 
-    def _scores(self, name: str, result: EvaluationResult) -> Any:
-        """The scores of a set's pairs: (pairs, 2), chosen and rejected."""
-        file = self._run_directory.path / Path(result.sets[name].scores).name
-        table = pq.read_table(file)
-        columns = [table[column].to_numpy() for column in ("logps_chosen", "logps_rejected")]
-        return np.stack(columns, axis=1)
+    @property
+    def _scorer(self) -> Callable[[Mapping[str, pa.Table]], dict[str, float]] | None:
+        if self.compute_metrics is None:
+            return None
+        return partial(computed_metrics, self.compute_metrics)
+
+    def _table(self, name: str, result: EvaluationResult) -> pa.Table:
+        return pq.read_table(self._run_directory.path / Path(result.sets[name].scores).name)
 
     def is_world_process_zero(self) -> bool:
         """Whether this is the process that writes: the driver always is."""
@@ -337,6 +343,11 @@ class ORPOTrainer(Saving):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(way_of(name))
+
+
+def _prefix(name: str) -> str:
+    """The prefix of an evaluation set's metrics."""
+    return "eval_" if name == "eval" else f"eval_{name}_"
 
 
 def _as_arguments(args: Any) -> ORPOConfig:
