@@ -112,6 +112,7 @@ def test_ray_has_the_model_as_the_checkpoint_of_its_result(trained):
     assert result.metrics["step"] == 12
 
 
+@pytest.mark.slow
 def test_a_longer_run_begins_although_rays_list_of_checkpoints_is_torn(trained, tmp_path):
     """Ray Train refuses to start on it; the manifests of the checkpoints are enough."""
     run = tmp_path / "api"

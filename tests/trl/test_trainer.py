@@ -263,6 +263,7 @@ def test_the_model_is_pushed_with_its_card(trained, hub, monkeypatch):
     assert b"hf_of_a_test" not in b"".join(hub.files.values())
 
 
+@pytest.mark.slow
 def test_training_resumes_in_the_newest_run_with_a_checkpoint(trained, base):
     """The history is that of the whole run; what is called again is of new steps alone."""
     first = trained.trainer
@@ -324,6 +325,7 @@ class Broken(TrainerCallback):
         raise RuntimeError("of a callback")
 
 
+@pytest.mark.slow
 def test_an_error_of_a_callback_is_raised_once_the_run_has_ended(ray_cluster, base, tmp_path):
     trainer = ORPOTrainer(
         str(base),
