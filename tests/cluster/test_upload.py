@@ -28,8 +28,11 @@ def test_a_job_has_its_code_and_no_more(tmp_path):
     assert sum(files.values()) < KEPT_KIB * 1024
 
 
-def test_folders_of_the_package_are_not_taken_for_those_at_the_top(tmp_path):
-    code = {str(path.relative_to(ROOT)) for path in (ROOT / "orpo_ray").rglob("*.py")}
+def test_all_of_the_package_is_taken(tmp_path):
+    """With the files beside its code, which a wheel has, too."""
+    kinds = ("*.py", "*.j2", "*.csv", "*.yaml", "py.typed")
+    paths = [path for kind in kinds for path in (ROOT / "orpo_ray").rglob(kind)]
+    code = {str(path.relative_to(ROOT)) for path in paths}
     assert code <= uploaded(ROOT, tmp_path).keys()
 
 
