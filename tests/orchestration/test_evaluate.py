@@ -95,6 +95,7 @@ def test_what_is_printed(evaluated: Path) -> None:
     assert f"evaluation: {evaluated}/runs/run/evaluation.json" in out
 
 
+@pytest.mark.slow
 def test_without_data_or_with_a_bad_baseline_nothing_is_done(evaluated, run_command, ray_cluster):
     model = next((evaluated / "runs").glob("demo-*")) / "base-model"
     done = run_command(

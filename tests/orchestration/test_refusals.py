@@ -285,6 +285,7 @@ def test_files_that_cannot_be_read_are_said_all_at_once(tmp_path, run_here, ray_
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.commands
 def test_a_column_that_no_row_has_stops_with_what_is_there(tmp_path, run_here, ray_cluster) -> None:
     rows = [{"prompt": "p", "choosen": f"c{i}", "rejected": "r"} for i in range(20)]
@@ -352,6 +353,7 @@ def test_ten_thousand_rows_with_a_hundred_bad_ones(
     assert (source["rows_trained"], source["rows_not_reached"]) == (9900, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.commands
 def test_more_bad_rows_than_allowed_stop_before_any_worker(
     ten_thousand: tuple[Path, list[int]], run_here, ray_cluster

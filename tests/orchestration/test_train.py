@@ -149,6 +149,7 @@ def test_a_run_leaves_what_there_is_to_look_at(trained):
     assert "look labelled the wrong way round" not in page or suspects[0]["margin_mean"] < 0
 
 
+@pytest.mark.slow
 def test_a_model_and_tokenizer_in_memory_are_taken(trained, ray_cluster, tmp_path, capfd, caplog):
     """The trained model goes in as objects; at a rate of 0 the same model comes out.
 
@@ -194,6 +195,7 @@ def test_the_command_prints_what_the_function_logs(ray_cluster, tmp_path, capfd)
     assert not logging.getLogger("orpo_ray").isEnabledFor(logging.INFO)
 
 
+@pytest.mark.slow
 @pytest.mark.commands
 def test_sigterm_raises_out_of_train_once_a_checkpoint_is_saved(ray_cluster, tmp_path):
     config = ORPOConfig(

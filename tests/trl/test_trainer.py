@@ -160,6 +160,7 @@ def test_the_model_that_was_given_is_trained(trained):
         assert torch.equal(value, after[name]), name
 
 
+@pytest.mark.slow
 def test_evaluation_has_the_prefix_and_computed_metrics(trained):
     trainer = trained.trainer
     assert {"start_loss", "start_right", "start_rewards/margins"} <= trained.evaluated.keys()
@@ -293,6 +294,7 @@ class StopSoon(TrainerCallback):
         control.should_training_stop = state.global_step >= 2
 
 
+@pytest.mark.slow
 def test_adapters_by_peft_and_an_end_by_a_callback(ray_cluster, base, tmp_path):
     """The run ends as if the next step had been its last: it is logged, saved and exported."""
     model = AutoModelForCausalLM.from_pretrained(base)
