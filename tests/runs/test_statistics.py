@@ -94,14 +94,18 @@ def test_a_model_does_not_differ_from_itself() -> None:
 
 
 @pytest.mark.slow
-def test_the_paired_test_is_right_about_chance_and_about_a_difference() -> None:
+@pytest.mark.parametrize(("n_prompts", "gain"), [(60, 0.8), (200, 0.5)], ids=["apart", "clusters"])
+def test_the_paired_test_is_right_about_chance_and_about_a_difference(
+    n_prompts: int, gain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a difference p-values below 0.05 come in 5 of 100 samples, give or take 2.2."""
+    monkeypatch.setattr(statistics, "N_DRAWN", 60)
     rng = np.random.default_rng(3)
     by_chance, found = 0, 0
     for _ in range(100):
-        one, other = simulated(rng, 60, 0.3), simulated(rng, 60, 0.3)
+        one, other = simulated(rng, n_prompts, 0.3), simulated(rng, n_prompts, 0.3)
         by_chance += differences(one, other)["margin"].p_value < 0.05
-        better = Scores(**vars(other) | {"chosen": np.minimum(other.chosen + 0.8, -1e-3)})
+        better = Scores(**vars(other) | {"chosen": np.minimum(other.chosen + gain, -1e-3)})
         found += differences(better, one)["margin"].p_value < 0.05
     assert by_chance <= 12
     assert found >= 90
@@ -157,17 +161,3 @@ def test_intervals_of_clusters_hold_the_truth_as_often_as_they_say(
         accuracy = estimates(simulated(rng, 900, 0.4))["accuracy"]
         held += accuracy.low <= truth <= accuracy.high
     assert 273 <= held <= 296
-
-
-@pytest.mark.slow
-def test_the_paired_test_by_clusters_is_right_about_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "N_DRAWN", 60)
-    rng = np.random.default_rng(8)
-    by_chance = found = 0
-    for _ in range(100):
-        one, other = simulated(rng, 200, 0.3), simulated(rng, 200, 0.3)
-        by_chance += differences(one, other)["margin"].p_value < 0.05
-        better = Scores(**vars(other) | {"chosen": np.minimum(other.chosen + 0.5, -1e-3)})
-        found += differences(better, one)["margin"].p_value < 0.05
-    assert by_chance <= 12
-    assert found >= 90

@@ -14,12 +14,6 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import ray
 from ray import tune as ray_tune
-from ray.tune.schedulers import (
-    ASHAScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    TrialScheduler,
-)
 from rich.console import Console
 
 from orpo_ray.config.file import to_yaml
@@ -36,6 +30,11 @@ from orpo_ray.orchestration.start import (
 from orpo_ray.orchestration.sweep.earlier import SweepPart, refuse_another_sweep, sweep_parts
 from orpo_ray.orchestration.sweep.running import TrialEnds, stopping_trials
 from orpo_ray.orchestration.sweep.search_space import search_space
+from orpo_ray.orchestration.sweep.strategies import (
+    concurrent_trials,
+    search_algorithm,
+    trial_scheduler,
+)
 from orpo_ray.orchestration.sweep.trial import (
     record_failure,
     run_trial,
@@ -248,9 +247,9 @@ def _tuner(start: Start, space: Mapping[str, Any], goal: Goal, part: SweepPart) 
             metric=goal.metric,
             mode=goal.mode,
             num_samples=part.n_samples,
-            max_concurrent_trials=_concurrent(start.config),
-            search_alg=_search_algorithm(start.config, part.n_before),
-            scheduler=_scheduler(start),
+            max_concurrent_trials=concurrent_trials(start.config),
+            search_alg=search_algorithm(start.config, part.n_before),
+            scheduler=trial_scheduler(start),
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=ray_tune.RunConfig(
@@ -260,56 +259,6 @@ def _tuner(start: Start, space: Mapping[str, Any], goal: Goal, part: SweepPart) 
             callbacks=[TrialEnds(start.folder)],
         ),
     )
-
-
-def _concurrent(config: ORPOConfig) -> int:
-    """As many trials as the cluster holds whole, so that no two wait for each other's half."""
-    total = ray.cluster_resources()
-    wanted = config.ray.resources_per_worker or {}
-    fits = [
-        int(total.get(name, 0) // (amount * config.ray.max_workers))
-        for name, amount in wanted.items()
-        if amount
-    ]
-    return max(1, min([*fits, config.tune.max_concurrent_trials or 1 << 30]))
-
-
-def _search_algorithm(config: ORPOConfig, n_before: int) -> Any:
-    """What draws values; samples that were asked for later are drawn with a seed of their own."""
-    seed = (config.train.seed + n_before) % 2**32
-    from ray.tune.search.basic_variant import BasicVariantGenerator
-
-    if config.tune.search_algorithm == "random":
-        return BasicVariantGenerator(
-            random_state=seed,
-            max_concurrent=_concurrent(config),
-            constant_grid_search=True,  # the runs of one setting draw their values once
-        )
-    if any(isinstance(v, str) and v.strip().startswith("grid(") for v in config.search.values()):
-        raise ConfigError(["tune.search_algorithm: optuna draws values; a grid is for random"])
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearch(seed=seed)
-
-
-def _scheduler(start: Start) -> TrialScheduler:
-    config = start.config
-    every = config.with_intervals(start.steps_per_epoch).train.eval_steps
-    grace = config.tune.grace_steps or int(every or 1)
-    if config.tune.trial_scheduler == "asha":
-        n_steps = max(start.n_steps, grace)
-        return ASHAScheduler(
-            time_attr="step",
-            max_t=n_steps,
-            grace_period=grace,
-            reduction_factor=config.tune.reduction_factor,
-            stop_last_trials=False,  # after its last evaluation a trial still writes its model
-        )
-    if config.tune.trial_scheduler == "median":
-        return MedianStoppingRule(time_attr="step", grace_period=grace, min_samples_required=2)
-    return FIFOScheduler()
 
 
 def _conclude(start: Start, goal: Goal) -> SweepResult:
@@ -362,7 +311,7 @@ def _beta_zero(start: Start, best: Trial) -> Trial | None:
 
 def _plan_text(start: Start, space: Mapping[str, Any], goal: Goal) -> str:
     config = start.config.tune
-    at_a_time = _concurrent(start.config)
+    at_a_time = concurrent_trials(start.config)
     return (
         f"sweep directory: {start.folder}\n"
         f"searching {', '.join(space)}: {config.num_samples} samples, {at_a_time} at a time, "

@@ -1,13 +1,10 @@
 """A LoRA config of peft as settings, and models with adapters in memory; on the driver."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from orpo_ray.config.schema import ConfigError
 from orpo_ray.pretrained import ModelSource, load_model
@@ -127,19 +124,6 @@ def with_trained_weights(given: Any, folder: Path) -> Any:
             peft.set_peft_model_state_dict(given, weights, adapter_name=name)
             return given
         return peft.PeftModel.from_pretrained(given, str(folder))
-    with _no_progress_bars():
-        trained = load_model(ModelSource(str(folder), str(folder)), given.dtype)
+    trained = load_model(ModelSource(str(folder), str(folder)), given.dtype)
     given.load_state_dict(trained.state_dict())
     return given
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """No progress bars of transformers on stderr."""
-    were_shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_shown:
-            hf_logging.enable_progress_bar()

@@ -234,7 +234,8 @@ def test_an_interrupted_sweep_goes_on(number, tmp_path):
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, number)
     assert process.wait() == (130 if number == signal.SIGINT else -number)
-    assert not psutil.wait_procs(children, timeout=60)[1]
+    # Two of Ray's agents end a minute after a driver that was killed: Ray alone does the same.
+    assert not psutil.wait_procs(children, timeout=120)[1]
     before = {path: path.stat().st_mtime_ns for path in sweep.glob("trials/*/final/*.safetensors")}
     assert 1 <= len(before) < 4
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
