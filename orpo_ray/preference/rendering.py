@@ -124,8 +124,8 @@ class _Rendering:
     def __init__(self, thread: int) -> None:
         self.thread = thread
         self.overrun = ""  # the limit that it went beyond
-        self.cpu_s = -1.0  # of the process, and its memory, when it was first looked at
-        self.start_bytes = 0
+        self.cpu_s = -1.0  # of the process, when it was first looked at
+        self.start_bytes = 0  # memory of the process at the look before
 
 
 class _Watch:
@@ -139,6 +139,7 @@ class _Watch:
         self._running: dict[int, _Rendering] = {}
         self._pid = 0
         self._is_armed = False
+        self._bytes = 0  # memory at the last look
 
     def begin(self) -> _Rendering:
         """Look at what this thread does from here on."""
@@ -165,7 +166,7 @@ class _Watch:
         """Start the thread, once in a process; a forked one has none."""
         with self._lock:
             if self._pid != os.getpid():
-                self._running, self._is_armed = {}, False
+                self._running, self._is_armed, self._bytes = {}, False, _resident_bytes()
                 threading.Thread(target=self._look, name="chat-template", daemon=True).start()
                 self._pid = os.getpid()
 
@@ -184,9 +185,12 @@ class _Watch:
             elif any(rendering.cpu_s < 0 for rendering in seen):
                 self._arm()
             for rendering in seen:
+                if rendering.cpu_s < 0:
+                    rendering.cpu_s, rendering.start_bytes = time.process_time(), self._bytes
                 overrun = _overrun(rendering)
                 if overrun:
                     self._interrupt(rendering, overrun)
+            self._bytes = _resident_bytes()
 
     def _interrupt(self, rendering: _Rendering, overrun: str) -> None:
         with self._lock:
@@ -197,8 +201,6 @@ class _Watch:
 
 def _overrun(rendering: _Rendering) -> str:
     """The limit that a rendering is beyond; empty for none."""
-    if rendering.cpu_s < 0:
-        rendering.cpu_s, rendering.start_bytes = time.process_time(), _resident_bytes()
     if time.process_time() - rendering.cpu_s > CPU_S:
         return f"{CPU_S:g} s"
     if _resident_bytes() - rendering.start_bytes > GIB * 2**30:
