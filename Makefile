@@ -3,17 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
+# Two processes that run tests (tests/conftest.py says which at the same time).
+BESIDE := --numprocesses 2 --dist loadgroup
+
 .PHONY: demo test quick test-commands test-newest test-all oracle faults gpu-dry-run lint docs wheel clean
 
 demo: .venv/run.installed
 	$(BIN)/python jobs/train.py
 
 test: .venv/test.installed
-	$(BIN)/python -m pytest -m "not slow and not commands"
+	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not commands"
 
 # What needs neither training processes nor Ray nor seconds: under a minute, for every save.
 quick: .venv/test.installed
-	$(BIN)/python -m pytest -m "not slow and not commands and not ranks and not ray and not long"
+	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not commands and not ranks and not ray and not long"
 
 test-commands: .venv/test.installed
 	$(BIN)/python -m pytest -m "commands and not slow"

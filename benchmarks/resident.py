@@ -18,20 +18,20 @@ from typing import Any
 import psutil
 
 from orpo_ray.training.allocator import memory_settings
-from workload import SIZES, Work, make_folder
+from workload import SIZES, VOCABULARIES, Work, make_folder
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf_harmless.jsonl"
 MIB = 2**20
-GLIBC = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_")
+OURS = memory_settings(use_gpu=False)
+CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 SETTINGS = {
-    "the project's": memory_settings(use_gpu=False),
-    "glibc's own": {},
-    "mmap above 1 GB, trim 2 GB": {
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(10**9),
-        "MALLOC_TOP_PAD_": str(10**8),
-        "MALLOC_TRIM_THRESHOLD_": str(2 * 10**9),
-    },
+    "the project's": OURS,
+    "with kernels of 1,024 shapes": {k: v for k, v in OURS.items() if k not in CACHES},
+    "mmap above 32 MiB, trim 256 MiB": OURS
+    | {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)},
+    "mmap above 128 MiB, trim 512 MiB": OURS
+    | {"MALLOC_MMAP_THRESHOLD_": str(2**27), "MALLOC_TRIM_THRESHOLD_": str(2**29)},
+    "nothing set": {},
 }
 
 
@@ -67,6 +67,9 @@ def main() -> None:
     parser.add_argument("--data", default=str(DATA), help="a file of pairs")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=1, help="runs of every setting, in turn")
+    parser.add_argument("--vocabulary", choices=VOCABULARIES, default="16k")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--microbatch", type=int, default=4096, help="tokens of a row")
     parser.add_argument("--pairs", type=int, default=8, help="a step")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -74,11 +77,21 @@ def main() -> None:
         run(Work(**json.loads(options.work)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(options.model, "16k", options.pairs, 1, options.steps - 1, "cpu", folder, 4096)
-        make_folder(Path(folder), options.data, options.model, "16k", work.n_pairs)
+        work = Work(
+            model=options.model,
+            vocabulary=options.vocabulary,
+            batch=options.pairs,
+            steps=1,
+            rounds=options.steps - 1,
+            device="cpu",
+            folder=folder,
+            budget_tokens=options.microbatch,
+            bf16=options.bf16,
+        )
+        make_folder(Path(folder), options.data, work.model, work.vocabulary, work.n_pairs)
         for _ in range(options.rounds):
             for name, settings in SETTINGS.items():
-                environment = {k: v for k, v in os.environ.items() if k not in GLIBC} | settings
+                environment = {k: v for k, v in os.environ.items() if k not in OURS} | settings
                 command = [sys.executable, __file__, "--work", json.dumps(vars(work))]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if done.returncode:

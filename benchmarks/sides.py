@@ -44,7 +44,7 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1)
     device = torch.device(work.device)
     n_steps = work.steps * (work.rounds + 1)
-    config = ORPOConfig(learning_rate=LEARNING_RATE, max_steps=n_steps, bf16=cuda)
+    config = ORPOConfig(learning_rate=LEARNING_RATE, max_steps=n_steps, bf16=cuda or work.bf16)
     model = build_model(config, f"{work.folder}/model", device)
     optimizer = build_optimizer(model, config.train)
     state = TrainState(
@@ -136,7 +136,7 @@ def trl_side(work: Work, line: Connection) -> None:
         logging_strategy="no",
         logging_nan_inf_filter=False,
         train_sampling_strategy="sequential",
-        bf16=cuda,
+        bf16=cuda or work.bf16,
         gradient_checkpointing=work.gradient_checkpointing,
         report_to="none",
         save_strategy="no",

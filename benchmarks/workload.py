@@ -27,6 +27,7 @@ MAX_LENGTH = 1024
 SIZES = {
     "5m": (6, 192, 512, 6, 2),
     "50m": (12, 576, 1536, 9, 3),
+    "135m": (30, 576, 1536, 9, 3),
     "0.5b": (24, 1280, 3456, 20, 5),
     "1b": (16, 2048, 8192, 32, 8),
 }
@@ -49,6 +50,7 @@ class Work:
         budget_tokens: packed tokens a microbatch.
         gradient_checkpointing: of TRL's side, where its activations would not fit.
         pairs_per_group: of prompt groups: 1 for pairs apart.
+        bf16: whether to compute in bfloat16 on a CPU, too.
         saves: whether every round writes one checkpoint beside its steps, and their ledger.
     """
 
@@ -62,6 +64,7 @@ class Work:
     budget_tokens: int
     gradient_checkpointing: bool = False
     pairs_per_group: int = 1
+    bf16: bool = False
     saves: bool = False
 
     @property

@@ -27,9 +27,19 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 STARTS = {"run_ranks": "ranks", "ray_on_demand": "ray"}  # by fixture, the mark of its tests
 
 
+# Folders whose tests start Ray, or processes for both cores: with `--dist loadgroup` one process
+# runs them, one after the other, beside another that runs the rest file by file.
+OF_BOTH_CORES = ("cluster", "equivalence", "orchestration", "trl")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what their fixtures start."""
+    """Mark tests by what their fixtures start, and by what may run at the same time."""
     for item in items:
+        folder, *rest = item.path.relative_to(ROOT / "tests").parts
+        alone = folder in OF_BOTH_CORES
+        item.add_marker(
+            pytest.mark.xdist_group("both cores" if alone else "/".join([folder, *rest]))
+        )
         for fixture, mark in STARTS.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(mark)

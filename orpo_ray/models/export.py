@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
@@ -40,22 +41,19 @@ def export_model(
         step: optimizer steps that the model was trained for.
     """
     adapted = config.lora_r is not None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
-    weights = get_model_state_dict(model, options=options)
+    base = load_model_config(source)
+    dtype = base.dtype or torch.float32
+    # Adapters are merged in fp32.
+    named = _gathered(model, torch.float32 if adapted else dtype, trained_only=adapted)
     if dist.get_rank() == 0:
         final = Folder.at(place)
         beside = final.path.with_name(f"{final.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
-        named = {
-            name.removeprefix("causal_lm."): tensor
-            for name, tensor in weights.items()
-            if isinstance(tensor, torch.Tensor)
-        }
-        base = load_model_config(source)
         if adapted:
-            _write_adapted(beside, named, source, config)
+            save_adapters(beside, load_model(source, torch.float32), config, named, dtype)
         else:
-            _write_whole(beside, model, named, base)
+            model.causal_lm.config.dtype = dtype
+            model.causal_lm.save_pretrained(beside, state_dict=named)
         tokenizer = load_tokenizer(source)
         if (beside / "config.json").exists():
             _restore_config(beside / "config.json", base)
@@ -69,24 +67,24 @@ def export_model(
     dist.barrier()
 
 
-def _write_whole(
-    folder: Path, model: OrpoModel, weights: dict[str, torch.Tensor], base: PreTrainedConfig
-) -> None:
-    """All weights in the base model's own type."""
-    dtype = base.dtype or torch.float32
-    causal_lm = model.causal_lm
-    causal_lm.config.dtype = dtype
-    named = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    causal_lm.save_pretrained(folder, state_dict=named)
+def _gathered(
+    model: OrpoModel, dtype: torch.dtype, *, trained_only: bool
+) -> dict[str, torch.Tensor]:
+    """All weights by name in a type and in the host's memory on rank 0, nothing elsewhere.
 
-
-def _write_adapted(
-    folder: Path, weights: dict[str, torch.Tensor], source: ModelSource, config: ModelSection
-) -> None:
-    """The adapter, or the base model with the adapter merged into it in fp32."""
-    base = load_model(source, torch.float32)
-    dtype = load_model_config(source).dtype
-    save_adapters(folder, base, config, weights, dtype or torch.float32)
+    Gathered one at a time, so that no rank holds the whole model in the type that is trained.
+    """
+    options = StateDictOptions(ignore_frozen_params=trained_only)
+    gathered = {}
+    for name, weight in get_model_state_dict(model, options=options).items():
+        if not isinstance(weight, torch.Tensor):
+            continue
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if dist.get_rank() == 0:
+            gathered[name.removeprefix("causal_lm.")] = whole.to(
+                "cpu", dtype if whole.is_floating_point() else whole.dtype
+            )
+    return gathered
 
 
 def _restore_config(path: Path, base: PreTrainedConfig) -> None:

@@ -10,6 +10,11 @@ _HOST_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(10**9),
     "MALLOC_TOP_PAD_": str(10**8),
     "MALLOC_TRIM_THRESHOLD_": str(2 * 10**9),
+    # oneDNN, which multiplies bfloat16, and torch's layer above it each keep 1,024 kernels, one for
+    # every shape; packed rows are of any length, so most are never asked for again. Those of a few
+    # rows are enough: the layers of one row share them.
+    "LRU_CACHE_CAPACITY": "64",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 # On a GPU no two packed rows are of one length: segments that grow serve them all, where those of
 # fixed sizes leave holes. By its old name, which every torch reads.

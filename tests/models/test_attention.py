@@ -9,6 +9,7 @@ from torch import library
 from torch.nn.attention.flex_attention import create_block_mask
 
 from orpo_ray.dataset.packing import GroupSpan, pack
+from orpo_ray.models.attention import interface
 from orpo_ray.models.attention.flex import flex, packed_block_mask, seen_blocks
 from orpo_ray.models.attention.interface import by_segment
 from orpo_ray.models.attention.kernels import KernelSupport, choose_kernel, kernel_support
@@ -192,6 +193,28 @@ def test_a_model_computes_the_same_with_varlen(name, varlen_on_cpus):
         results.append([output.sums, *(p.grad for p in model.parameters())])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 40, 200])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_queries_in_parts_see_what_they_see_at_once(window, softcap, monkeypatch):
+    """Values and gradients, and no part has a mask of more than its queries and keys."""
+    scores = Scores(scaling=0.3, window=window, softcap=softcap)
+    answers, sizes = [], []
+    for n_queries in (1000, 16):
+        monkeypatch.setattr(interface, "_QUERIES", n_queries)
+        layout = PackedLayout(SPANS, torch.device("cpu"))
+        *qkv, slopes = heads(layout, 4, 2, torch.float64)
+        qkv = [t.requires_grad_() for t in qkv]
+        output = by_segment(*qkv, layout, scores)
+        output.backward(slopes)
+        answers.append([output.detach(), *(t.grad for t in qkv)])
+        sizes.append(max(mask.numel() for mask in layout._masks.values()))
+    tolerance = 1e-12 if softcap is None else 1e-6
+    for whole, parts in zip(*answers, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=tolerance, atol=tolerance)
+    longest = 300 + 130
+    assert sizes[1] <= 16 * min(longest, 16 + (window or longest)) < sizes[0]
 
 
 @eager_flex

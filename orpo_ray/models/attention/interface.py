@@ -15,6 +15,9 @@ from orpo_ray.models.attention.layout import PackedLayout, Scores, Segment
 from orpo_ray.models.attention.varlen import varlen
 
 PACKED_ATTENTION = "orpo_ray_packed"
+# Queries whose mask is made at once: the whole one of two answers of 16 k tokens would take 2.5 GB,
+# and what lies behind a sliding window or after a query would be computed for nothing.
+_QUERIES = 1_024
 # Options that decoders pass through and that have no effect here.
 _HARMLESS = {
     "position_ids",
@@ -106,10 +109,33 @@ def _attend(
     scores: Scores,
 ) -> Tensor:
     """Attention of one segment over its own keys and values."""
-    window = scores.window if scores.window is not None and scores.window < key.shape[2] else None
-    plain = window is None and segment.prompt_length == 0
+    n_keys = key.shape[2]
+    window = scores.window if scores.window is not None and scores.window < n_keys else None
+    if window is None and segment.prompt_length == 0 and scores.softcap is None:
+        return functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=scores.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    outputs, first = [], segment.prompt_length
+    for part in query.split(_QUERIES, dim=2):
+        queries = range(first, first + part.shape[2])
+        keys = range(0 if window is None else max(0, first + 1 - window), queries.stop)
+        seen_key, seen_value = (t[:, :, keys.start : keys.stop] for t in (key, value))
+        mask = layout.mask(queries, keys, window)
+        outputs.append(_attend_masked(part, seen_key, seen_value, mask, scores))
+        first = queries.stop
+    return torch.cat(outputs, dim=2)
+
+
+def _attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scores
+) -> Tensor:
+    """Attention of some queries over the keys that any of them sees."""
     if scores.softcap is not None:
-        mask = layout.mask(segment, window)
         repeats = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
         scaling = query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
@@ -120,8 +146,7 @@ def _attend(
         query,
         key,
         value,
-        attn_mask=None if plain else layout.mask(segment, window),
-        is_causal=plain,
+        attn_mask=mask,
         scale=scores.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )

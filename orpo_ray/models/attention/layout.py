@@ -17,6 +17,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from orpo_ray.dataset.packing import GroupSpan
 
+_KEPT_MASK = 2**20  # entries
+
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to a device asynchronously, from pinned memory."""
@@ -82,18 +84,23 @@ class PackedLayout:
         self.device = device
         self.n_tokens = start
         self.block_masks: dict[int | None, BlockMask] = {}  # FlexAttention's, by window
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
 
-    def mask(self, segment: Segment, window: int | None) -> Tensor:
-        """Boolean mask (queries, keys) of a segment over its prompt's and its own keys."""
-        key = (segment.length, segment.prompt_length, window)
-        if key not in self._masks:
-            n_keys = segment.prompt_length + segment.length
-            query = torch.arange(segment.prompt_length, n_keys, device=self.device)[:, None]
-            behind = query - torch.arange(n_keys, device=self.device)[None, :]
+    def mask(self, queries: range, keys: range, window: int | None) -> Tensor:
+        """Boolean mask (queries, keys), both ranges of positions: a query sees what is not later.
+
+        Small ones are kept, for the next layers.
+        """
+        key = (queries.start - keys.start, len(queries), len(keys), window)
+        mask = self._masks.get(key)
+        if mask is None:
+            position = torch.arange(queries.start, queries.stop, device=self.device)[:, None]
+            behind = position - torch.arange(keys.start, keys.stop, device=self.device)[None, :]
             seen = behind >= 0
-            self._masks[key] = seen if window is None else seen & (behind < window)
-        return self._masks[key]
+            mask = seen if window is None else seen & (behind < window)
+            if mask.numel() <= _KEPT_MASK:
+                self._masks[key] = mask
+        return mask
 
     @cached_property
     def gathered(self) -> "GatheredKeys":
