@@ -1,12 +1,16 @@
 """The data report of a run: counts, lengths, and every refused row; on the driver."""
 
-import shutil
-from collections.abc import Mapping
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.ingest import LENGTHS, first_refused, nothing_usable
@@ -30,6 +34,16 @@ from orpo_ray.storage.folder import Folder
 QUARANTINE = "quarantine"
 _KINDS = ("prompt", "chosen", "rejected", "longest")
 _SHOWN_ROWS, _SHOWN_TEXT = 3, 200
+_LISTED_ROWS = 10_000
+_REFUSED = pa.schema(
+    {
+        "file": pa.string(),
+        "row": pa.int64(),
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "excerpt": pa.string(),
+    }
+)
 Tally = npt.NDArray[np.int64]
 
 
@@ -40,7 +54,7 @@ def write_data_report(
     names: Mapping[str, str],
     passed_over: Mapping[str, PassedOver] | None = None,
 ) -> dict[str, Any]:
-    """Write `data_report.json` and `quarantine/<name>.jsonl` for every data set.
+    """Write `data_report.json` and what is in `quarantine/` for every data set.
 
     Args:
         run_directory: must exist.
@@ -105,15 +119,39 @@ def save_report(run_directory: Path, report: Mapping[str, Any]) -> None:
 
 
 def _list_refused(run_directory: Path, name: str, tokens: TokenSet) -> None:
-    listed = run_directory / QUARANTINE / f"{name}.jsonl"
+    """List the refused rows: for people, and where those are not all of them as a table, too.
+
+    People get the first ones, and some of every reason.
+    """
+    folder = run_directory / QUARANTINE
+    listed, table = folder / f"{name}.jsonl", folder / f"{name}.parquet"
     listed.unlink(missing_ok=True)
+    table.unlink(missing_ok=True)
     if not tokens.report["quarantine"]:
         return
-    listed.parent.mkdir(exist_ok=True)
-    with listed.open("wb") as file:
-        for source in tokens.report["quarantine"]:
-            with tokens.folder.fetch_file(source, once=True).open("rb") as part:
-                shutil.copyfileobj(part, file)
+    folder.mkdir(exist_ok=True)
+    lines = _refused_lines(tokens)
+    if tokens.report["rows_refused"] <= _LISTED_ROWS:
+        with listed.open("wb") as file:
+            file.writelines(lines)
+        return
+    n_listed, by_reason = 0, Counter[str]()
+    with listed.open("wb") as file, pq.ParquetWriter(table, _REFUSED) as writer:
+        for batch in iter(lambda: list(itertools.islice(lines, _LISTED_ROWS)), []):
+            rows = [json.loads(line) for line in batch]
+            writer.write_table(pa.Table.from_pylist(rows, _REFUSED))
+            for line, row in zip(batch, rows, strict=True):
+                by_reason[row["reason"]] += 1
+                if n_listed < _LISTED_ROWS or by_reason[row["reason"]] <= _SHOWN_ROWS:
+                    file.write(line)
+                    n_listed += 1
+
+
+def _refused_lines(tokens: TokenSet) -> Iterator[bytes]:
+    """The lines of all quarantine files of a token set."""
+    for source in tokens.report["quarantine"]:
+        with tokens.folder.fetch_file(source, once=True).open("rb") as part:
+            yield from part
 
 
 def length_tallies(tokens: TokenSet) -> dict[str, Tally]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from orpo_ray.config.schema import ORPOConfig
@@ -15,6 +16,7 @@ from orpo_ray.dataset.shards import Shard, TokenSet
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.templates import PairText
+from orpo_ray.reports import data
 from orpo_ray.reports.data import count_trained, data_lines, refuse_bad_data, write_data_report
 from orpo_ray.storage.folder import Folder
 
@@ -125,6 +127,23 @@ def test_a_run_that_goes_on_does_not_count_twice(tmp_path: Path) -> None:
     once = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     write_data_report(run, {"train": tokens}, CONFIG, {})
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == once
+
+
+def test_of_many_refused_rows_people_get_some_and_all_are_in_a_table(tmp_path, monkeypatch) -> None:
+    """Some of every reason, however late the first one with it comes."""
+    monkeypatch.setattr(data, "_LISTED_ROWS", 4)
+    tokens = token_set(tmp_path / "set", counts(20, 9, 11), counts(20, 9, 11))
+    common, rare = ("empty_chosen", "the chosen answer is empty"), ("bad_json", "é")
+    rows = [
+        {"file": "f", "row": n, "reason": why[0], "detail": why[1], "excerpt": "{"}
+        for n, why in enumerate([common] * 9 + [rare] * 2, start=1)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "set" / "quarantine" / "0.jsonl").write_text(text, encoding="utf-8")
+    write_data_report(tmp_path, {"train": tokens}, CONFIG, {})
+    listed = (tmp_path / "quarantine" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["row"] for line in listed] == [1, 2, 3, 4, 10, 11]
+    assert pq.read_table(tmp_path / "quarantine" / "train.parquet").to_pylist() == rows
 
 
 def test_without_refused_rows_there_is_no_quarantine(tmp_path: Path) -> None:
