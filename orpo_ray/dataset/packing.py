@@ -53,7 +53,8 @@ class PackedRow:
         completion_lengths: (completions,) number of targets.
         chosen: (pairs,) index of the chosen completion.
         rejected: (pairs,) index of the rejected completion.
-        chunks: ranges that the LM head projects at once.
+        chunks: ranges that the LM head projects at once, but for pairs that are too long for it.
+        chunk_tokens: maximum number of positions that it projects at once.
         row_ids: source row of every pair.
     """
 
@@ -70,6 +71,7 @@ class PackedRow:
     chosen: Integers
     rejected: Integers
     chunks: tuple[ChunkRanges, ...]
+    chunk_tokens: int
     row_ids: tuple[RowId, ...]
 
     @property
@@ -242,6 +244,7 @@ class _RowBuilder:
             chosen=self._integers("chosen"),
             rejected=self._integers("rejected"),
             chunks=tuple(self._chunks),
+            chunk_tokens=self._chunk_tokens,
             row_ids=tuple(self._row_ids),
         )
 

@@ -47,6 +47,7 @@ class Microbatch:
                 Chunk(chunk.positions, chunk.targets, chunk.completions, chunk.pairs)
                 for chunk in row.chunks
             ),
+            max_positions=row.chunk_tokens,
         )
 
 

@@ -14,7 +14,7 @@ from orpo_ray.objective.odds_ratio import pair_terms
 
 @dataclass(frozen=True)
 class Chunk:
-    """Positions whose logits are computed at once; contains whole pairs only.
+    """Positions whose loss is computed at once; contains whole pairs only.
 
     Every field is a (start, stop) range in the arrays of `Targets`.
     """
@@ -41,7 +41,8 @@ class Targets:
         completion_lengths: number of targets of each completion, at least 1.
         chosen: index of the chosen completion of each pair.
         rejected: index of the rejected completion of each pair.
-        chunks: ranges whose logits are computed at once; they cover all arrays in order.
+        chunks: ranges whose loss is computed at once; they cover all arrays in order.
+        max_positions: positions whose logits are computed at once.
     """
 
     positions: Int[Tensor, " positions"]
@@ -53,6 +54,7 @@ class Targets:
     chosen: Int[Tensor, " pairs"]
     rejected: Int[Tensor, " pairs"]
     chunks: tuple[Chunk, ...]
+    max_positions: int
 
 
 @dataclass(frozen=True)
@@ -186,12 +188,38 @@ class _ChunkedPass:
         return self._gradients()[2] if self.needs_grad else None
 
     def run(self, chunk: Chunk) -> None:
-        """Project one chunk, and add its loss and, if needed, its gradient."""
-        targets = self.targets
-        positions = targets.positions[slice(*chunk.positions)]
-        at = targets.predicted_at[slice(*chunk.targets)] - chunk.positions[0]
-        token_ids = targets.token_ids[slice(*chunk.targets)]
-        hidden = self.hidden[positions]
+        """Project one chunk, and add its loss and, if needed, its gradient.
+
+        The gradient needs the log-probabilities of whole answers. A chunk of more positions than
+        may be projected at once, of one long pair, is projected in parts, and those again for it.
+        """
+        first, last = chunk.positions
+        at = self.targets.predicted_at[slice(*chunk.targets)] - first
+        token_ids = self.targets.token_ids[slice(*chunk.targets)]
+        size = self.targets.max_positions
+        if last - first <= size:
+            whole = self._project(range(first, last), at, token_ids)
+            slopes = self._add_loss(chunk, whole.log_probs)
+            if self.needs_grad:
+                self._add_gradient(whole, slopes)
+            return
+        parts = []
+        for start in range(0, last - first, size):
+            positions = range(first + start, min(first + start + size, last))
+            within = ((at >= start) & (at < start + size)).nonzero()[:, 0]
+            parts.append((positions, within, at[within] - start, token_ids[within]))
+        log_probs = torch.zeros_like(at, dtype=self.dtype)
+        for positions, within, *targets in parts:
+            log_probs[within] = self._project(positions, *targets).log_probs
+        slopes = self._add_loss(chunk, log_probs)
+        if self.needs_grad:
+            for positions, within, *targets in parts:
+                self._add_gradient(self._project(positions, *targets), slopes[within])
+
+    def _project(self, positions: range, at: Tensor, token_ids: Tensor) -> "_Projection":
+        """Compute the logits of some positions and the log-probabilities of their targets."""
+        where = self.targets.positions[positions.start : positions.stop]
+        hidden = self.hidden[where]
         logits = functional.linear(hidden, self.weight, self.bias).to(self.dtype)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -201,17 +229,8 @@ class _ChunkedPass:
         largest = logits.amax(dim=-1)
         exponentials = logits.sub_(largest[:, None]).exp_()
         total = exponentials.sum(dim=-1)
-        token_log_probs = target_logits - (largest + total.log())[at]
-        slopes = self._add_loss(chunk, token_log_probs)
-        if not self.needs_grad:
-            return
-        # d loss / d logits = sum over targets of slope * (one-hot - softmax).
-        position_slopes = torch.zeros_like(total).index_add_(0, at, slopes)
-        grad_logits = exponentials.mul_((-position_slopes / total)[:, None])
-        grad_logits.view(-1).scatter_add_(0, at * grad_logits.shape[1] + token_ids, slopes)
-        if capped is not None:
-            grad_logits.mul_(1 - capped.square_())
-        self._add_gradient(positions, hidden, grad_logits)
+        log_probs = target_logits - (largest + total.log())[at]
+        return _Projection(where, hidden, at, token_ids, log_probs, exponentials, total, capped)
 
     def _add_loss(self, chunk: Chunk, token_log_probs: Tensor) -> Tensor:
         """Add the chunk's loss; return its derivative by the log-probability of each target."""
@@ -235,16 +254,53 @@ class _ChunkedPass:
         by_completion[:-1].div_(lengths).mul_(-pair_scale)
         return by_completion[slot].sub_(weights, alpha=scale.nll)
 
-    def _add_gradient(self, positions: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
-        """Backpropagate one chunk's logit gradient to hidden states, weight and bias."""
+    def _add_gradient(self, part: "_Projection", slopes: Tensor) -> None:
+        """Backpropagate to hidden states, weight and bias; consumes the exponentials.
+
+        Args:
+            part: what was projected.
+            slopes: derivative of the loss by the log-probability of each of its targets.
+        """
+        # d loss / d logits = sum over targets of slope * (one-hot - softmax).
+        position_slopes = torch.zeros_like(part.total).index_add_(0, part.at, slopes)
+        grad_logits = part.exponentials.mul_((-position_slopes / part.total)[:, None])
+        index = part.at * grad_logits.shape[1] + part.token_ids
+        grad_logits.view(-1).scatter_add_(0, index, slopes)
+        if part.capped is not None:
+            grad_logits.mul_(1 - part.capped.square_())
         grad_hidden, grad_weight, grad_bias = self._gradients()
         if grad_bias is not None:
             grad_bias += grad_logits.sum(dim=0)
         narrow: Any = grad_logits.to(self.weight.dtype)
-        grad_hidden[positions] = narrow @ self.weight
+        grad_hidden[part.where] = narrow @ self.weight
         if grad_weight is None:
             return
         if narrow.dtype == grad_weight.dtype:
-            grad_weight.addmm_(narrow.T, hidden)
+            grad_weight.addmm_(narrow.T, part.hidden)
         else:
-            grad_weight += narrow.T @ hidden
+            grad_weight += narrow.T @ part.hidden
+
+
+@dataclass
+class _Projection:
+    """Logits of some positions, as exponentials.
+
+    Args:
+        where: the positions in the row.
+        hidden: their hidden states.
+        at: the position that predicts each target, an index into `where`.
+        token_ids: of the targets.
+        log_probs: of the targets.
+        exponentials: (positions, vocab) of each logit less the position's largest.
+        total: their sum over the vocabulary.
+        capped: (positions, vocab) the hyperbolic tangent in soft-capped logits, for the gradient.
+    """
+
+    where: Tensor
+    hidden: Tensor
+    at: Tensor
+    token_ids: Tensor
+    log_probs: Tensor
+    exponentials: Tensor
+    total: Tensor
+    capped: Tensor | None

@@ -1,11 +1,18 @@
 """The chunked LM head against full logits: value and every gradient."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from orpo_ray.dataset.packing import pack
+from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.objective.head import Chunk, LossScale, Targets, orpo_head
 from orpo_ray.objective.odds_ratio import log_sigmoid_log_odds
+from orpo_ray.preference.groups import PromptGroup, RowId
 
 WIDTH, VOCABULARY = 8, 13
 SCALE = LossScale(nll=0.11, pair=0.25, beta=0.7)
@@ -26,11 +33,15 @@ TARGETS = Targets(
         Chunk(positions=(0, 3), targets=(0, 4), completions=(0, 2), pairs=(0, 1)),
         Chunk(positions=(3, 5), targets=(4, 6), completions=(2, 4), pairs=(1, 2)),
     ),
+    max_positions=3,
 )
-WHOLE = Targets(
-    **{name: getattr(TARGETS, name) for name in Targets.__dataclass_fields__ if name != "chunks"},
+WHOLE = replace(
+    TARGETS,
     chunks=(Chunk(positions=(0, 5), targets=(0, 6), completions=(0, 4), pairs=(0, 2)),),
+    max_positions=5,
 )
+IN_PARTS = replace(WHOLE, max_positions=2)
+ONE_BY_ONE = replace(TARGETS, max_positions=1)
 
 
 def inputs(dtype, bias):
@@ -57,7 +68,11 @@ def plain_loss(hidden, weight, bias, softcap):
     return SCALE.nll * nll - SCALE.pair * SCALE.beta * ratio, nll, means
 
 
-@pytest.mark.parametrize("targets", [TARGETS, WHOLE], ids=["two chunks", "one chunk"])
+@pytest.mark.parametrize(
+    "targets",
+    [TARGETS, WHOLE, IN_PARTS, ONE_BY_ONE],
+    ids=["two chunks", "one chunk", "one in parts", "two in parts"],
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("softcap", [None, 2.5])
 def test_value_and_gradients_equal_full_logits(targets, bias, softcap):
@@ -91,6 +106,35 @@ def test_lower_precision_rounds_and_no_more(dtype, tolerance):
         torch.testing.assert_close(
             tensor.grad.double(), expected.grad, rtol=tolerance, atol=tolerance * largest
         )
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many rows the largest tensor over the vocabulary has."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (VOCABULARY,):
+                self.rows = max(self.rows, tensor.numel() // VOCABULARY)
+        return result
+
+
+@pytest.mark.parametrize("n_answer", [50, 400])
+def test_logits_are_of_as_many_positions_as_allowed_however_long_an_answer_is(n_answer):
+    """A pair is passed over twice where it is longer; the weight itself has `WIDTH` columns."""
+    rng = np.random.default_rng(0)
+    answers = tuple(rng.integers(0, VOCABULARY, n) for n in (n_answer, n_answer // 2))
+    group = PromptGroup(rng.integers(0, VOCABULARY, 5), answers, ((0, 1),), (RowId(0, 0),))
+    row = pack([group], chunk_tokens=20, prompt_counts=True)
+    targets = Microbatch(row, torch.device("cpu")).targets
+    hidden = torch.randn(len(row.token_ids), WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    with Largest() as largest:
+        orpo_head(hidden, weight, None, targets, SCALE, 2.5).loss.backward()
+    assert 10 < largest.rows <= 20
+    assert hidden.grad.isfinite().all()
 
 
 def test_without_gradients_no_buffer_of_the_weight_is_made():
