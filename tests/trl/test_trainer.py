@@ -486,3 +486,24 @@ def test_a_run_to_resume_has_to_exist(base, tmp_path):
         write_manifest(made, {"step": step}, {})
     old = tmp_path / "other" / "checkpoints" / "step-00000002"
     assert "runs resume from their newest, which is step-00000004" in refused(old)
+
+
+def test_special_tokens_of_a_template_that_was_applied_are_encoded(base, tmp_path, caplog):
+    """As in TRL, where every answer has some; else a row with one is refused."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = pairs(4)
+    talks = [[{"role": "user", "content": text}] for text in rows["prompt"]]
+    written = [
+        tokenizer.apply_chat_template(
+            [*talk, {"role": "assistant", "content": text}], tokenize=False
+        )
+        for talk, text in zip(talks, rows["chosen"], strict=True)
+    ]
+    args = ORPOConfig(tmp_path)
+    trainer = ORPOTrainer(str(base), args, train_dataset=rows | {"chosen": written})
+    assert trainer.args.special_tokens_in_text == "allow"
+    assert "special_tokens_in_text=allow" in caplog.text
+    ended = [text + tokenizer.eos_token for text in rows["chosen"]]
+    for answers in (ended, [*written[:3], "plain"]):
+        trainer = ORPOTrainer(str(base), args, train_dataset=rows | {"chosen": answers})
+        assert trainer.args.special_tokens_in_text == "refuse"

@@ -74,6 +74,29 @@ def adapter_config(model: Any) -> Any:
     return configs[model.active_adapter]
 
 
+def with_adapters(model: Any, peft_config: Any) -> Any:
+    """A model in memory with new adapters, unless it has some, as users of TRL look at it.
+
+    What is trained are the workers' own, which `with_trained_weights` puts here.
+    """
+    import peft
+
+    return model if adapter_config(model) is not None else peft.get_peft_model(model, peft_config)
+
+
+def refuse_encoder_decoder(model: Any) -> None:
+    """Refuse a model that has an encoder.
+
+    Raises:
+        ConfigError: with its type.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            [f"model: an encoder-decoder ({config.model_type}); only decoders are trained"]
+        )
+
+
 def refuse_frozen(model: Any) -> None:
     """Refuse a model with frozen weights: workers train all of them, or adapters alone.
 
@@ -113,7 +136,7 @@ def with_trained_weights(given: Any, folder: Path) -> Any:
         folder: `final/` of the run.
 
     Returns:
-        The same model, or the `PeftModel` that now is around it.
+        The same model, the `PeftModel` that now is around it, or what was in it.
     """
     if (folder / "adapter_config.json").exists():
         import peft
@@ -124,6 +147,8 @@ def with_trained_weights(given: Any, folder: Path) -> Any:
             peft.set_peft_model_state_dict(given, weights, adapter_name=name)
             return given
         return peft.PeftModel.from_pretrained(given, str(folder))
+    if hasattr(given, "get_base_model"):
+        given = given.unload()  # the adapters were merged
     trained = load_model(ModelSource(str(folder), str(folder)), given.dtype)
     given.load_state_dict(trained.state_dict())
     return given
