@@ -46,10 +46,13 @@ def export_model(
         final = Folder.at(place)
         beside = final.path.with_name(f"{final.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
+        # Gathered, a tied weight is a tensor of its own under each name; files have the first.
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        tied -= {name for name, _ in model.named_parameters()}
         named = {
             name.removeprefix("causal_lm."): tensor
             for name, tensor in weights.items()
-            if isinstance(tensor, torch.Tensor)
+            if isinstance(tensor, torch.Tensor) and name not in tied
         }
         base = load_model_config(source)
         if adapted:

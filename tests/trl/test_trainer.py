@@ -400,13 +400,19 @@ def test_arguments_that_would_have_no_effect_are_refused(tmp_path, base, argumen
     assert not list(tmp_path.glob("demo-*"))
 
 
-def test_frozen_weights_are_refused(base, tmp_path):
-    """They would train unnoticed; adapters leave them as they are."""
+def test_frozen_weights_stay_frozen(base, tmp_path):
+    """By the names of whole modules where all of one is frozen; adapters leave them anyway."""
     model = AutoModelForCausalLM.from_pretrained(base)
     model.get_input_embeddings().requires_grad_(False)
-    with pytest.raises(ConfigError, match="1 of its weights are frozen"):
-        ORPOTrainer(model, ORPOConfig(tmp_path), train_dataset=pairs(2))
-    ORPOTrainer(model, ORPOConfig(tmp_path, lora_r=2), train_dataset=pairs(2))
+    model.model.layers[1].requires_grad_(False)
+    model.model.layers[2].self_attn.q_proj.requires_grad_(False)
+    trainer = ORPOTrainer(model, ORPOConfig(tmp_path), train_dataset=pairs(2))
+    # The head is the embedding: it is frozen with it, and so is its name.
+    assert trainer.args.frozen_weights == (
+        *("model.embed_tokens", "model.layers.1", "model.layers.2.self_attn.q_proj", "lm_head"),
+    )
+    trainer = ORPOTrainer(model, ORPOConfig(tmp_path, lora_r=2), train_dataset=pairs(2))
+    assert trainer.args.frozen_weights == ()
 
 
 def test_datasets_that_make_their_rows_are_read_through(tmp_path):

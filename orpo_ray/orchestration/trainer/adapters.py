@@ -97,22 +97,24 @@ def refuse_encoder_decoder(model: Any) -> None:
         )
 
 
-def refuse_frozen(model: Any) -> None:
-    """Refuse a model with frozen weights: workers train all of them, or adapters alone.
-
-    Raises:
-        ConfigError: with the number of them.
-    """
+def frozen_weights(model: Any) -> tuple[str, ...]:
+    """Names of the modules and weights that the user froze (`requires_grad=False`), if any."""
     if not hasattr(model, "named_parameters") or adapter_config(model) is not None:
-        return
-    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
-    if frozen:
-        raise ConfigError(
-            [
-                f"model: {len(frozen)} of its weights are frozen (requires_grad=False), such as "
-                f"{frozen[0]}; here all of them train: unfreeze them, or train adapters with lora_r"
-            ]
-        )
+        return ()
+    return tuple(_frozen_below(model, ""))
+
+
+def _frozen_below(module: Any, name: str) -> list[str]:
+    """The largest modules below one that are frozen as a whole, and weights of others."""
+    weights = list(module.parameters())
+    if not any(weight.requires_grad for weight in weights) and name:
+        return [name] if weights else []
+    before = f"{name}." if name else ""
+    own = module.named_parameters(recurse=False)
+    found = [f"{before}{part}" for part, weight in own if not weight.requires_grad]
+    for part, child in module.named_children():
+        found += _frozen_below(child, f"{before}{part}")
+    return found
 
 
 def base_weights(model: Any) -> tuple[PreTrainedModel, dict[str, Any] | None]:

@@ -22,9 +22,9 @@ from orpo_ray.orchestration.start import run_directory_of, with_run_name
 from orpo_ray.orchestration.train import TrainResult, train
 from orpo_ray.orchestration.trainer.adapters import (
     adapter_config,
+    frozen_weights,
     lora_settings,
     refuse_encoder_decoder,
-    refuse_frozen,
     with_adapters,
     with_trained_weights,
 )
@@ -37,7 +37,7 @@ from orpo_ray.orchestration.trainer.saving import Saving
 from orpo_ray.orchestration.trainer.scores import computed_metrics, pair_scores
 from orpo_ray.preference.errors import DataError
 from orpo_ray.pretrained import ModelSource, load_model, load_model_config, load_tokenizer
-from orpo_ray.runs.files import FINISH, holds_run
+from orpo_ray.runs.files import FINISH, REQUESTS, holds_run
 from orpo_ray.runs.lock import claimed
 from orpo_ray.storage.folder import Folder
 from orpo_ray.trl.arguments import ORPOConfig
@@ -116,8 +116,8 @@ class ORPOTrainer(Saving):
             config = config.replace(model_name_or_path=str(model))
         if (adapters := peft_config or adapter_config(self._given)) is not None:
             config = config.replace(**lora_settings(adapters, self._model_type(config)))
-        if config.model.lora_r is None:
-            refuse_frozen(self._given)
+        if config.model.lora_r is None and (frozen := frozen_weights(self._given)):
+            config = config.replace(frozen_weights=frozen)
         if peft_config is not None and self._given is not None:
             self._given = with_adapters(self._given, peft_config)
         self._peft_config = peft_config
@@ -202,13 +202,13 @@ class ORPOTrainer(Saving):
         if not self._trains:
             raise DataError(["train_dataset: this trainer has no pairs to train on; give them"])
         started = time.monotonic()
-        self._run_directory.remove(FINISH)
+        self._remove_requests()
         self._callbacks.begin(self.args)
         follower = RunFollower(self._callbacks, self.args, self._run_directory)
         try:
             result = train(self.args, self._inputs, follower=follower, compute_metrics=self._scorer)
         finally:
-            self._run_directory.remove(FINISH)
+            self._remove_requests()
         self._end(result, time.monotonic() - started)
         follower.look_for_checkpoints()
         self._callbacks.call("on_train_end", self.args)
@@ -217,6 +217,10 @@ class ORPOTrainer(Saving):
         if self.args.push_to_hub:
             self.push_to_hub()
         return self.result or result
+
+    def _remove_requests(self) -> None:
+        for name in (FINISH, REQUESTS):
+            self._run_directory.remove(name)
 
     def _own_names(self) -> dict[str, Any]:
         """What the config says of inputs that are kept elsewhere when the run is another."""
