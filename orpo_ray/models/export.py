@@ -101,6 +101,8 @@ def _restore_config(path: Path, base: PreTrainedConfig) -> None:
         for name, value in base.to_diff_dict().items()
         if name in exported and name not in ("dtype", "transformers_version")
     }
+    # save_pretrained writes that of training.
+    exported["dtype"] = str(base.dtype or torch.float32).removeprefix("torch.")
     path.write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")
 
 

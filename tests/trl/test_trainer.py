@@ -320,6 +320,58 @@ def test_adapters_by_peft_and_an_end_by_a_callback(ray_cluster, base, tmp_path):
         adapter_config(trainer.model)
 
 
+class Ask(TrainerCallback):
+    """Asks for a checkpoint and an evaluation at the first step, and for the end when both came."""
+
+    def __init__(self) -> None:
+        self.saved: list[int] = []
+        self.evaluated: list[int] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:  # noqa: D102
+        control.should_save = control.should_evaluate = state.global_step == 1
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:  # noqa: D102
+        self.saved.append(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:  # noqa: D102
+        self.evaluated.append(state.global_step)
+        control.should_training_stop = state.global_step > 0
+
+
+@pytest.mark.slow
+def test_what_callbacks_ask_for_is_done(ray_cluster, base, tmp_path, hub, monkeypatch):
+    """With `logging_first_step`, and a push at the end."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    asks = Ask()
+    few = settings(tmp_path) | {"logging_steps": 100_000, "save_steps": 100_000}
+    trainer = ORPOTrainer(
+        str(base),
+        ORPOConfig(
+            **few,
+            max_steps=100_000,
+            logging_first_step=True,
+            push_to_hub=True,
+            hub_model_id="me/tiny",
+        ),
+        train_dataset=pairs(8),
+        eval_dataset=pairs(4, 100),
+        callbacks=[asks],
+    )
+    last = trainer.train().global_step
+    losses = [line["step"] for line in trainer.state.log_history if "loss" in line]
+    assert losses == [1, last]
+    evaluated = [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert evaluated == asks.evaluated
+    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, last, 3)
+    assert 1 < evaluated[1] < last < 100_000
+    assert len(asks.saved) == 2  # the one that was asked for, and the last
+    assert {"config.json", "model.safetensors", "README.md"} <= hub.files.keys()
+
+
 class Broken(TrainerCallback):
     """Fails at the first line."""
 
@@ -427,8 +479,9 @@ def test_datasets_that_make_their_rows_are_read_through(tmp_path):
     (transformed,) = kept.files(shouted)
     assert pq.read_table(transformed)["chosen"].to_pylist() == [f"YES {i}" for i in range(5)]
     assert kept.files(whole.to_iterable_dataset()) == (stream,)
-    whole.set_format("torch", columns=["prompt"])  # of tensors, which texts are none
-    (plain,) = kept.files(whole)
+    more = whole.add_column("score", [1.0] * 5)
+    more.set_format("torch", columns=["prompt", "chosen", "rejected"])
+    (plain,) = kept.files(more)
     assert pq.read_table(plain).to_pydict() == pairs(5)
     assert len(list((tmp_path / "inputs").iterdir())) == 3
 
@@ -513,3 +566,21 @@ def test_special_tokens_of_a_template_that_was_applied_are_encoded(base, tmp_pat
     for answers in (ended, [*written[:3], "plain"]):
         trainer = ORPOTrainer(str(base), args, train_dataset=rows | {"chosen": answers})
         assert trainer.args.special_tokens_in_text == "refuse"
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(base, tmp_path):
+    """One without a padding token is not: nothing is padded."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None
+    args = ORPOConfig(tmp_path)
+    ORPOTrainer(str(base), args, train_dataset=pairs(2), processing_class=tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="processing_class: it has no eos_token"):
+        ORPOTrainer(str(base), args, train_dataset=pairs(2), processing_class=tokenizer)
+
+
+def test_fifty_thousand_rows_in_memory_are_one_file(base, tmp_path):
+    rows = datasets.Dataset.from_dict(pairs(50_000))
+    trainer = ORPOTrainer(str(base), ORPOConfig(tmp_path), train_dataset=rows)
+    (file,) = trainer.args.train_files
+    assert pq.read_metadata(file).num_rows == 50_000

@@ -70,6 +70,8 @@ class KeptInputs:
             return (self._streamed(dataset, dataset.features),)
         if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
             return (self._streamed(dataset, None),)  # with_transform: files hold what it makes
+        if isinstance(dataset, datasets.Dataset) and not dataset.format["output_all_columns"]:
+            dataset = dataset.select_columns(dataset.format["columns"])  # of set_format
         return (keep_dataset(dataset, self._folder),)
 
     def are_templated(self, files: Iterable[str], tokenizer: Any) -> bool:
@@ -84,7 +86,11 @@ class KeptInputs:
             if path.is_file() and "chosen" in (whole := pq.ParquetFile(path)).schema_arrow.names:
                 first = next(whole.iter_batches(_LOOKED_AT, columns=["chosen"]), None)
                 answers += first["chosen"].to_pylist() if first is not None else []
-        own = [text.removesuffix(tokenizer.eos_token) for text in answers if isinstance(text, str)]
+        own = [
+            text.removesuffix(tokenizer.eos_token or "")
+            for text in answers
+            if isinstance(text, str)
+        ]
         return bool(own) and len(own) == len(answers) and all(map(pattern.search, own))
 
     def eval_files(self, dataset: Any) -> dict[str, tuple[DataSource, ...]]:
@@ -110,7 +116,15 @@ class KeptInputs:
         return self._keep("model", save, "*.safetensors")
 
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Folder:
-        """The tokenizer's folder."""
+        """The tokenizer's folder.
+
+        Raises:
+            ConfigError: for one without an end token.
+        """
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                ["processing_class: it has no eos_token, which answers end with; set one"]
+            )
         return self._keep("tokenizer", tokenizer.save_pretrained, "*")
 
     def _streamed(self, rows: Iterable[Any], features: Any) -> str:
