@@ -515,6 +515,9 @@ def test_attributes_and_callbacks_that_stay_out_say_the_way(base, tmp_path, capl
     assert isinstance(trainer.pop_callback(Steps), Steps)
     with pytest.raises(AttributeError, match=r"no 'optimizer': it lives in the workers"):
         _ = trainer.optimizer
+    assert trainer.accelerator.is_main_process
+    with pytest.raises(AttributeError, match="accelerator has no 'prepare': training runs in Ray"):
+        trainer.accelerator.prepare(trainer)
     with pytest.raises(AttributeError, match=r"no 'whatever'; docs/trl\.md lists"):
         _ = trainer.whatever
     with pytest.raises(DataError, match="no pairs to train on"):
@@ -584,3 +587,9 @@ def test_fifty_thousand_rows_in_memory_are_one_file(base, tmp_path):
     trainer = ORPOTrainer(str(base), ORPOConfig(tmp_path), train_dataset=rows)
     (file,) = trainer.args.train_files
     assert pq.read_metadata(file).num_rows == 50_000
+
+
+def test_a_data_set_of_splits_is_refused(base, tmp_path):
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict(pairs(2))})
+    with pytest.raises(DataError, match="of several splits: give one, such as 'train'"):
+        ORPOTrainer(str(base), ORPOConfig(tmp_path), train_dataset=splits)

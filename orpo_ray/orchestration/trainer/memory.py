@@ -16,6 +16,7 @@ from orpo_ray.config.data import DataSource
 from orpo_ray.config.schema import ConfigError
 from orpo_ray.orchestration.inputs import as_sources, keep_dataset, no_progress_bars
 from orpo_ray.orchestration.trainer.adapters import base_weights
+from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.finding import passed_over_text, search_files
 from orpo_ray.preference.special_tokens import special_tokens
 from orpo_ray.pretrained import ModelSource, load_tokenizer
@@ -66,6 +67,9 @@ class KeptInputs:
 
         if isinstance(dataset, str | Path):
             return self._named(str(dataset))
+        if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+            name = next(iter(dataset))
+            raise DataError([f"a data set of several splits: give one, such as {name!r}"])
         if isinstance(dataset, datasets.IterableDataset):
             return (self._streamed(dataset, dataset.features),)
         if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
