@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_status(arguments)
     if name == "doctor":
         return _run_doctor(arguments)
+    if name == "convert":
+        return _run_convert(arguments)
     if name in _ACTIONS:
         return _run_on_config(name, arguments)
     print(f"error: {_no_such_command(name)}", file=sys.stderr)
@@ -114,6 +116,7 @@ _SUMMARIES = {
     "evaluate": "Evaluate a model on preference pairs.",
     "prepare": "Check and tokenize preference pairs, without training.",
     "status": "Print where a run or a sweep stands, from its files alone.",
+    "convert": "Print a recipe of axolotl, LLaMA-Factory or alignment-handbook as a config.",
     "doctor": "Print what a bug report needs: versions, cluster, limits, storage, model and data.",
 }
 
@@ -154,6 +157,21 @@ def _run_status(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     return exit_code(lambda: _status(arguments.directory, arguments.json))
+
+
+def _run_convert(argv: Sequence[str]) -> int:
+    """Run the command that takes a recipe of another project; returns its exit code."""
+    parser = _Parser(
+        prog=_called("convert"), description=_SUMMARIES["convert"], usage="%(prog)s RECIPE.yaml"
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="it is not changed")
+    return exit_code(lambda: _convert(Path(parser.parse_args(argv).recipe)))
+
+
+def _convert(recipe: Path) -> None:
+    from orpo_ray.trl.recipes import converted_text
+
+    print(printable(hide(converted_text(recipe))), end="")
 
 
 def _run_doctor(argv: Sequence[str]) -> int:

@@ -63,16 +63,15 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"orpo-ray {__version__}\n"
 
 
+LIST = "the commands are train, tune, evaluate, prepare, status, convert, doctor"
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "no command given; the commands are train, tune, evaluate, prepare, status, doctor"),
+        ([], f"no command given; {LIST}"),
         (["trian"], "trian: no such command; did you mean train?"),
-        (
-            ["max_steps=2"],
-            "max_steps=2: no such command; the commands are train, tune, evaluate, prepare, "
-            "status, doctor",
-        ),
+        (["max_steps=2"], f"max_steps=2: no such command; {LIST}"),
         (
             ["status"],
             "the following arguments are required: RUN_DIR; "

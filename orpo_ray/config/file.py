@@ -1,7 +1,7 @@
 """Loading a config from a YAML file and overrides; all its errors are reported at once."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,13 @@ def _leave_out_unknown(in_file: dict[str, Any], path: str | None) -> None:
                 )
 
 
-def to_yaml(config: ORPOConfig) -> str:
-    """The config as YAML, which `load_config` reads back to an equal value."""
+def to_yaml(config: ORPOConfig, leaves: Container[str] = SECTION_OF) -> str:
+    """The config as YAML, which `load_config` reads back to an equal value.
+
+    Args:
+        config: of a run.
+        leaves: names of the settings that are written; unset: all of them.
+    """
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -87,7 +92,14 @@ def to_yaml(config: ORPOConfig) -> str:
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
     Dumper.add_representer(str, text_node)
-    content = {FORMAT_NAME: FORMAT, **escape_references(config.model_dump(mode="json"))}
+    values = escape_references(config.model_dump(mode="json"))
+    if leaves is not SECTION_OF:
+        values = {
+            name: part
+            for name in SECTIONS
+            if (part := {leaf: v for leaf, v in values[name].items() if leaf in leaves})
+        }
+    content = {FORMAT_NAME: FORMAT, **values}
     text: str = yaml.dump(content, Dumper=Dumper, sort_keys=False)
     return text
 

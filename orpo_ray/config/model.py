@@ -60,6 +60,12 @@ class ModelSection(Section):
         "liger-kernel is installed and supports the model, unless layers are compiled.",
         decides="run",
     )
+    frozen_weights: tuple[str, ...] = setting(
+        (),
+        "Weights that stay as they are, each by its name or that of a module, such as "
+        "model.embed_tokens or model.layers.0.",
+        decides="weights",
+    )
     lora_r: PositiveInt | None = setting(
         None, "Rank of LoRA adapters. Default: no adapters, all weights train.", decides="weights"
     )
@@ -108,6 +114,8 @@ class ModelSection(Section):
     def _adapters(self) -> Self:
         if self.load_in_4bit and self.lora_r is None:
             raise ValueError("load_in_4bit: weights in 4 bits are not trained: set lora_r")
+        if self.lora_r is not None and self.frozen_weights:
+            raise ValueError("frozen_weights: with lora_r all weights are frozen but the adapters'")
         if self.lora_r is None and (self.merge_adapter or self.lora_target_modules):
             raise ValueError("merge_adapter and lora_target_modules are for LoRA: set lora_r")
         return self

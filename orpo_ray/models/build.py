@@ -1,7 +1,8 @@
 """Building a sharded model: meta device, FSDP2, then weights from rank 0; in training workers."""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from orpo_ray.pretrained import (
     load_model,
     load_model_config,
     on_this_node,
+    some_of,
 )
 from orpo_ray.storage.folder import Folder, everything
 
@@ -70,6 +72,7 @@ def build_model(config: ORPOConfig, model_path: str | Folder, device: torch.devi
     # Buffers stay real: rotary frequencies are computed, not loaded.
     with init_empty_weights(include_buffers=False):
         causal_lm = with_adapters(empty_model(origin, model_config, dtype=torch.float32))
+    freeze(causal_lm, config.model.frozen_weights)
     return _with_weights(
         causal_lm, lambda: with_adapters(load_model(origin, torch.float32)), device, config
     )
@@ -114,6 +117,28 @@ def build_evaluated_model(
             inject_adapters(causal_lm, adapters)
     causal_lm.requires_grad_(False)
     return _with_weights(causal_lm, lambda: load_model(origin, dtype), device, config)
+
+
+def freeze(causal_lm: nn.Module, names: Sequence[str]) -> None:
+    """Freeze weights by their names, or by those of modules.
+
+    Raises:
+        UnsupportedModelError: for a name that is none of the model's, and when no weight is left.
+    """
+    frozen = {
+        name: [
+            weight
+            for full, weight in causal_lm.named_parameters(remove_duplicate=False)
+            if full == name or full.startswith(f"{name}.")
+        ]
+        for name in names
+    }
+    if unknown := [name for name, weights in frozen.items() if not weights]:
+        raise UnsupportedModelError(f"frozen_weights: the model has no {some_of(unknown)}")
+    for weight in itertools.chain.from_iterable(frozen.values()):
+        weight.requires_grad_(False)
+    if not any(weight.requires_grad for weight in causal_lm.parameters()):
+        raise UnsupportedModelError("frozen_weights: no weight is left to train")
 
 
 def _with_weights(

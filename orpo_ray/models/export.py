@@ -43,8 +43,7 @@ def export_model(
     adapted = config.lora_r is not None
     base = load_model_config(source)
     dtype = base.dtype or torch.float32
-    # Adapters are merged in fp32.
-    named = _gathered(model, torch.float32 if adapted else dtype, trained_only=adapted)
+    named = _gathered(model, None if adapted else dtype)  # adapters are merged in fp32
     if dist.get_rank() == 0:
         final = Folder.at(place)
         beside = final.path.with_name(f"{final.name}.tmp")
@@ -67,23 +66,34 @@ def export_model(
     dist.barrier()
 
 
-def _gathered(
-    model: OrpoModel, dtype: torch.dtype, *, trained_only: bool
-) -> dict[str, torch.Tensor]:
-    """All weights by name in a type and in the host's memory on rank 0, nothing elsewhere.
+def _gathered(model: OrpoModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The weights by name in the host's memory on rank 0, nothing on other ranks.
 
     Gathered one at a time, so that no rank holds the whole model in the type that is trained.
+
+    Args:
+        model: sharded over all ranks.
+        dtype: of all weights but those that transformers keeps in fp32; unset: only what was
+            trained, in its own.
     """
-    options = StateDictOptions(ignore_frozen_params=trained_only)
+    options = StateDictOptions(ignore_frozen_params=dtype is None)
+    # Gathered, a tied weight would be a tensor of its own under each name; files have the first.
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    in_fp32 = [
+        *(getattr(model.causal_lm, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model.causal_lm, "_keep_in_fp32_modules_strict", None) or ()),
+    ]
     gathered = {}
     for name, weight in get_model_state_dict(model, options=options).items():
-        if not isinstance(weight, torch.Tensor):
+        if not isinstance(weight, torch.Tensor) or name in tied:
             continue
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
         if dist.get_rank() == 0:
-            gathered[name.removeprefix("causal_lm.")] = whole.to(
-                "cpu", dtype if whole.is_floating_point() else whole.dtype
-            )
+            kept = dtype is None or not whole.is_floating_point()
+            fp32 = any(f".{part}." in f".{name}." for part in in_fp32)
+            asked = whole.dtype if kept else torch.float32 if fp32 else dtype
+            gathered[name.removeprefix("causal_lm.")] = whole.to("cpu", asked)
     return gathered
 
 
@@ -96,6 +106,8 @@ def _restore_config(path: Path, base: PreTrainedConfig) -> None:
         for name, value in base.to_diff_dict().items()
         if name in exported and name not in ("dtype", "transformers_version")
     }
+    # save_pretrained writes that of training.
+    exported["dtype"] = str(base.dtype or torch.float32).removeprefix("torch.")
     path.write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")
 
 

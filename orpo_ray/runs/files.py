@@ -26,6 +26,7 @@ EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
 STOP = "stop-requested"
 FINISH = "finish-requested"
+REQUESTS = "requests.json"
 FINAL = "final"
 RECORD = "orpo_ray.json"
 # Of a sweep: the folder of its trials, and the record of each trial.
@@ -71,6 +72,11 @@ class RunFiles:
     def finish_requested(self) -> bool:
         """Whether the driver asks that the next step be the last; for the writer only."""
         return self.is_writer and (self.directory / FINISH).exists()
+
+    def requests(self) -> tuple[int, int]:
+        """How many checkpoints and evaluations the driver has asked for; for the writer only."""
+        found = read_json(self.directory / REQUESTS) if self.is_writer else {}
+        return int(found.get("saves", 0)), int(found.get("evaluations", 0))
 
     def notice(self, text: str) -> None:
         """Add a line to the log, which the driver shows, without secrets."""

@@ -20,7 +20,15 @@ from orpo_ray.models.packing_check import check_packing
 from orpo_ray.models.quantized import quantized_text
 from orpo_ray.objective.metrics import OrpoWeights
 from orpo_ray.preference.groups import RowId
-from orpo_ray.runs.files import FINISH, STOP, WRITTEN_BY_WORKERS, RunFiles, read_metrics, summary
+from orpo_ray.runs.files import (
+    FINISH,
+    REQUESTS,
+    STOP,
+    WRITTEN_BY_WORKERS,
+    RunFiles,
+    read_metrics,
+    summary,
+)
 from orpo_ray.runs.resume import decisive_settings
 from orpo_ray.runs.statistics import Scores, estimates
 from orpo_ray.storage.folder import Folder, light
@@ -73,7 +81,7 @@ def _files_in_step(run: Folder) -> Iterator[None]:
         yield
         return
     run.fetch(light).make()
-    written, asked = frozenset(WRITTEN_BY_WORKERS), frozenset({STOP, FINISH})
+    written, asked = frozenset(WRITTEN_BY_WORKERS), frozenset({STOP, FINISH, REQUESTS})
     with run.kept_in_step(written.__contains__, asked.__contains__):
         yield
 
@@ -219,7 +227,8 @@ class _Loop:
         """Log, evaluate and save if due."""
         config = self.job.config.train
         evaluated: dict[str, Any] = {}
-        if self._is_due(config.eval_steps):
+        if self._is_due(config.eval_steps) or self.schedule.evaluates:
+            self.schedule.evaluates = False
             evaluated = self._evaluate()
             self._check_patience()
         last = self.step == self.n_steps

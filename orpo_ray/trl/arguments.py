@@ -17,6 +17,7 @@ from orpo_ray.trl.translations import translate
 _log = logging.getLogger("orpo_ray")
 # What scripts ask of the process that they run in: here it is the driver alone.
 _DRIVER = {"process_index": 0, "local_process_index": 0, "n_gpu": 0, "device": "cpu"}
+_DRIVER |= {"should_save": True, "should_log": True}
 
 
 class ORPOConfig(schema.ORPOConfig):
@@ -79,6 +80,26 @@ class ORPOConfig(schema.ORPOConfig):
         """Every setting by its name alone, and those that were given under TRL's names."""
         given: dict[str, Any] = json.loads(json.dumps(self._given, default=str))
         return super().to_dict() | given
+
+    @property
+    def world_size(self) -> int:
+        """The number of workers, or the most of them."""
+        return self.ray.max_workers
+
+    @property
+    def train_batch_size(self) -> int:
+        """Pairs per worker and forward pass in training."""
+        return self.train.per_device_train_batch_size
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Pairs per worker and forward pass in evaluation."""
+        return self.train.per_device_eval_batch_size
+
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        """`to_dict` with values that trackers take: numbers, texts and truth values."""
+        plain = (bool, int, float, str)
+        return {n: v if isinstance(v, plain) else str(v) for n, v in self.to_dict().items()}
 
     def get_process_log_level(self) -> int:
         """The level of the root logger."""

@@ -217,6 +217,7 @@ _TRANSLATED: Mapping[str, Callable[[Any, Given], Settings]] = {
     "auto_find_batch_size": lambda value, given: (
         {"max_tokens_per_microbatch": "auto"} if value else {}
     ),
+    "ddp_timeout": lambda value, given: {"process_group_timeout_s": min(value, 1_000_000)},
     "use_cpu": lambda value, given: {"use_gpu": False} if value else {},
     "no_cuda": lambda value, given: {"use_gpu": False} if value else {},
 }

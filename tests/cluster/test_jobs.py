@@ -22,6 +22,7 @@ from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 BIN = Path(sys.executable).parent
+PAGE = ROOT / "docs" / "ray.md"
 
 
 def free_ports(n: int) -> list[int]:
@@ -196,3 +197,13 @@ def test_every_command_runs_as_a_job_and_its_exit_code_is_the_jobs(job_cluster, 
     assert job_cluster.status("wrong") == "failed"
     assert "error: orpo.beta" in told
     assert "exit code 2" in told
+
+
+def test_the_job_of_the_page_on_ray(job_cluster, pairs, tmp_path):
+    """As docs/ray.md shows it, with a folder in place of /data."""
+    (command,) = [line for line in PAGE.read_text().splitlines() if line.startswith("ray job ")]
+    shutil.copy(pairs, tmp_path)
+    arguments = command.partition("-- python ")[2].replace("/data", str(tmp_path)).split()
+    told = job_cluster.submit("page", *arguments)
+    assert job_cluster.status("page") == "succeeded", told
+    assert (tmp_path / "runs" / "as_job" / "final" / "model.safetensors").exists()

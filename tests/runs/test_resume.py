@@ -17,7 +17,15 @@ from orpo_ray.storage.folder import Folder
 # What a manifest records, besides the digest of the pairs.
 DECISIVE = {
     *("model_name_or_path", "model_revision", "trust_remote_code", "disable_dropout", "lora_r"),
-    *("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "beta", "nll_scope"),
+    *(
+        "frozen_weights",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+        "load_in_4bit",
+        "beta",
+        "nll_scope",
+    ),
     *(
         "router_aux_loss_coef",
         "learning_rate",

@@ -147,6 +147,14 @@ def test_the_first_positional_argument_is_the_output_directory(tmp_path):
     assert ORPOConfig(tmp_path, beta=0.3) == ORPOConfig(output_dir=str(tmp_path), beta=0.3)
 
 
+def test_what_scripts_ask_of_their_process():
+    args = ORPOConfig(num_workers=[1, 4], per_device_train_batch_size=2)
+    assert (args.world_size, args.train_batch_size, args.eval_batch_size) == (4, 2, 16)
+    assert (args.should_save, args.process_index, args.n_gpu) == (True, 0, 0)
+    kinds = (bool, int, float, str)
+    assert all(isinstance(value, kinds) for value in args.to_sanitized_dict().values())
+
+
 def test_all_findings_come_at_once_and_no_token_is_shown():
     with pytest.raises(ConfigError) as caught:
         ORPOConfig(fsdp="full_shard", beta=-1, betta=1, hub_token="hf_secret")

@@ -320,6 +320,58 @@ def test_adapters_by_peft_and_an_end_by_a_callback(ray_cluster, base, tmp_path):
         adapter_config(trainer.model)
 
 
+class Ask(TrainerCallback):
+    """Asks for a checkpoint and an evaluation at the first step, and for the end when both came."""
+
+    def __init__(self) -> None:
+        self.saved: list[int] = []
+        self.evaluated: list[int] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:  # noqa: D102
+        control.should_save = control.should_evaluate = state.global_step == 1
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:  # noqa: D102
+        self.saved.append(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:  # noqa: D102
+        self.evaluated.append(state.global_step)
+        control.should_training_stop = state.global_step > 0
+
+
+@pytest.mark.slow
+def test_what_callbacks_ask_for_is_done(ray_cluster, base, tmp_path, hub, monkeypatch):
+    """With `logging_first_step`, and a push at the end."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    asks = Ask()
+    few = settings(tmp_path) | {"logging_steps": 100_000, "save_steps": 100_000}
+    trainer = ORPOTrainer(
+        str(base),
+        ORPOConfig(
+            **few,
+            max_steps=100_000,
+            logging_first_step=True,
+            push_to_hub=True,
+            hub_model_id="me/tiny",
+        ),
+        train_dataset=pairs(8),
+        eval_dataset=pairs(4, 100),
+        callbacks=[asks],
+    )
+    last = trainer.train().global_step
+    losses = [line["step"] for line in trainer.state.log_history if "loss" in line]
+    assert losses == [1, last]
+    evaluated = [line["step"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert evaluated == asks.evaluated
+    assert (evaluated[0], evaluated[-1], len(evaluated)) == (0, last, 3)
+    assert 1 < evaluated[1] < last < 100_000
+    assert len(asks.saved) == 2  # the one that was asked for, and the last
+    assert {"config.json", "model.safetensors", "README.md"} <= hub.files.keys()
+
+
 class Broken(TrainerCallback):
     """Fails at the first line."""
 
@@ -400,13 +452,19 @@ def test_arguments_that_would_have_no_effect_are_refused(tmp_path, base, argumen
     assert not list(tmp_path.glob("demo-*"))
 
 
-def test_frozen_weights_are_refused(base, tmp_path):
-    """They would train unnoticed; adapters leave them as they are."""
+def test_frozen_weights_stay_frozen(base, tmp_path):
+    """By the names of whole modules where all of one is frozen; adapters leave them anyway."""
     model = AutoModelForCausalLM.from_pretrained(base)
     model.get_input_embeddings().requires_grad_(False)
-    with pytest.raises(ConfigError, match="1 of its weights are frozen"):
-        ORPOTrainer(model, ORPOConfig(tmp_path), train_dataset=pairs(2))
-    ORPOTrainer(model, ORPOConfig(tmp_path, lora_r=2), train_dataset=pairs(2))
+    model.model.layers[1].requires_grad_(False)
+    model.model.layers[2].self_attn.q_proj.requires_grad_(False)
+    trainer = ORPOTrainer(model, ORPOConfig(tmp_path), train_dataset=pairs(2))
+    # The head is the embedding: it is frozen with it, and so is its name.
+    assert trainer.args.frozen_weights == (
+        *("model.embed_tokens", "model.layers.1", "model.layers.2.self_attn.q_proj", "lm_head"),
+    )
+    trainer = ORPOTrainer(model, ORPOConfig(tmp_path, lora_r=2), train_dataset=pairs(2))
+    assert trainer.args.frozen_weights == ()
 
 
 def test_datasets_that_make_their_rows_are_read_through(tmp_path):
@@ -421,8 +479,9 @@ def test_datasets_that_make_their_rows_are_read_through(tmp_path):
     (transformed,) = kept.files(shouted)
     assert pq.read_table(transformed)["chosen"].to_pylist() == [f"YES {i}" for i in range(5)]
     assert kept.files(whole.to_iterable_dataset()) == (stream,)
-    whole.set_format("torch", columns=["prompt"])  # of tensors, which texts are none
-    (plain,) = kept.files(whole)
+    more = whole.add_column("score", [1.0] * 5)
+    more.set_format("torch", columns=["prompt", "chosen", "rejected"])
+    (plain,) = kept.files(more)
     assert pq.read_table(plain).to_pydict() == pairs(5)
     assert len(list((tmp_path / "inputs").iterdir())) == 3
 
@@ -456,6 +515,9 @@ def test_attributes_and_callbacks_that_stay_out_say_the_way(base, tmp_path, capl
     assert isinstance(trainer.pop_callback(Steps), Steps)
     with pytest.raises(AttributeError, match=r"no 'optimizer': it lives in the workers"):
         _ = trainer.optimizer
+    assert trainer.accelerator.is_main_process
+    with pytest.raises(AttributeError, match="accelerator has no 'prepare': training runs in Ray"):
+        trainer.accelerator.prepare(trainer)
     with pytest.raises(AttributeError, match=r"no 'whatever'; docs/trl\.md lists"):
         _ = trainer.whatever
     with pytest.raises(DataError, match="no pairs to train on"):
@@ -486,3 +548,48 @@ def test_a_run_to_resume_has_to_exist(base, tmp_path):
         write_manifest(made, {"step": step}, {})
     old = tmp_path / "other" / "checkpoints" / "step-00000002"
     assert "runs resume from their newest, which is step-00000004" in refused(old)
+
+
+def test_special_tokens_of_a_template_that_was_applied_are_encoded(base, tmp_path, caplog):
+    """As in TRL, where every answer has some; else a row with one is refused."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = pairs(4)
+    talks = [[{"role": "user", "content": text}] for text in rows["prompt"]]
+    written = [
+        tokenizer.apply_chat_template(
+            [*talk, {"role": "assistant", "content": text}], tokenize=False
+        )
+        for talk, text in zip(talks, rows["chosen"], strict=True)
+    ]
+    args = ORPOConfig(tmp_path)
+    trainer = ORPOTrainer(str(base), args, train_dataset=rows | {"chosen": written})
+    assert trainer.args.special_tokens_in_text == "allow"
+    assert "special_tokens_in_text=allow" in caplog.text
+    ended = [text + tokenizer.eos_token for text in rows["chosen"]]
+    for answers in (ended, [*written[:3], "plain"]):
+        trainer = ORPOTrainer(str(base), args, train_dataset=rows | {"chosen": answers})
+        assert trainer.args.special_tokens_in_text == "refuse"
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(base, tmp_path):
+    """One without a padding token is not: nothing is padded."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None
+    args = ORPOConfig(tmp_path)
+    ORPOTrainer(str(base), args, train_dataset=pairs(2), processing_class=tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="processing_class: it has no eos_token"):
+        ORPOTrainer(str(base), args, train_dataset=pairs(2), processing_class=tokenizer)
+
+
+def test_fifty_thousand_rows_in_memory_are_one_file(base, tmp_path):
+    rows = datasets.Dataset.from_dict(pairs(50_000))
+    trainer = ORPOTrainer(str(base), ORPOConfig(tmp_path), train_dataset=rows)
+    (file,) = trainer.args.train_files
+    assert pq.read_metadata(file).num_rows == 50_000
+
+
+def test_a_data_set_of_splits_is_refused(base, tmp_path):
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict(pairs(2))})
+    with pytest.raises(DataError, match="of several splits: give one, such as 'train'"):
+        ORPOTrainer(str(base), ORPOConfig(tmp_path), train_dataset=splits)

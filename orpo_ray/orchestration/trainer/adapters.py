@@ -74,22 +74,47 @@ def adapter_config(model: Any) -> Any:
     return configs[model.active_adapter]
 
 
-def refuse_frozen(model: Any) -> None:
-    """Refuse a model with frozen weights: workers train all of them, or adapters alone.
+def with_adapters(model: Any, peft_config: Any) -> Any:
+    """A model in memory with new adapters, unless it has some, as users of TRL look at it.
+
+    What is trained are the workers' own, which `with_trained_weights` puts here.
+    """
+    import peft
+
+    return model if adapter_config(model) is not None else peft.get_peft_model(model, peft_config)
+
+
+def refuse_encoder_decoder(model: Any) -> None:
+    """Refuse a model that has an encoder.
 
     Raises:
-        ConfigError: with the number of them.
+        ConfigError: with its type.
     """
-    if not hasattr(model, "named_parameters") or adapter_config(model) is not None:
-        return
-    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
-    if frozen:
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
-            [
-                f"model: {len(frozen)} of its weights are frozen (requires_grad=False), such as "
-                f"{frozen[0]}; here all of them train: unfreeze them, or train adapters with lora_r"
-            ]
+            [f"model: an encoder-decoder ({config.model_type}); only decoders are trained"]
         )
+
+
+def frozen_weights(model: Any) -> tuple[str, ...]:
+    """Names of the modules and weights that the user froze (`requires_grad=False`), if any."""
+    if not hasattr(model, "named_parameters") or adapter_config(model) is not None:
+        return ()
+    return tuple(_frozen_below(model, ""))
+
+
+def _frozen_below(module: Any, name: str) -> list[str]:
+    """The largest modules below one that are frozen as a whole, and weights of others."""
+    weights = list(module.parameters())
+    if not any(weight.requires_grad for weight in weights) and name:
+        return [name] if weights else []
+    before = f"{name}." if name else ""
+    own = module.named_parameters(recurse=False)
+    found = [f"{before}{part}" for part, weight in own if not weight.requires_grad]
+    for part, child in module.named_children():
+        found += _frozen_below(child, f"{before}{part}")
+    return found
 
 
 def base_weights(model: Any) -> tuple[PreTrainedModel, dict[str, Any] | None]:
@@ -113,7 +138,7 @@ def with_trained_weights(given: Any, folder: Path) -> Any:
         folder: `final/` of the run.
 
     Returns:
-        The same model, or the `PeftModel` that now is around it.
+        The same model, the `PeftModel` that now is around it, or what was in it.
     """
     if (folder / "adapter_config.json").exists():
         import peft
@@ -124,6 +149,8 @@ def with_trained_weights(given: Any, folder: Path) -> Any:
             peft.set_peft_model_state_dict(given, weights, adapter_name=name)
             return given
         return peft.PeftModel.from_pretrained(given, str(folder))
+    if hasattr(given, "get_base_model"):
+        given = given.unload()  # the adapters were merged
     trained = load_model(ModelSource(str(folder), str(folder)), given.dtype)
     given.load_state_dict(trained.state_dict())
     return given

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.orchestration.trainer.history import add_entry, entries, is_evaluation
-from orpo_ray.runs.files import FINISH, read_metrics
+from orpo_ray.runs.files import FINISH, REQUESTS, read_metrics
 from orpo_ray.runs.manifest import MANIFEST, checkpoint_directories
 from orpo_ray.storage.folder import Folder
 
@@ -92,6 +92,7 @@ class RunFollower:
         self._earlier = {(line["step"], line["time"]) for line in read_metrics(run.path)}
         self._saved = self._committed()
         self._epoch = 0
+        self._requests = {"saves": 0, "evaluations": 0}
         self.error: BaseException | None = None
 
     def begin(self, n_steps: int, steps_per_epoch: int) -> None:
@@ -136,7 +137,9 @@ class RunFollower:
             self.error = error
         control = self._callbacks.control
         if control.should_save or control.should_evaluate:
+            self._requests["saves"] += control.should_save
+            self._requests["evaluations"] += control.should_evaluate
             control.should_save = control.should_evaluate = False
-            _log.warning("callbacks: should_save and should_evaluate are settings: save_steps, ...")
+            self._run.write_json(REQUESTS, self._requests)
         if self.error is not None or control.should_training_stop:
             (self._run.path / FINISH).touch()

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow.parquet as pq
 import xxhash
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,12 +16,15 @@ from orpo_ray.config.data import DataSource
 from orpo_ray.config.schema import ConfigError
 from orpo_ray.orchestration.inputs import as_sources, keep_dataset, no_progress_bars
 from orpo_ray.orchestration.trainer.adapters import base_weights
+from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.finding import passed_over_text, search_files
+from orpo_ray.preference.special_tokens import special_tokens
 from orpo_ray.pretrained import ModelSource, load_tokenizer
 from orpo_ray.runs.manifest import fingerprint
 from orpo_ray.storage.files import first_line
 from orpo_ray.storage.folder import Folder
 
+_LOOKED_AT = 100
 _log = logging.getLogger(__name__)
 
 
@@ -63,11 +67,35 @@ class KeptInputs:
 
         if isinstance(dataset, str | Path):
             return self._named(str(dataset))
+        if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
+            name = next(iter(dataset))
+            raise DataError([f"a data set of several splits: give one, such as {name!r}"])
         if isinstance(dataset, datasets.IterableDataset):
             return (self._streamed(dataset, dataset.features),)
         if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
             return (self._streamed(dataset, None),)  # with_transform: files hold what it makes
+        if isinstance(dataset, datasets.Dataset) and not dataset.format["output_all_columns"]:
+            dataset = dataset.select_columns(dataset.format["columns"])  # of set_format
         return (keep_dataset(dataset, self._folder),)
+
+    def are_templated(self, files: Iterable[str], tokenizer: Any) -> bool:
+        """Whether the first chosen answers of kept files are texts with special tokens, every one.
+
+        A chat template has written them: the text of a user has none but by chance.
+        """
+        pattern = special_tokens(tokenizer)
+        answers: list[Any] = []
+        for file in files:
+            path = self._folder.path / Path(file).name
+            if path.is_file() and "chosen" in (whole := pq.ParquetFile(path)).schema_arrow.names:
+                first = next(whole.iter_batches(_LOOKED_AT, columns=["chosen"]), None)
+                answers += first["chosen"].to_pylist() if first is not None else []
+        own = [
+            text.removesuffix(tokenizer.eos_token or "")
+            for text in answers
+            if isinstance(text, str)
+        ]
+        return bool(own) and len(own) == len(answers) and all(map(pattern.search, own))
 
     def eval_files(self, dataset: Any) -> dict[str, tuple[DataSource, ...]]:
         """The files of every evaluation set, by metric prefix."""
@@ -92,7 +120,15 @@ class KeptInputs:
         return self._keep("model", save, "*.safetensors")
 
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> Folder:
-        """The tokenizer's folder."""
+        """The tokenizer's folder.
+
+        Raises:
+            ConfigError: for one without an end token.
+        """
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                ["processing_class: it has no eos_token, which answers end with; set one"]
+            )
         return self._keep("tokenizer", tokenizer.save_pretrained, "*")
 
     def _streamed(self, rows: Iterable[Any], features: Any) -> str:

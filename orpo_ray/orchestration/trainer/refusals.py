@@ -6,7 +6,6 @@ from orpo_ray.config.schema import ConfigError, ORPOConfig
 
 _LOOP = "workers run the training loop of orpo_ray.training; "
 _WAYS = {
-    "accelerator": "training runs in Ray workers; the driver has no accelerator",
     "optimizer": "it lives in the workers; learning_rate, weight_decay and adam_... set it",
     "lr_scheduler": "it lives in the workers; lr_scheduler_type and lr_scheduler_kwargs set it",
     "callback_handler": "add_callback() and pop_callback() change the callbacks",
@@ -38,6 +37,21 @@ _ARGUMENTS = {
     "tokenizer": "it is another name of processing_class: give one of the two",
     "model_init": "it makes the model: give one of the two",
 }
+
+
+class Driver:
+    """What scripts ask of `trainer.accelerator`: here it is the driver, which is alone."""
+
+    is_main_process = is_local_main_process = is_last_process = True
+    process_index = local_process_index = 0
+    num_processes = 1
+    print = staticmethod(print)
+
+    def wait_for_everyone(self) -> None:
+        """Nothing waits: there is one process."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"accelerator has no {name!r}: training runs in Ray workers")
 
 
 def refuse_arguments(args: Any, **given: Any) -> None:

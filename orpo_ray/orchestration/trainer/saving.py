@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerState
 
 from orpo_ray.orchestration.trainer.hub import describe, push
+from orpo_ray.orchestration.trainer.refusals import Driver
 from orpo_ray.runs.files import FINAL
 from orpo_ray.storage.folder import Folder
 from orpo_ray.trl.arguments import ORPOConfig
@@ -18,6 +19,7 @@ from orpo_ray.trl.arguments import ORPOConfig
 class Saving:
     """The part of `ORPOTrainer` that writes; `args` and the run directory are the trainer's."""
 
+    accelerator = Driver()
     args: ORPOConfig
     _run_directory: Folder
 
@@ -46,6 +48,13 @@ class Saving:
         if not final.path.is_dir():
             raise FileNotFoundError(f"{final}: no trained model yet; call train() first")
         return final
+
+    @property
+    def hub_model_id(self) -> str:
+        """Where `push_to_hub` pushes to; by default the name of the output directory."""
+        args = self.args
+        name = args.hub_model_id or args.push_to_hub_model_id
+        return str(name or Path(args.output.output_dir).absolute().name)
 
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
         """Print metrics as a table, as transformers does."""
@@ -98,10 +107,9 @@ class Saving:
         """
         self.create_model_card(**card)
         args = self.args
-        name = args.hub_model_id or args.push_to_hub_model_id
         return push(
             self._final().fetch().path,
-            name or Path(args.output.output_dir).absolute().name,
+            self.hub_model_id,
             message=commit_message,
             private=args.hub_private_repo,
             token=token,

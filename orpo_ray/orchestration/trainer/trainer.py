@@ -1,6 +1,7 @@
 """ORPOTrainer: what a TRL user writes, with the import changed; on the driver."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainerState
+from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerState
 from transformers.trainer_utils import PredictionOutput
 
 from orpo_ray.config import schema
@@ -21,8 +22,10 @@ from orpo_ray.orchestration.start import run_directory_of, with_run_name
 from orpo_ray.orchestration.train import TrainResult, train
 from orpo_ray.orchestration.trainer.adapters import (
     adapter_config,
+    frozen_weights,
     lora_settings,
-    refuse_frozen,
+    refuse_encoder_decoder,
+    with_adapters,
     with_trained_weights,
 )
 from orpo_ray.orchestration.trainer.callbacks import Callbacks, RunFollower
@@ -33,11 +36,14 @@ from orpo_ray.orchestration.trainer.resuming import run_to_resume
 from orpo_ray.orchestration.trainer.saving import Saving
 from orpo_ray.orchestration.trainer.scores import computed_metrics, pair_scores
 from orpo_ray.preference.errors import DataError
-from orpo_ray.pretrained import load_model, load_tokenizer
-from orpo_ray.runs.files import FINISH, holds_run
+from orpo_ray.pretrained import ModelSource, load_model, load_model_config, load_tokenizer
+from orpo_ray.runs.files import FINISH, REQUESTS, holds_run
 from orpo_ray.runs.lock import claimed
 from orpo_ray.storage.folder import Folder
 from orpo_ray.trl.arguments import ORPOConfig
+
+_log = logging.getLogger(__name__)
+_TAGS = ["orpo", "orpo_ray"]
 
 
 class ORPOTrainer(Saving):
@@ -96,6 +102,7 @@ class ORPOTrainer(Saving):
             model_init=model_init if model is not None else None,
         )
         model = model_init() if model_init is not None else model
+        refuse_encoder_decoder(model)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.compute_metrics = compute_metrics
         self.result: TrainResult | None = None
@@ -108,11 +115,14 @@ class ORPOTrainer(Saving):
         if self._given is None and model is not None:
             config = config.replace(model_name_or_path=str(model))
         if (adapters := peft_config or adapter_config(self._given)) is not None:
-            config = config.replace(**lora_settings(adapters, self._model_type))
-        if config.model.lora_r is None:
-            refuse_frozen(self._given)
+            config = config.replace(**lora_settings(adapters, self._model_type(config)))
+        if config.model.lora_r is None and (frozen := frozen_weights(self._given)):
+            config = config.replace(frozen_weights=frozen)
+        if peft_config is not None and self._given is not None:
+            self._given = with_adapters(self._given, peft_config)
+        self._peft_config = peft_config
         more = {"model": self._given, "processing_class": self._tokenizer}
-        self._callbacks = Callbacks((), more)
+        self._callbacks = Callbacks((PrinterCallback,), more)
         for callback in callbacks or ():
             config = self._with_callback(config, callback)
         self._has_own_name = config.output.run_name is not None
@@ -135,6 +145,7 @@ class ORPOTrainer(Saving):
             if self.train_dataset is not None:
                 files = kept.files(self.train_dataset)
                 config = config.replace(train_files=files, dataset_name=None)
+                config = self._with_special_tokens(config, kept)
             inputs = find_inputs(config, self._run_directory.parent, not self._trains)
             if self.eval_dataset is not None:
                 inputs = dataclasses.replace(inputs, eval_files=kept.eval_files(self.eval_dataset))
@@ -143,6 +154,23 @@ class ORPOTrainer(Saving):
                 source = dataclasses.replace(inputs.model, tokenizer=folder)
                 inputs = dataclasses.replace(inputs, model=source)
         self.args, self._inputs = config, inputs
+
+    def _with_special_tokens(self, config: ORPOConfig, kept: KeptInputs) -> ORPOConfig:
+        """Encode the special tokens of texts as TRL does, where a chat template wrote them."""
+        data = config.data
+        if isinstance(self.train_dataset, str | Path) or data.special_tokens_in_text == "allow":
+            return config
+        tokenizer = self._tokenizer
+        if tokenizer is None and (name := config.model.model_name_or_path) is not None:
+            tokenizer = load_tokenizer(ModelSource.from_config(config.model, name))
+        files = [str(file) for file in data.train_files or ()]
+        if tokenizer is None or not kept.are_templated(files, tokenizer):
+            return config
+        _log.warning(
+            "train_dataset: its answers have the special tokens of a chat template, which are "
+            "encoded as such: special_tokens_in_text=allow"
+        )
+        return config.replace(special_tokens_in_text="allow")
 
     def train(
         self,
@@ -174,13 +202,13 @@ class ORPOTrainer(Saving):
         if not self._trains:
             raise DataError(["train_dataset: this trainer has no pairs to train on; give them"])
         started = time.monotonic()
-        self._run_directory.remove(FINISH)
+        self._remove_requests()
         self._callbacks.begin(self.args)
         follower = RunFollower(self._callbacks, self.args, self._run_directory)
         try:
             result = train(self.args, self._inputs, follower=follower, compute_metrics=self._scorer)
         finally:
-            self._run_directory.remove(FINISH)
+            self._remove_requests()
         self._end(result, time.monotonic() - started)
         follower.look_for_checkpoints()
         self._callbacks.call("on_train_end", self.args)
@@ -189,6 +217,10 @@ class ORPOTrainer(Saving):
         if self.args.push_to_hub:
             self.push_to_hub()
         return self.result or result
+
+    def _remove_requests(self) -> None:
+        for name in (FINISH, REQUESTS):
+            self._run_directory.remove(name)
 
     def _own_names(self) -> dict[str, Any]:
         """What the config says of inputs that are kept elsewhere when the run is another."""
@@ -238,6 +270,9 @@ class ORPOTrainer(Saving):
             self._loaded = self._given if self.result is None else None
             if self._loaded is None:
                 self._loaded = load_model(source, "auto")
+                if self._peft_config is not None and self.result is None:
+                    self._loaded = with_adapters(self._loaded, self._peft_config)
+            self._loaded.add_model_tags(_TAGS)
         return self._loaded
 
     @property
@@ -249,9 +284,11 @@ class ORPOTrainer(Saving):
 
     tokenizer = processing_class
 
-    @property
-    def _model_type(self) -> str | None:
-        return getattr(getattr(self._given, "config", None), "model_type", None)
+    def _model_type(self, config: ORPOConfig) -> str | None:
+        found = getattr(self._given, "config", None)
+        if found is None and (name := config.model.model_name_or_path) is not None:
+            found = load_model_config(ModelSource.from_config(config.model, name))
+        return getattr(found, "model_type", None)
 
     def _with_callback(self, config: ORPOConfig, callback: Any) -> ORPOConfig:
         """Add a callback; early stopping is a setting, which workers follow at once."""

@@ -37,8 +37,8 @@ class CheckpointSchedule:
     """Restores the newest valid checkpoint and decides when the next one is saved.
 
     Every rank makes the same calls. `stops` is set once the run was asked to stop; a checkpoint is
-    due then. `finishes` is set once it was asked to end after its next step. `problem` is why the
-    last save failed.
+    due then. `finishes` is set once it was asked to end after its next step, and `evaluates` while
+    an evaluation after it is asked for. `problem` is why the last save failed.
 
     Args:
         config: the run's config, with its intervals in steps.
@@ -68,7 +68,8 @@ class CheckpointSchedule:
         self._saving_step = self._committed_step = -1
         self._retry_at: int | None = None
         self._last_notice: str | None = None
-        self.stops = self.finishes = False
+        self.stops = self.finishes = self.evaluates = self._saves = False
+        self._requests = (0, 0)
         self.problem: str | None = None
         self._must_wait = False
         self._polled = (0, time.perf_counter())
@@ -118,7 +119,7 @@ class CheckpointSchedule:
         self._must_wait = self._poll(step) or last
         every = self._config.train.save_steps
         due = step == self._retry_at or (every is not None and step % int(every) == 0)
-        due = due or step in self._ranking[:1]
+        due = due or step in self._ranking[:1] or self._saves
         return step != self._committed_step and (self._must_wait or due)
 
     def save(self, snapshot: Snapshot) -> None:
@@ -129,7 +130,7 @@ class CheckpointSchedule:
         """
         step = snapshot.progress.step
         self._finish(step)
-        self._retry_at = None
+        self._retry_at, self._saves = None, False
         problem = self._files.sync()
         about = snapshot.position | {
             "step": step,
@@ -162,9 +163,13 @@ class CheckpointSchedule:
         pace_s = max(1e-6, (now - polled_at) / max(1, step - polled_step))
         stops = 2 * self._files.stop_requested + self._files.finish_requested
         # Ranks measure different times, and have to poll at the same step.
-        agreed = torch.tensor([max(1, int(_POLL_S / pace_s)), stops], device=self._state.device)
+        found = [max(1, int(_POLL_S / pace_s)), stops, *self._files.requests()]
+        agreed = torch.tensor(found, device=self._state.device)
         dist.broadcast(agreed, 0)
-        stride, stops = agreed.tolist()
+        stride, stops, *requests = agreed.tolist()
+        self._saves = self._saves or requests[0] > self._requests[0]
+        self.evaluates = self.evaluates or requests[1] > self._requests[1]
+        self._requests = (requests[0], requests[1])
         self._polled, self._next_poll = (step, now), step + stride
         self.finishes = stops == 1
         if stops > 1:
