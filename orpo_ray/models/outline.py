@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from orpo_ray.models.build import refuse_unknown_heads
 from orpo_ray.pretrained import (
     ModelSource,
     UnsupportedModelError,
@@ -39,11 +38,9 @@ def outline(source: ModelSource) -> PreTrainedModel:
     """The model on the meta device.
 
     Raises:
-        UnsupportedModelError: for custom code that is not trusted, and for an LM head that is more
-            than a matrix product.
+        UnsupportedModelError: for custom code that is not trusted.
     """
     model_config = load_model_config(source)
-    refuse_unknown_heads(model_config)
     with _only_errors(), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = empty_model(source, model_config, dtype=torch.float32)
     return model

@@ -93,6 +93,7 @@ def orpo_head(
     targets: Targets,
     scale: LossScale,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> HeadOutput:
     """Compute the ORPO loss of a packed row from its last hidden states.
 
@@ -107,9 +108,10 @@ def orpo_head(
         targets: predictions of the row.
         scale: factors that the returned loss is multiplied by.
         softcap: logit soft-capping, `softcap * tanh(logits / softcap)` (Gemma 2).
+        logit_scale: factor of the logits, before soft-capping (Granite, Cohere).
     """
     loss, nll_sum, log_probs = _OrpoHead.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, scale, softcap
+        hidden, weight, bias, targets, scale, softcap, logit_scale
     )
     return HeadOutput(loss=loss, nll_sum=nll_sum, completion_log_probs=log_probs)
 
@@ -118,8 +120,8 @@ class _OrpoHead(torch.autograd.Function):
     """Loss and gradient of a packed row, both computed in one pass over the chunks."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap):  # type: ignore[no-untyped-def]
-        chunked = _ChunkedPass(hidden, weight, bias, targets, scale, softcap)
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap, logit_scale):  # type: ignore[no-untyped-def]
+        chunked = _ChunkedPass(hidden, weight, bias, targets, scale, softcap, logit_scale)
         chunked.needs_grad = any(ctx.needs_input_grad)
         chunked.weight_is_trained = ctx.needs_input_grad[1]
         for chunk in targets.chunks:
@@ -138,7 +140,7 @@ class _OrpoHead(torch.autograd.Function):
             (grad_hidden * grad_loss).to(hidden_dtype),
             None if grad_weight is None else (grad_weight * grad_loss).to(weight_dtype),
             None if grad_bias is None else (grad_bias * grad_loss).to(weight_dtype),
-            *(None,) * 3,
+            *(None,) * 4,
         )
 
 
@@ -153,9 +155,11 @@ class _ChunkedPass:
         targets: Targets,
         scale: LossScale,
         softcap: float | None,
+        logit_scale: float,
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.targets, self.scale, self.softcap = targets, scale, softcap
+        self.logit_scale = logit_scale
         self.needs_grad = self.weight_is_trained = False
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.loss = hidden.new_zeros((), dtype=self.dtype)
@@ -193,6 +197,8 @@ class _ChunkedPass:
         token_ids = targets.token_ids[slice(*chunk.targets)]
         hidden = self.hidden[positions]
         logits = functional.linear(hidden, self.weight, self.bias).to(self.dtype)
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         target_logits = logits[at, token_ids]
@@ -211,6 +217,8 @@ class _ChunkedPass:
         grad_logits.view(-1).scatter_add_(0, at * grad_logits.shape[1] + token_ids, slopes)
         if capped is not None:
             grad_logits.mul_(1 - capped.square_())
+        if self.logit_scale != 1:
+            grad_logits.mul_(self.logit_scale)
         self._add_gradient(positions, hidden, grad_logits)
 
     def _add_loss(self, chunk: Chunk, token_log_probs: Tensor) -> Tensor:

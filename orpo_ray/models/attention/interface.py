@@ -94,7 +94,8 @@ def by_segment(
             own_key = torch.cat([prompt_key[:, :, :n_prompt], own_key], dim=2)
             own_value = torch.cat([prompt_value[:, :, :n_prompt], own_value], dim=2)
         outputs.append(_attend(own_query, own_key, own_value, layout, segment, scores))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    # Some models take a view of it.
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def _attend(
