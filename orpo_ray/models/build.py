@@ -1,6 +1,7 @@
 """Building a sharded model: meta device, FSDP2, then weights from rank 0; in training workers."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -235,9 +236,16 @@ def _without_dropout(model_config: PreTrainedConfig) -> None:
 
 
 def _blocks(causal_lm: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers, by `_no_split_modules` of transformers."""
+    """The decoder layers, by `_no_split_modules` of transformers, which nest in some models.
+
+    Layers that share a part (Zamba's) are left to the root: FSDP has every weight in one unit.
+    """
     names = set(causal_lm._no_split_modules or ())
-    return [module for module in causal_lm.modules() if type(module).__name__ in names]
+    found = [module for module in causal_lm.modules() if type(module).__name__ in names]
+    inner = {id(part) for block in found for part in block.modules() if part is not block}
+    outer = [block for block in found if id(block) not in inner]
+    n_blocks = Counter(id(weight) for block in outer for weight in block.parameters())
+    return [block for block in outer if all(n_blocks[id(w)] == 1 for w in block.parameters())]
 
 
 def _checkpoint_activations(causal_lm: PreTrainedModel, every: int) -> None:

@@ -106,13 +106,21 @@ def refusing(causal_lm: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"model_name_or_path: {family}: {error}") from None
+        text = str(error).removeprefix(f"model_name_or_path: {family}: ")
+        raise UnsupportedModelError(f"model_name_or_path: {family}: {text}") from None
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        AssertionError,
+    ) as error:
         said = " ".join(str(error).split())[:200]
         raise UnsupportedModelError(
-            f"model_name_or_path: {family} does not compute logits from token ids alone: "
+            f"model_name_or_path: {family}: it does not compute logits from token ids alone: "
             f"{type(error).__name__}: {said}"
         ) from error
 

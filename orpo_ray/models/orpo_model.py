@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from orpo_ray.models.attention.interface import PACKED_ATTENTION, prepare
 from orpo_ray.models.attention.kernels import Kernel, sliding_windows
+from orpo_ray.models.layer_config import setting
 from orpo_ray.models.lm_head import LMHead, last_hidden_states
 from orpo_ray.models.microbatch import Microbatch, PaddedRows, pad_rows
 from orpo_ray.objective.head import HeadOutput, LossScale, orpo_head
@@ -58,12 +59,19 @@ class OrpoModel(nn.Module):
         self.has_liger = False
         config = causal_lm.config.get_text_config()
         self.windows = sliding_windows(causal_lm.config)
-        self.head = LMHead(softcap=getattr(config, "final_logit_softcapping", None))
+        self.head = LMHead(softcap=setting(config, "final_logit_softcapping"))
         self.padded_because: str | None = None
-        self.experts_per_token: int = getattr(config, "num_experts_per_tok", 0) or 0
+        of_experts = setting(config, "ffn_config")  # DBRX's
+        self.experts_per_token: int = (
+            setting(config, "num_experts_per_tok") or setting(of_experts, "moe_top_k") or 0
+        )
         # As in transformers and TRL, the router loss is on when the model's own config says so.
-        self.has_router: bool = bool(getattr(config, "output_router_logits", False))
-        own_coef: float = getattr(config, "router_aux_loss_coef", 0.0) if self.has_router else 0.0
+        self.has_router: bool = bool(setting(config, "output_router_logits"))
+        own_coefs = (
+            *(setting(config, name) for name in ("router_aux_loss_coef", "aux_loss_coef")),
+            setting(of_experts, "moe_loss_weight"),
+        )
+        own_coef = next((coef for coef in own_coefs if coef is not None), 0.0) * self.has_router
         self.router_coef = own_coef if router_coef is None else router_coef * self.has_router
         self.use_attention(attention)
 
@@ -74,7 +82,7 @@ class OrpoModel(nn.Module):
         if not packed:
             # SDPA has no logit soft-capping.
             config = self.causal_lm.config.get_text_config()
-            capped = getattr(config, "attn_logit_softcapping", None) is not None
+            capped = setting(config, "attn_logit_softcapping") is not None
             sdpa = getattr(self.causal_lm, "_supports_sdpa", False) and not capped
             implementation = "sdpa" if sdpa else "eager"
         self.attention_text = f"{attention} ({self.kernel if packed else implementation})"

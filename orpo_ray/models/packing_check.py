@@ -20,11 +20,13 @@ from orpo_ray.dataset.packing import PackedRow, pack
 from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.models.attention.interface import PackingNotSupportedError
 from orpo_ray.models.lm_head import LMHead, confirms, find_head, probe_ids, refusing
-from orpo_ray.models.microbatch import Microbatch
+from orpo_ray.models.microbatch import Microbatch, pad_rows
 from orpo_ray.models.orpo_model import AttentionPath, OrpoModel
 from orpo_ray.models.small_copy import WINDOW, decoder_layers, small_copy
 from orpo_ray.models.whole_root import whole_root
+from orpo_ray.objective.router import router_loss
 from orpo_ray.preference.groups import PromptGroup, RowId
+from orpo_ray.pretrained import UnsupportedModelError
 
 # Families whose kernels for packed rows the project's own tests and benchmarks compare on GPUs.
 COMPARED = frozenset(
@@ -47,6 +49,7 @@ COMPARED = frozenset(
 # Tokens of a prompt and of its completions: longer than a small copy's windows, several segments,
 # one of a single token, and no prompt.
 _LONG = ((20, (30, 5)), (1, (1, 40)), (0, (9, 2)), (12, (1, 1)), (33, (17, 3, 25)))
+_PAIRS = _LONG[:4]
 _SHORT = ((3, (2, 4)), (1, (1, 5)), (0, (6, 2)))
 # Differences of a token's last hidden state, over its norm. Attention and dense layers round to
 # 1e-6; recurrences to 2e-4 at most.
@@ -82,7 +85,11 @@ def examine(small: PreTrainedModel, device: torch.device) -> Verdict:
     model = OrpoModel(small, "alone", None)
     model.head = head
     model.eval()
-    return _examined(model, device, (_PACKED, _PADDED))
+    verdict = _examined(model, device, (_PACKED, _PADDED))
+    if model.has_router:
+        _check_router(model, verdict.path, device)
+    _try_training(model, verdict.path, device)
+    return verdict
 
 
 def refuse_unknown(causal_lm: PreTrainedModel) -> None:
@@ -126,7 +133,7 @@ def check_packing(
     small = small_copy(model.causal_lm, device)
     verdict = None if small is None else examine(small, device)
     del small
-    with whole_root(model, device):
+    with refusing(model.causal_lm), whole_root(model, device):
         model.use_attention("padded")
         if verdict is None or not confirms(model.causal_lm, verdict.head, device):
             model.head = find_head(model.causal_lm, device)
@@ -198,6 +205,51 @@ def _examined(model: OrpoModel, device: torch.device, tolerance: tuple[float, fl
             if not of_packed <= max(tolerance[0], 2 * of_padded):
                 reason = _why(model, device, of_packed, tolerance[0])
     return Verdict(model.head, "packed" if reason is None else "padded", reason)
+
+
+def _try_training(model: OrpoModel, path: AttentionPath, device: torch.device) -> None:
+    """Run one pass in training mode, in which some models compute otherwise or not at all.
+
+    Raises:
+        UnsupportedModelError: where they raise an error.
+    """
+    batch = Microbatch(_row(model.causal_lm, _SHORT), device)
+    model.use_attention(path)
+    model.train()
+    with refusing(model.causal_lm):
+        model.decode(batch)[0].sum().backward()
+    model.zero_grad(set_to_none=True)
+    model.eval()
+
+
+@torch.no_grad()
+def _check_router(model: OrpoModel, path: AttentionPath, device: torch.device) -> None:
+    """Compare the router loss of a small copy with its own, of padded rows; some have none.
+
+    Raises:
+        UnsupportedModelError: where they differ.
+    """
+    batch = Microbatch(_row(model.causal_lm, _PAIRS), device)
+    rows = pad_rows(batch)
+    with refusing(model.causal_lm):
+        model.use_attention("padded")
+        result = model.causal_lm(
+            input_ids=rows.token_ids,
+            attention_mask=rows.attention_mask,
+            use_cache=False,
+            output_router_logits=True,
+        )
+        own = getattr(result, "aux_loss", None)
+        if own is None:
+            return
+        model.use_attention(path)
+        router_logits = model.decode(batch)[1]
+        ours = router_loss(router_logits, batch.multiplicity, model.experts_per_token)
+        if not abs(float(own - ours)) <= _PADDED * abs(float(own)):
+            raise UnsupportedModelError(
+                f"its router loss is {float(own):.4g} where the load-balancing loss is "
+                f"{float(ours):.4g}: set output_router_logits=false in its config.json"
+            )
 
 
 def _why(model: OrpoModel, device: torch.device, difference: float, tolerance: float) -> str:

@@ -26,7 +26,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_la
 _WINDOWS = (
     *("sliding_window", "attention_window_size", "attention_chunk_size", "window_size"),
     *("chunk_size", "mamba_chunk_size", "block_size"),
-    *("index_topk", "indexer_budget"),
+    *("index_topk", "indexer_budget", "index_block_size", "index_topk_blocks"),
 )
 _INNER = (
     *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
@@ -57,7 +57,7 @@ def small_copy(causal_lm: PreTrainedModel, device: torch.device) -> PreTrainedMo
                 continue
             torch.manual_seed(0)
             model = _built(type(causal_lm), small)
-            _make_every_part_count(model)
+            make_every_part_count(model)
             model = model.to(device).eval()
             _try(model, device)
             return model
@@ -159,7 +159,7 @@ def _shrink(settings: dict[str, Any], n_layers: int | None, parts: tuple[str, ..
 
 
 @torch.no_grad()
-def _make_every_part_count(model: nn.Module) -> None:
+def make_every_part_count(model: nn.Module) -> None:
     """Give every matrix the size that keeps its input's, and move every vector off its start.
 
     What a model is initialised with may hide a part: zero matrices, factors near zero.

@@ -62,9 +62,9 @@ def _made(cls: type, own: dict[str, Any]) -> PreTrainedConfig:
     sizes = {k: v for k, v in sizes.items() if names.get(k) not in sizes}
     if "kv_lora_rank" in fields and "num_key_value_heads" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    for part, part_cls in getattr(cls, "sub_configs", {}).items():
-        if part in own and isinstance(own[part], dict):
-            own = own | {part: _made(part_cls, own[part])}
+    for part in getattr(cls, "sub_configs", {}):
+        if isinstance(own.get(part), dict):
+            own = own | {part: _made(type(getattr(cls(), part)), own[part])}
     return cls(**(sizes | own))  # type: ignore[no-any-return]
 
 
@@ -77,20 +77,25 @@ _DELTA = _LINEAR | {
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _MAMBA_ATTENTION = _MAMBA | {"layer_types": ["linear_attention", "full_attention"]}
 _SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
+_GEMMA4: dict[str, Any] = {
+    **_SLIDING,
+    **{"num_kv_shared_layers": 0, "global_head_dim": 16, "vocab_size_per_layer_input": 96},
+    "hidden_size_per_layer_input": 8,
+}
 _HYBRID = {"layer_types": ["hybrid_sliding", "hybrid"]}
 _ROTARY = {"rotary_dim": 4}
 _TEXT: dict[str, Any] = {"text_config": {}, "vision_config": {}}
 
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe"), _SLIDING),
-    **dict.fromkeys(("flint", "gemma3_text", "kolibri1", "olmo3", "cohere_compass_text"), _SLIDING),
+    **dict.fromkeys(("flint", "gemma3_text", "kolibri1", "olmo3"), _SLIDING),
     "bailing_hybrid": _LINEAR | _SPARSE,
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
     **dict.fromkeys(("beam", "deepseek_v32", "glm_moe_dsa"), _SPARSE),
     **dict.fromkeys(("codegen", "gptj"), _ROTARY),
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
-        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_top_k": 2},
     },
     "deepseek_v4": {
         "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
@@ -102,12 +107,12 @@ OWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 64},
-    "gemma3n_text": {**_SLIDING, "num_kv_shared_layers": 0},
-    "gemma4_text": {
+    "gemma3n_text": {
         **_SLIDING,
-        **{"num_kv_shared_layers": 0, "global_head_dim": 16, "vocab_size_per_layer_input": 96},
+        **{"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 96},
         "hidden_size_per_layer_input": 8,
     },
+    "gemma4_text": _GEMMA4,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "granitemoehybrid": _MAMBA_ATTENTION,
     **dict.fromkeys(("inkling2_text", "inkling_text"), _HYBRID),
@@ -130,6 +135,8 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {
         **_DELTA,
         "layer_types": ["linear_attention", "indexed_attention"],
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+        **{"indexer_compress_ratio": 2, "num_key_value_heads": 1},
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
@@ -149,9 +156,20 @@ OWN: dict[str, dict[str, Any]] = {
         **{"num_hidden_layers": 4, "n_mamba_heads": 2, "num_key_value_heads": 4},
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-    "blt": {},
+    "blt": {"patcher_config": {}, "encoder_config": {}, "decoder_config": {}, "global_config": {}},
     **dict.fromkeys(("gemma3", "llama4", "got_ocr2", "mllama", "qwen3_5", "qwen3_5_moe"), _TEXT),
-    **dict.fromkeys(("gemma4", "gemma4_unified", "dots3_note", "qwen4_exp"), _TEXT),
+    "gemma4": {"text_config": _GEMMA4, "vision_config": {}, "audio_config": {}},
+    "gemma4_unified": _TEXT,
+    "gemma4_assistant": {"text_config": _GEMMA4 | {"hidden_size_per_layer_input": 0}},
+    "fuyu": {"text_config": {}},
+    "emu3": {"text_config": {}, "vq_config": {}},
+    "git": {"vision_config": {}},
+    "moss_transcribe_diarize": {"text_config": {}, "audio_config": {}},
+    "phi4_multimodal": {"vision_config": {}, "audio_config": {}},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        **{"index_block_size": 4, "index_topk_blocks": 2, "index_head_dim": 8},
+    },
 }
 
 

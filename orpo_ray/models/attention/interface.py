@@ -50,12 +50,13 @@ def packed_attention(
     scaling = options.pop("scaling", None)
     window = options.pop("sliding_window", None)
     softcap = options.pop("softcap", None)
+    sinks: Tensor | None = options.pop("s_aux", None)
     dropout = options.pop("dropout", 0.0)
-    # A value may be a tensor, as attention sinks are: compare by identity.
+    # A value may be a tensor: compare by identity.
     unknown = [
         k for k, v in options.items() if k not in _HARMLESS and v is not None and v is not False
     ]
-    if kernel == "varlen" and softcap is not None:
+    if softcap is not None and (kernel == "varlen" or sinks is not None):
         unknown.append("softcap")
     if layout is None or attention_mask is not None or dropout or unknown:
         raise PackingNotSupportedError(
@@ -63,7 +64,8 @@ def packed_attention(
             f"layout handed through: {layout is not None}, own mask: {attention_mask is not None}, "
             f"dropout: {dropout}, options: {unknown}"
         )
-    return _KERNELS[kernel](query, key, value, layout, Scores(scaling, window, softcap)), None
+    attend = by_segment if sinks is not None else _KERNELS[kernel]
+    return attend(query, key, value, layout, Scores(scaling, window, softcap, sinks)), None
 
 
 def prepare(layout: PackedLayout, kernel: Kernel, windows: Iterable[int | None]) -> None:
@@ -110,22 +112,44 @@ def _attend(
     window = scores.window if scores.window is not None and scores.window < key.shape[2] else None
     plain = window is None and segment.prompt_length == 0
     if scores.softcap is not None:
-        mask = layout.mask(segment, window)
+        seen = layout.mask(segment, window)
         repeats = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
         scaling = query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
         capped = scores.softcap * torch.tanh(query @ key.mT * scaling / scores.softcap)
-        weights = capped.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+        weights = capped.masked_fill(~seen, float("-inf")).softmax(dim=-1, dtype=torch.float32)
         return weights.to(query.dtype) @ value
+    mask: Tensor | None = None if plain else layout.mask(segment, window)
+    scaling = scores.scaling
+    if scores.sinks is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key, value = _with_sink(query, key, value, scores.sinks / scaling)
+        mask, plain = functional.pad(layout.mask(segment, window), (1, 0), value=True), False
     return functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=None if plain else layout.mask(segment, window),
+        attn_mask=mask,
         is_causal=plain,
-        scale=scores.scaling,
+        scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _with_sink(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put a key before the others whose product with a query is the head's sink; its value is 0.
+
+    Queries and keys get a component for it: the sink, and 1 for this key and 0 for others. With
+    seven zeros, since kernels want widths that are multiples of 8.
+    """
+    batch, n_heads, n_queries, _ = query.shape
+    own = sinks.to(query.dtype).view(1, n_heads, 1, 1).expand(batch, n_heads, n_queries, 1)
+    query = torch.cat([query, functional.pad(own, (0, 7))], dim=-1)
+    key = functional.pad(key, (0, 8, 1, 0))
+    key[:, :, 0, -8] = 1
+    return query, key, functional.pad(value, (0, 0, 1, 0))
 
 
 _KERNELS = {"varlen": varlen, "flex": flex, "sdpa": by_segment}
