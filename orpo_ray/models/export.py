@@ -72,11 +72,18 @@ def export_model(
 def _write_whole(
     folder: Path, model: OrpoModel, weights: dict[str, torch.Tensor], base: PreTrainedConfig
 ) -> None:
-    """All weights in the base model's own type."""
+    """All weights in the base model's own type, but those that transformers keeps in fp32."""
     dtype = base.dtype or torch.float32
     causal_lm = model.causal_lm
     causal_lm.config.dtype = dtype
-    named = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    kept = [
+        *(getattr(causal_lm, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ()),
+    ]
+    named = {
+        name: tensor.to(torch.float32 if any(f".{k}." in f".{name}." for k in kept) else dtype)
+        for name, tensor in weights.items()
+    }
     causal_lm.save_pretrained(folder, state_dict=named)
 
 

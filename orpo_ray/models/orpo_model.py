@@ -59,7 +59,11 @@ class OrpoModel(nn.Module):
         self.has_liger = False
         config = causal_lm.config.get_text_config()
         self.windows = sliding_windows(causal_lm.config)
-        self.head = LMHead(softcap=setting(config, "final_logit_softcapping"))
+        # Until the model's own head is compared, see `packing_check`.
+        self.head = LMHead(
+            softcap=setting(config, "final_logit_softcapping"),
+            has_layers=causal_lm.base_model is causal_lm,
+        )
         self.padded_because: str | None = None
         of_experts = setting(config, "ffn_config")  # DBRX's
         self.experts_per_token: int = (

@@ -133,12 +133,12 @@ def check_packing(
     small = small_copy(model.causal_lm, device)
     verdict = None if small is None else examine(small, device)
     del small
+    if verdict is not None:
+        model.head = verdict.head
     with refusing(model.causal_lm), whole_root(model, device):
         model.use_attention("padded")
-        if verdict is None or not confirms(model.causal_lm, verdict.head, device):
+        if verdict is None or not confirms(model.causal_lm, model.head, device):
             model.head = find_head(model.causal_lm, device)
-        else:
-            model.head = verdict.head
         own = None
         if verdict is None or (verdict.path == asked == "packed" and family not in COMPARED):
             tolerance = (_ROUGH, _ROUGH) if bf16 else (_PACKED, _PADDED)

@@ -56,6 +56,8 @@ def find(family: str) -> tuple[Row, float, float]:
     """
     try:
         model = tiny_family(family)
+    except UnsupportedModelError as error:
+        return Row("refused", _line(error)), 0.0, 0.0
     except Exception as error:  # whatever transformers says of a config or a missing package
         return Row("not tried", _line(error)), 0.0, 0.0
     try:
@@ -81,7 +83,7 @@ def find(family: str) -> tuple[Row, float, float]:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()).removeprefix("model_name_or_path: ")
+    text = " ".join(str(error).split()).removeprefix("model_name_or_path: ").partition(". ")[0]
     return text[:160].replace("|", "/")
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from orpo_ray.models.outline import outline, refuse_part
+from orpo_ray.models.packing_check import refuse_unknown
 from orpo_ray.models.small_copy import make_every_part_count
-from orpo_ray.pretrained import UnsupportedModelError
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError
 from orpo_ray.runs.files import read_metrics
 from tests.families.tiny import tiny_config
 from tests.reference.small_run import train_small
@@ -20,6 +22,7 @@ def tiny_family(family: str) -> torch.nn.Module:
 
     Raises:
         ValueError: where its smallest config is too large.
+        UnsupportedModelError: where only a part of it would be trained.
     """
     config = tiny_config(family)
     with torch.device("meta"):
@@ -27,6 +30,7 @@ def tiny_family(family: str) -> torch.nn.Module:
     n_parameters = sum(p.numel() for p in sketch.parameters())
     if n_parameters > LARGEST:
         raise ValueError(f"{family} has {n_parameters:,} parameters at the least")
+    refuse_part(config, sketch)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     make_every_part_count(model)
@@ -46,6 +50,7 @@ def trained(folder: Path, family: str) -> str:
     run = folder / "runs" / family
     changes = {"max_steps": 3, "eval_steps": None, "evaluate": False, "save_steps": 1000}
     try:
+        refuse_unknown(outline(ModelSource(str(folder / "model"), str(folder / "model"))))
         train_small(folder, run, changes)
     except UnsupportedModelError as error:
         return f"refused: {error}"
