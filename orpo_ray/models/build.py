@@ -23,7 +23,7 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.models.adapters import add_adapters, base_of, inject_adapters
 from orpo_ray.models.attention.kernels import Kernel, choose_kernel, kernel_support
 from orpo_ray.models.liger import use_liger_kernels
-from orpo_ray.models.orpo_model import AttentionPath, OrpoModel
+from orpo_ray.models.orpo_model import ASKED, AttentionPath, OrpoModel
 from orpo_ray.models.quantized import load_quantized, refuse_quantization
 from orpo_ray.pretrained import (
     ModelSource,
@@ -215,7 +215,7 @@ def attention_path(
     """
     asked = config.model.attention
     if asked == "padded":
-        return "padded", "attention=padded"
+        return "padded", ASKED
     drops = config.model.disable_dropout is False and any(
         value for name, value in causal_lm.config.to_dict().items() if _is_dropout(name)
     )

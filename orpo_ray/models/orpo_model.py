@@ -20,6 +20,8 @@ from orpo_ray.objective.router import router_loss
 # alone: every completion with its prompt by itself, where padding changes what a model computes.
 AttentionPath = Literal["packed", "padded", "alone"]
 
+ASKED = "attention=padded"  # why rows are padded where a setting says so
+
 
 class OrpoOutput(NamedTuple):
     """Output of a forward pass: the scaled loss, sums for metrics, and log-probabilities per pair.

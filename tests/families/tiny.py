@@ -40,6 +40,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
     **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), 1),
     **{"eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 2, "cls_token_id": 1},
+    "hidden_size_global": WIDTH,
     "is_decoder": True,
     # What stands between hidden states and logits, away from its neutral value.
     **{"logits_scaling": 4.0, "logit_scale": 0.25, "lm_head_multiplier": 0.3, "dim_model_base": 8},
@@ -84,6 +85,18 @@ _GEMMA4: dict[str, Any] = {
 }
 _HYBRID = {"layer_types": ["hybrid_sliding", "hybrid"]}
 _ROTARY = {"rotary_dim": 4}
+_DOTS3: dict[str, Any] = {
+    **_SPARSE,
+    "layer_types": ["indexed_attention", "sliding_attention"],
+    "num_key_value_heads": 4,
+}
+_QWEN4: dict[str, Any] = {
+    **_DELTA,
+    "layer_types": ["linear_attention", "indexed_attention"],
+    **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+    **{"indexer_compress_ratio": 2, "num_key_value_heads": 1},
+}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _TEXT: dict[str, Any] = {"text_config": {}, "vision_config": {}}
 
 OWN: dict[str, dict[str, Any]] = {
@@ -93,6 +106,10 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
     **dict.fromkeys(("beam", "deepseek_v32", "glm_moe_dsa"), _SPARSE),
     **dict.fromkeys(("codegen", "gptj"), _ROTARY),
+    "cohere_compass_text": {
+        **_SLIDING,
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_top_k": 2},
@@ -101,11 +118,8 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
         "mlp_layer_types": ["moe", "hash_moe"],
     },
-    "dots3_note_text": {
-        **_SPARSE,
-        "layer_types": ["indexed_attention", "sliding_attention"],
-        "num_key_value_heads": 4,
-    },
+    "dots3_note_text": _DOTS3,
+    "dots3_note": {"text_config": _DOTS3, "vision_config": {}, "audio_config": {}},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 64},
     "gemma3n_text": {
         **_SLIDING,
@@ -132,12 +146,8 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "olmo_hybrid", "minimax"), _DELTA
     ),
-    "qwen4_exp_text": {
-        **_DELTA,
-        "layer_types": ["linear_attention", "indexed_attention"],
-        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
-        **{"indexer_compress_ratio": 2, "num_key_value_heads": 1},
-    },
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": {"text_config": _QWEN4, "vision_config": {}},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
         **{"axial_pos_shape": [16, 8], "axial_pos_embds_dim": [16, 16], "attention_head_size": 8},
@@ -156,7 +166,13 @@ OWN: dict[str, dict[str, Any]] = {
         **{"num_hidden_layers": 4, "n_mamba_heads": 2, "num_key_value_heads": 4},
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-    "blt": {"patcher_config": {}, "encoder_config": {}, "decoder_config": {}, "global_config": {}},
+    "blt": {
+        "patcher_config": {},
+        "encoder_config": {},
+        "decoder_config": {},
+        "global_config": {},
+        "encoder_hash_byte_group_vocab": 64,
+    },
     **dict.fromkeys(("gemma3", "llama4", "got_ocr2", "mllama", "qwen3_5", "qwen3_5_moe"), _TEXT),
     "gemma4": {"text_config": _GEMMA4, "vision_config": {}, "audio_config": {}},
     "gemma4_unified": _TEXT,
