@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.models.adapters import add_adapters, base_of, inject_adapters
 from orpo_ray.models.attention.kernels import Kernel, choose_kernel, kernel_support
 from orpo_ray.models.liger import use_liger_kernels
-from orpo_ray.models.orpo_model import AttentionPath, OrpoModel
+from orpo_ray.models.orpo_model import ASKED, AttentionPath, OrpoModel
 from orpo_ray.models.quantized import load_quantized, refuse_quantization
 from orpo_ray.pretrained import (
     ModelSource,
@@ -35,9 +36,6 @@ from orpo_ray.pretrained import (
     some_of,
 )
 from orpo_ray.storage.folder import Folder, everything
-
-# Settings under which logits are not `head(hidden)`; silently ignoring them would train wrongly.
-_UNKNOWN_HEADS = {"logit_scale": 1.0, "logits_scaling": 1.0}
 
 
 def build_model(config: ORPOConfig, model_path: str | Folder, device: torch.device) -> OrpoModel:
@@ -52,12 +50,10 @@ def build_model(config: ORPOConfig, model_path: str | Folder, device: torch.devi
         device: of this rank.
 
     Raises:
-        UnsupportedModelError: for an LM head that is more than a matrix product, for custom model
-            code, and for weights that are not safetensors.
+        UnsupportedModelError: for custom model code, and for weights that are not safetensors.
     """
     origin = ModelSource.from_config(config.model, model_path)
     model_config = load_model_config(origin)
-    refuse_unknown_heads(model_config)
     if config.model.disable_dropout:
         _without_dropout(model_config)
     if config.model.load_in_4bit:
@@ -100,7 +96,6 @@ def build_evaluated_model(
     dtype = torch.bfloat16 if bf16 else torch.float32
     base, adapters = base_of(origin)
     model_config = load_model_config(base)
-    refuse_unknown_heads(model_config)
     if config.model.load_in_4bit:
         refuse_quantization(device)
         causal_lm = load_quantized(base, model_config, bf16, device)
@@ -188,10 +183,10 @@ def _sharded(
 def _around(causal_lm: PreTrainedModel, device: torch.device, config: ORPOConfig) -> OrpoModel:
     """The model around a decoder, with this device's kernels."""
     has_liger = use_liger_kernels(causal_lm, device, config.model)
-    attention = attention_path(config, causal_lm)
+    attention, reason = attention_path(config, causal_lm)
     kernel = packed_kernel(config, causal_lm.config, device)
     model = OrpoModel(causal_lm, attention, config.orpo.router_aux_loss_coef, kernel)
-    model.has_liger = has_liger
+    model.has_liger, model.padded_because = has_liger, reason
     return model
 
 
@@ -235,16 +230,23 @@ def packed_kernel(
     return choose_kernel(config.model.attention_kernel, support)
 
 
-def attention_path(config: ORPOConfig, causal_lm: PreTrainedModel) -> AttentionPath:
-    """Packed rows for decoders that use transformers' attention interface, else padded rows."""
+def attention_path(
+    config: ORPOConfig, causal_lm: PreTrainedModel
+) -> tuple[AttentionPath, str | None]:
+    """Packed rows for decoders that use transformers' attention interface, else padded rows.
+
+    Returns:
+        The path, and why it is not that of packed rows.
+    """
     asked = config.model.attention
-    if asked != "auto":
-        return asked
+    if asked == "padded":
+        return "padded", ASKED
     drops = config.model.disable_dropout is False and any(
         value for name, value in causal_lm.config.to_dict().items() if _is_dropout(name)
     )
-    through_interface = getattr(causal_lm, "_supports_attention_backend", False)
-    return "packed" if through_interface and not drops else "padded"
+    if asked == "auto" and drops:
+        return "padded", "packed attention has no dropout (disable_dropout=false)"
+    return "packed", None
 
 
 def _is_dropout(name: str) -> bool:
@@ -258,25 +260,17 @@ def _without_dropout(model_config: PreTrainedConfig) -> None:
             setattr(model_config, name, 0.0)
 
 
-def refuse_unknown_heads(model_config: PreTrainedConfig) -> None:
-    """Refuse LM heads whose logits are not `head(hidden)`.
-
-    Raises:
-        UnsupportedModelError: naming the setting.
-    """
-    settings = model_config.get_text_config().to_dict()
-    for name, neutral in _UNKNOWN_HEADS.items():
-        if settings.get(name, neutral) not in (None, neutral):
-            raise UnsupportedModelError(
-                f"model_name_or_path: {model_config.model_type} scales its logits "
-                f"({name}={settings[name]}), which this version does not compute"
-            )
-
-
 def _blocks(causal_lm: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers, by `_no_split_modules` of transformers."""
+    """The decoder layers, by `_no_split_modules` of transformers, which nest in some models.
+
+    Layers that share a part (Zamba's) are left to the root: FSDP has every weight in one unit.
+    """
     names = set(causal_lm._no_split_modules or ())
-    return [module for module in causal_lm.modules() if type(module).__name__ in names]
+    found = [module for module in causal_lm.modules() if type(module).__name__ in names]
+    inner = {id(part) for block in found for part in block.modules() if part is not block}
+    outer = [block for block in found if id(block) not in inner]
+    n_blocks = Counter(id(weight) for block in outer for weight in block.parameters())
+    return [block for block in outer if all(n_blocks[id(w)] == 1 for w in block.parameters())]
 
 
 def _checkpoint_activations(causal_lm: PreTrainedModel, every: int) -> None:

@@ -60,11 +60,13 @@ class PaddedRows:
         attention_mask: 1 for tokens, 0 for padding.
         where: for each token of the packed row, its index in the flattened rows; a prompt is
             read from its first completion's row.
+        lengths: tokens of each row, on the host.
     """
 
     token_ids: Int[Tensor, "rows width"]
     attention_mask: Int[Tensor, "rows width"]
     where: Int[Tensor, " tokens"]
+    lengths: tuple[int, ...]
 
 
 def pad_rows(batch: Microbatch) -> PaddedRows:
@@ -94,4 +96,5 @@ def pad_rows(batch: Microbatch) -> PaddedRows:
             where[prompt.start : prompt.stop] = own[: len(prompt)]
     device = batch.token_ids.device
     source, mask, where = (to_device(t, device) for t in (source, mask, where))
-    return PaddedRows(batch.token_ids[source] * mask, mask, where)
+    lengths = tuple(len(prompt) + len(completion) for prompt, completion in sequences)
+    return PaddedRows(batch.token_ids[source] * mask, mask, where, lengths)

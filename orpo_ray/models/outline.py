@@ -15,10 +15,9 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from orpo_ray.models.build import refuse_unknown_heads
 from orpo_ray.pretrained import (
     ModelSource,
     UnsupportedModelError,
@@ -39,14 +38,37 @@ def outline(source: ModelSource) -> PreTrainedModel:
     """The model on the meta device.
 
     Raises:
-        UnsupportedModelError: for custom code that is not trusted, and for an LM head that is more
-            than a matrix product.
+        UnsupportedModelError: for custom code that is not trusted, and for a config of which no
+            model can be built.
     """
     model_config = load_model_config(source)
-    refuse_unknown_heads(model_config)
-    with _only_errors(), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = empty_model(source, model_config, dtype=torch.float32)
+    try:
+        with _only_errors(), init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = empty_model(source, model_config, dtype=torch.float32)
+    except UnsupportedModelError:
+        raise
+    # A config that lacks what the model asks for, a package that it needs: each in its own way.
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"model_name_or_path: {model_config.model_type}: no causal language model can be built "
+            f"of its config: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    refuse_part(model_config, model)
     return model
+
+
+def refuse_part(model_config: PreTrainedConfig, model: PreTrainedModel) -> None:
+    """Refuse a model of which only a part is built that transformers does not load by itself.
+
+    Raises:
+        UnsupportedModelError: naming it.
+    """
+    own = type(model.config)
+    if own is not type(model_config) and own not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"model_name_or_path: {model_config.model_type}: only its text model would be trained "
+            f"and exported, a {model.config.model_type} that transformers does not load"
+        )
 
 
 def unused_weights(source: ModelSource, model: PreTrainedModel) -> list[str]:

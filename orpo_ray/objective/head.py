@@ -95,6 +95,7 @@ def orpo_head(
     targets: Targets,
     scale: LossScale,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> HeadOutput:
     """Compute the ORPO loss of a packed row from its last hidden states.
 
@@ -109,9 +110,10 @@ def orpo_head(
         targets: predictions of the row.
         scale: factors that the returned loss is multiplied by.
         softcap: logit soft-capping, `softcap * tanh(logits / softcap)` (Gemma 2).
+        logit_scale: factor of the logits, before soft-capping (Granite, Cohere).
     """
     loss, nll_sum, log_probs = _OrpoHead.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, scale, softcap
+        hidden, weight, bias, targets, scale, softcap, logit_scale
     )
     return HeadOutput(loss=loss, nll_sum=nll_sum, completion_log_probs=log_probs)
 
@@ -120,8 +122,8 @@ class _OrpoHead(torch.autograd.Function):
     """Loss and gradient of a packed row, both computed in one pass over the chunks."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap):  # type: ignore[no-untyped-def]
-        chunked = _ChunkedPass(hidden, weight, bias, targets, scale, softcap)
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap, logit_scale):  # type: ignore[no-untyped-def]
+        chunked = _ChunkedPass(hidden, weight, bias, targets, scale, softcap, logit_scale)
         chunked.needs_grad = any(ctx.needs_input_grad)
         chunked.weight_is_trained = ctx.needs_input_grad[1]
         for chunk in targets.chunks:
@@ -140,7 +142,7 @@ class _OrpoHead(torch.autograd.Function):
             (grad_hidden * grad_loss).to(hidden_dtype),
             None if grad_weight is None else (grad_weight * grad_loss).to(weight_dtype),
             None if grad_bias is None else (grad_bias * grad_loss).to(weight_dtype),
-            *(None,) * 3,
+            *(None,) * 4,
         )
 
 
@@ -155,9 +157,11 @@ class _ChunkedPass:
         targets: Targets,
         scale: LossScale,
         softcap: float | None,
+        logit_scale: float,
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.targets, self.scale, self.softcap = targets, scale, softcap
+        self.logit_scale = logit_scale
         self.needs_grad = self.weight_is_trained = False
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.loss = hidden.new_zeros((), dtype=self.dtype)
@@ -221,6 +225,8 @@ class _ChunkedPass:
         where = self.targets.positions[positions.start : positions.stop]
         hidden = self.hidden[where]
         logits = functional.linear(hidden, self.weight, self.bias).to(self.dtype)
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         target_logits = logits[at, token_ids]
@@ -268,6 +274,8 @@ class _ChunkedPass:
         grad_logits.view(-1).scatter_add_(0, index, slopes)
         if part.capped is not None:
             grad_logits.mul_(1 - part.capped.square_())
+        if self.logit_scale != 1:
+            grad_logits.mul_(self.logit_scale)
         grad_hidden, grad_weight, grad_bias = self._gradients()
         if grad_bias is not None:
             grad_bias += grad_logits.sum(dim=0)

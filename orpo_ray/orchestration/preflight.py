@@ -40,11 +40,13 @@ def check_model(
     """
     from orpo_ray.models.adapters import add_adapters, base_of
     from orpo_ray.models.outline import outline, unused_weights
+    from orpo_ray.models.packing_check import refuse_unknown
 
     try:
         base, _ = base_of(source)
         model = outline(base)
         unused = unused_weights(base, model)
+        refuse_unknown(model)
     except (OSError, ValueError, KeyError) as error:  # also what transformers says of a config
         text = first_line(error).removeprefix(f"{setting}: ")
         raise ConfigError([f"{setting}: {text}"]) from error

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from orpo_ray.dataset.packing import GroupSpan, PackedRow
+from orpo_ray.models.layer_config import head_width, setting
 from orpo_ray.models.quantized import n_weights
 
 _CPU_SIZE, _CUDA_SIZE = 1024, 8192
@@ -45,10 +46,8 @@ class Work:
         head = causal_lm.get_output_embeddings()
         looked_up = [m for m in causal_lm.modules() if isinstance(m, torch.nn.Embedding)]
         apart = {id(p) for module in (head, *looked_up) for p in module.parameters()}
-        used = getattr(config, "num_experts_per_tok", None) or 1
-        n_experts = next(
-            (n for name in _EXPERTS if (n := getattr(config, name, None)) is not None), used
-        )
+        used = setting(config, "num_experts_per_tok") or 1
+        n_experts = next((n for name in _EXPERTS if (n := setting(config, name))), used)
         per_token = sum(
             _passes(parameter)
             * n_weights(parameter)
@@ -56,10 +55,9 @@ class Work:
             for name, parameter in causal_lm.named_parameters()
             if parameter.dim() > 1 and id(parameter) not in apart
         )
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        attention = config.num_hidden_layers * config.num_attention_heads * width
+        n_heads = setting(config, "num_attention_heads")
+        n_layers = setting(config, "num_hidden_layers") or 0
+        attention = n_layers * n_heads * head_width(config) if isinstance(n_heads, int) else 0
         return Work(per_token, _passes(head.weight) * head.weight.numel(), 12.0 * attention)
 
     def flops(self, row: PackedRow) -> float:

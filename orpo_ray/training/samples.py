@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
-from orpo_ray.dataset.packing import pack
-from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
-from orpo_ray.objective.head import LossScale
+from orpo_ray.models.whole_root import whole_root
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.preference.rendering import apply_template
 from orpo_ray.preference.templates import dated_template
@@ -98,26 +95,16 @@ class Sampler:
         for index, prompt in enumerate(self.prompts):
             ids[index, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask[index, longest - len(prompt.ids) :] = 1
-        attention, root = model.attention, cast(FSDPModule, model)
-        model.use_attention("padded")
-        model.eval()
-        # FSDP's root has to run forward once before its submodules (lazy init); an empty row does.
-        nothing = Microbatch(pack([], chunk_tokens=1, prompt_counts=True), device)
-        model(nothing, LossScale(nll=0.0, pair=0.0, beta=0.0))
-        # Embeddings and head belong to the root, whose forward pass `generate` does not run.
-        root.unshard()
         # Models cannot compute a router loss for one cached token and the mask of all tokens.
         options = {"output_router_logits": False} if model.has_router else {}
-        output: Any = model.causal_lm.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=self._settings(model),
-            synced_gpus=dist.get_world_size() > 1,
-            **options,
-        )
-        root.reshard()
-        model.train()
-        model.use_attention(attention)
+        with whole_root(model, device):
+            output: Any = model.causal_lm.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=self._settings(model),
+                synced_gpus=dist.get_world_size() > 1,
+                **options,
+            )
         answers = output[:, longest:].tolist()
         texts: list[str] = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_ray.models.export import _with_end
+from tests.families.training import tiny_family
 from tests.reference.small_run import train_small
 
 END = 1  # of the small run's tokenizer; its model's config has transformers' default, 2
@@ -61,6 +62,30 @@ def test_the_base_models_sampling_settings_and_ends_are_kept(run_ranks, with_sam
     exported = json.loads((tmp_path / "final" / "generation_config.json").read_text())
     assert exported == SAMPLING | {"eos_token_id": [END, 5, 7]}
     assert eos_of(tmp_path / "final")[1] == [END, 2]
+
+
+def test_parts_in_fp32_of_a_model_in_bfloat16_are_kept(run_ranks, inputs, tmp_path):
+    """ERNIE's gates: trained for two steps at rate 0, nothing changes, not by rounding either."""
+    folder = tmp_path / "inputs"
+    shutil.copytree(inputs, folder)
+    (folder / "model" / "model.safetensors").unlink()
+    model = tiny_family("ernie4_5_moe")
+    gates = {name: weight for name, weight in model.state_dict().items() if "gate.weight" in name}
+    assert gates
+    model.to(torch.bfloat16)
+    model.load_state_dict({n: w.float() for n, w in gates.items()}, strict=False, assign=True)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder / "model")
+    run_ranks(1, train_small, folder, tmp_path / "run", SHORT | {"learning_rate": 0.0})
+    base, final = (
+        AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict()
+        for path in (folder / "model", tmp_path / "run" / "final")
+    )
+    assert {weight.dtype for weight in base.values()} == {torch.bfloat16, torch.float32}
+    for name, weight in base.items():
+        assert torch.equal(final[name], weight), name
+    for name, gate in gates.items():
+        assert torch.equal(final[name], gate), name
 
 
 @pytest.mark.parametrize("merged", [True, False])

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.dataset.packing import pack
+from orpo_ray.models.attention.interface import PackingNotSupportedError, packed_attention
+from orpo_ray.models.attention.layout import PackedLayout
 from orpo_ray.models.build import build_model
 from orpo_ray.models.packing_check import COMPARED, check_packing
 from tests.equivalence.test_packed_equals_padded import FAMILIES
-from tests.reference.models import tiny_model
+from tests.reference.models import odd_groups, tiny_model
 from tests.reference.small_run import make_inputs, token_stream
 
 
@@ -44,20 +47,32 @@ def answers(run_ranks, tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
 def test_an_unknown_family_that_agrees_goes_on_packed(answers):
     attention, (notice,) = answers["smollm3"]
     assert attention == "packed"
-    assert notice == "smollm3: packed equals padded on the first 4 pairs"
+    assert notice == "smollm3: packed rows equal rows alone, token by token"
 
 
-def test_convolutions_over_the_row_are_found_by_their_numbers(answers):
+def test_convolutions_over_the_row_are_found_by_their_kind(answers):
     """LFM2 says that it takes any attention, but its convolutions run from answer to answer."""
     attention, (notice,) = answers["lfm2"]
     assert attention == "padded"
-    assert "lfm2 does not compute the same packed as padded: log-probabilities differ" in notice
+    assert notice.startswith("warning: lfm2: padded rows with ")
+    assert notice.endswith(" times the tokens of packed ones: it has layers of the kind conv")
 
 
-def test_an_option_that_is_not_known_is_not_ignored(answers):
-    attention, (notice,) = answers["gpt-oss"]
-    assert attention == "padded"
-    assert "s_aux" in notice
+def test_an_option_that_is_not_known_is_not_ignored():
+    """As a score function of a model's own would be."""
+    row = pack(odd_groups(1), chunk_tokens=16, prompt_counts=True)
+    layout = PackedLayout(row.spans, torch.device("cpu"))
+    heads = torch.randn(1, 2, len(row.token_ids), 8)
+    options = {"packed_layout": layout, "sliding_window": 4, "position_bias": torch.ones(1)}
+    with pytest.raises(PackingNotSupportedError, match=r"options: \['position_bias'\]"):
+        packed_attention(torch.nn.Identity(), heads, heads, heads, None, **options)
+
+
+def test_attention_sinks_are_packed(answers):
+    assert answers["gpt-oss"] == (
+        "packed",
+        ["gpt_oss: packed rows equal rows alone, token by token"],
+    )
 
 
 def test_a_family_that_was_compared_is_not_checked_again(answers):

@@ -54,9 +54,9 @@ def inputs(dtype, bias):
     return [tensor.to(dtype).requires_grad_() for tensor in tensors]
 
 
-def plain_loss(hidden, weight, bias, softcap):
+def plain_loss(hidden, weight, bias, softcap, logit_scale=1.0):
     """The same loss from full logits in float64, by autograd."""
-    logits = functional.linear(hidden, weight, bias)
+    logits = functional.linear(hidden, weight, bias) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     log_probs = torch.log_softmax(logits, dim=-1)
@@ -75,13 +75,14 @@ def plain_loss(hidden, weight, bias, softcap):
 )
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("softcap", [None, 2.5])
-def test_value_and_gradients_equal_full_logits(targets, bias, softcap):
+@pytest.mark.parametrize("logit_scale", [1.0, 0.3])
+def test_value_and_gradients_equal_full_logits(targets, bias, softcap, logit_scale):
     expected_inputs = inputs(torch.float64, bias)
     padded = [*expected_inputs, None][:3]
-    loss, nll, means = plain_loss(*padded, softcap)
+    loss, nll, means = plain_loss(*padded, softcap, logit_scale)
     loss.backward()
     tensors = inputs(torch.float64, bias)
-    output = orpo_head(*[*tensors, None][:3], targets, SCALE, softcap)
+    output = orpo_head(*[*tensors, None][:3], targets, SCALE, softcap, logit_scale)
     (3 * output.loss).backward()
     torch.testing.assert_close(output.loss, loss.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(output.nll_sum, nll.detach(), rtol=1e-12, atol=0)

@@ -87,7 +87,7 @@ def test_every_pair_has_its_own_score(
     answers = run_ranks(n_ranks, evaluated, tokens, str(tmp_path / "model"), changes)
     table, metrics, notices = answers[0]
     assert all(answer[0] is None for answer in answers[1:])
-    said = [text for text in notices if text.startswith("warning: lfm2 does not compute the same")]
+    said = [text for text in notices if text.startswith("warning: lfm2: padded rows")]
     assert len(said) == (attention == "padded")
     assert table.schema == SCHEMA
     pairs = single_pairs(groups)

@@ -53,12 +53,13 @@ def packed_attention(
     scaling = options.pop("scaling", None)
     window = options.pop("sliding_window", None)
     softcap = options.pop("softcap", None)
+    sinks: Tensor | None = options.pop("s_aux", None)
     dropout = options.pop("dropout", 0.0)
-    # A value may be a tensor, as attention sinks are: compare by identity.
+    # A value may be a tensor: compare by identity.
     unknown = [
         k for k, v in options.items() if k not in _HARMLESS and v is not None and v is not False
     ]
-    if kernel == "varlen" and softcap is not None:
+    if softcap is not None and (kernel == "varlen" or sinks is not None):
         unknown.append("softcap")
     if layout is None or attention_mask is not None or dropout or unknown:
         raise PackingNotSupportedError(
@@ -66,7 +67,8 @@ def packed_attention(
             f"layout handed through: {layout is not None}, own mask: {attention_mask is not None}, "
             f"dropout: {dropout}, options: {unknown}"
         )
-    return _KERNELS[kernel](query, key, value, layout, Scores(scaling, window, softcap)), None
+    attend = by_segment if sinks is not None else _KERNELS[kernel]
+    return attend(query, key, value, layout, Scores(scaling, window, softcap, sinks)), None
 
 
 def prepare(layout: PackedLayout, kernel: Kernel, windows: Iterable[int | None]) -> None:
@@ -97,7 +99,8 @@ def by_segment(
             own_key = torch.cat([prompt_key[:, :, :n_prompt], own_key], dim=2)
             own_value = torch.cat([prompt_value[:, :, :n_prompt], own_value], dim=2)
         outputs.append(_attend(own_query, own_key, own_value, layout, segment, scores))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    # Some models take a view of it.
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def _attend(
@@ -111,7 +114,8 @@ def _attend(
     """Attention of one segment over its own keys and values."""
     n_keys = key.shape[2]
     window = scores.window if scores.window is not None and scores.window < n_keys else None
-    if window is None and segment.prompt_length == 0 and scores.softcap is None:
+    plain = window is None and segment.prompt_length == 0
+    if plain and scores.softcap is None and scores.sinks is None:
         return functional.scaled_dot_product_attention(
             query,
             key,
@@ -128,7 +132,7 @@ def _attend(
         mask = layout.mask(queries, keys, window)
         outputs.append(_attend_masked(part, seen_key, seen_value, mask, scores))
         first = queries.stop
-    return torch.cat(outputs, dim=2)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def _attend_masked(
@@ -142,14 +146,35 @@ def _attend_masked(
         capped = scores.softcap * torch.tanh(query @ key.mT * scaling / scores.softcap)
         weights = capped.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
         return weights.to(query.dtype) @ value
+    scaling = scores.scaling
+    if scores.sinks is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key, value = _with_sink(query, key, value, scores.sinks / scaling)
+        mask = functional.pad(mask, (1, 0), value=True)
     return functional.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
-        scale=scores.scaling,
+        scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _with_sink(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put a key before the others whose product with a query is the head's sink; its value is 0.
+
+    Queries and keys get a component for it: the sink, and 1 for this key and 0 for others. With
+    seven zeros, since kernels want widths that are multiples of 8.
+    """
+    batch, n_heads, n_queries, _ = query.shape
+    own = sinks.to(query.dtype).view(1, n_heads, 1, 1).expand(batch, n_heads, n_queries, 1)
+    query = torch.cat([query, functional.pad(own, (0, 7))], dim=-1)
+    key = functional.pad(key, (0, 8, 1, 0))
+    key[:, :, 0, -8] = 1
+    return query, key, functional.pad(value, (0, 0, 1, 0))
 
 
 _KERNELS = {"varlen": varlen, "flex": flex, "sdpa": by_segment}

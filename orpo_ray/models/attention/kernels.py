@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from orpo_ray.models.layer_config import head_width, setting
 from orpo_ray.pretrained import UnsupportedModelError
 
 Kernel = Literal["varlen", "flex", "sdpa"]
@@ -72,15 +73,14 @@ def obstacle(kernel: Kernel, support: KernelSupport) -> str | None:
 def kernel_support(model_config: Any, device: torch.device, half: bool) -> KernelSupport:
     """Query the capabilities of a device and the needs of a model, from its config."""
     config = model_config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Multi-head latent attention has other names for the widths; some layers have wider heads.
-    width = max(width, getattr(config, "global_head_dim", None) or 0)
-    query_width = getattr(config, "qk_head_dim", None) or width
-    value_width = getattr(config, "v_head_dim", None) or width
+    width = head_width(config)
+    # Multi-head latent attention has other names for the widths.
+    query_width = setting(config, "qk_head_dim") or width
+    value_width = setting(config, "v_head_dim") or width
     return KernelSupport(
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         half=half,
-        softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        softcap=setting(config, "attn_logit_softcapping") is not None,
         widths=(query_width, value_width),
         has_triton=find_spec("triton") is not None,
     )
@@ -89,7 +89,7 @@ def kernel_support(model_config: Any, device: torch.device, half: bool) -> Kerne
 def sliding_windows(model_config: Any) -> frozenset[int | None]:
     """Sliding-window sizes of the layers of a model; None for full attention."""
     config = model_config.get_text_config()
-    window = getattr(config, "sliding_window", None)
+    window = setting(config, "sliding_window")
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return frozenset({window})

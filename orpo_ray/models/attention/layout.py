@@ -35,11 +35,14 @@ class Scores:
         scaling: factor of the dot products; None: 1 / sqrt(head width).
         window: size of the sliding window, the query's own position included; None: unlimited.
         softcap: cap of logit soft-capping, `softcap * tanh(score / softcap)`; None: no capping.
+        sinks: of each head, the score of a key without value that every query attends to, too;
+            None: there is none.
     """
 
     scaling: float | None
     window: int | None
     softcap: float | None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Every family of transformers' causal mapping: exact, or refused by name."""
