@@ -42,7 +42,7 @@ def build_model(config: ORPOConfig, model_path: str | Folder, device: torch.devi
     """Build the model with its weights sharded over all ranks.
 
     Only rank 0 reads the weights, on the host, and broadcasts them parameter by parameter. Master
-    weights are fp32.
+    weights are fp32; those below adapters are in the dtype of computation.
 
     Args:
         config: the run's config.
@@ -63,6 +63,8 @@ def build_model(config: ORPOConfig, model_path: str | Folder, device: torch.devi
     def with_adapters(causal_lm: PreTrainedModel) -> PreTrainedModel:
         if config.model.lora_r:
             add_adapters(causal_lm, config.model, config.train.seed)
+            if use_bf16(config, device):
+                narrow_frozen(causal_lm)
         return causal_lm
 
     # Buffers stay real: rotary frequencies are computed, not loaded.
@@ -72,6 +74,16 @@ def build_model(config: ORPOConfig, model_path: str | Folder, device: torch.devi
     return _with_weights(
         causal_lm, lambda: with_adapters(load_model(origin, torch.float32)), device, config
     )
+
+
+def narrow_frozen(causal_lm: PreTrainedModel) -> None:
+    """Hold frozen weights in bfloat16, to which a step would round them anyway.
+
+    After the adapters are added, which get the type of the layer that they are put on.
+    """
+    for weight in causal_lm.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.to(torch.bfloat16)
 
 
 def build_evaluated_model(

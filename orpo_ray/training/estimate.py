@@ -10,7 +10,6 @@ from orpo_ray.pretrained import ModelSource, UnsupportedModelError, empty_model,
 _GIB = 2**30
 # fp32 master weight, gradient, and AdamW's two moments.
 _BYTES_PER_PARAMETER = 16
-_BYTES_FROZEN = 4
 # NF4 has half a byte and a constant a 64 weights, itself in 8 bits; what is no linear layer bf16.
 _BYTES_IN_4_BITS, _BYTES_BESIDE = 0.516, 2
 # Per token and layer, in units of the hidden width: inputs of norms, q, k, v, attention output,
@@ -60,10 +59,10 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
             model = empty_model(source, model_config)
     except UnsupportedModelError as error:
         raise ConfigError([f"model_name_or_path: {error}"]) from error
-    state, state_text = _state(config, model)
+    value_bytes = 2 if config.train.bf16 else 4
+    state, state_text = _state(config, model, value_bytes)
     text_config = model_config.get_text_config()
     layers, width = text_config.num_hidden_layers, text_config.hidden_size
-    value_bytes = 2 if config.train.bf16 else 4
     on_gpu = bool(config.ray.use_gpu) or torch.cuda.is_available()
     kept_layers = 1 if config.train.gradient_checkpointing else layers
     per_token = kept_layers * _ACTIVATIONS_PER_TOKEN + (layers - kept_layers)
@@ -98,7 +97,7 @@ def _gathered(config: ORPOConfig, model: Any, layers: int, value_bytes: int) -> 
     return n_parameters * share * (value_bytes + gradients)
 
 
-def _state(config: ORPOConfig, model: Any) -> tuple[float, str]:
+def _state(config: ORPOConfig, model: Any, value_bytes: int) -> tuple[float, str]:
     """Bytes per worker of weights, gradients and optimizer state, with their derivation."""
     from torch import nn
 
@@ -115,8 +114,9 @@ def _state(config: ORPOConfig, model: Any) -> tuple[float, str]:
         )
     if config.model.lora_r:
         return (
-            n_parameters * _BYTES_FROZEN / workers,
-            f"weights ({n_parameters:,} parameters x 4 bytes / {workers} workers; no adapters)",
+            n_parameters * value_bytes / workers,
+            f"weights ({n_parameters:,} parameters x {value_bytes} bytes / {workers} workers; "
+            "no adapters)",
         )
     return (
         n_parameters * _BYTES_PER_PARAMETER / workers,

@@ -2,14 +2,18 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from orpo_ray.config.model import ModelSection
+from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.models import build
 from orpo_ray.models.adapters import add_adapters
 from orpo_ray.pretrained import UnsupportedModelError
 from tests.reference.models import tiny_model
@@ -74,6 +78,42 @@ def test_a_resumed_run_ends_byte_identical_and_merges(run_ranks, inputs, adapted
     base = AutoModelForCausalLM.from_pretrained(inputs / "model")
     apart = peft.PeftModel.from_pretrained(base, adapted / "final")
     torch.testing.assert_close(logits(merged), logits(apart), rtol=1e-4, atol=1e-4)
+
+
+def train_on_fp32_weights(inputs: Path, run: Path, settings: dict[str, Any]) -> None:
+    """As `train_small`, with frozen weights in the type of others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "narrow_frozen", lambda causal_lm: None)
+        train_small(inputs, run, settings)
+
+
+def test_frozen_weights_in_bfloat16_change_no_bit_of_what_is_trained(run_ranks, inputs, tmp_path):
+    settings = LORA | {"bf16": True, "max_steps": 3, "save_steps": None, "evaluate": False}
+    for train in (train_small, train_on_fp32_weights):
+        run_ranks(2, train, inputs, tmp_path / train.__name__, settings)
+    name = "final/adapter_model.safetensors"
+    here, there = (
+        load_file(tmp_path / train / name) for train in ("train_small", "train_on_fp32_weights")
+    )
+    assert {tensor.dtype for tensor in here.values()} == {torch.float32}
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_below_adapters_weights_are_in_the_type_of_computation(run_ranks, inputs):
+    assert run_ranks(1, types_of_weights, inputs, LORA | {"bf16": True}) == [
+        {True: torch.float32, False: torch.bfloat16}
+    ]
+    assert run_ranks(1, types_of_weights, inputs, LORA | {"bf16": False}) == [
+        {True: torch.float32, False: torch.float32}
+    ]
+
+
+def types_of_weights(inputs: Path, settings: dict[str, Any]) -> dict[bool, torch.dtype]:
+    """By whether they are trained."""
+    config = ORPOConfig(**settings)
+    model = build.build_model(config, str(inputs / "model"), torch.device("cpu"))
+    return {p.requires_grad: p.dtype for p in model.parameters()}
 
 
 def test_targets_that_cannot_be_adapted_are_refused():
