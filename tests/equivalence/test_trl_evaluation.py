@@ -1,5 +1,6 @@
 """`evaluate` against TRL 1.16's, of one model on the same pairs, in one batch."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,16 @@ def of_trl(base: Path, rows: Pairs, folder: Path) -> dict[str, float]:
     from trl.experimental.orpo import ORPOTrainer as TheirTrainer
 
     few = {"per_device_eval_batch_size": 8, "report_to": "none", "bf16": False, "use_cpu": True}
-    trainer = TheirTrainer(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        TheirConfig(output_dir=str(folder), disable_tqdm=True, **few),
-        train_dataset=datasets.Dataset.from_dict(rows),
-        eval_dataset=datasets.Dataset.from_dict(rows),
-        processing_class=AutoTokenizer.from_pretrained(base),
-    )
-    return trainer.evaluate()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own names
+        trainer = TheirTrainer(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+            TheirConfig(output_dir=str(folder), disable_tqdm=True, **few),
+            train_dataset=datasets.Dataset.from_dict(rows),
+            eval_dataset=datasets.Dataset.from_dict(rows),
+            processing_class=AutoTokenizer.from_pretrained(base),
+        )
+        return trainer.evaluate()
 
 
 def of_ours(base: Path, rows: Pairs, folder: Path) -> dict[str, float]:

@@ -201,6 +201,8 @@ class ORPOTrainer(Saving):
                 self._prepare(self.args.replace(**named, **self._own_names()))
         if not self._trains:
             raise DataError(["train_dataset: this trainer has no pairs to train on; give them"])
+        if self.result is not None:
+            _log.warning("train() again goes on with the same run: what it has done stays done")
         started = time.monotonic()
         self._remove_requests()
         self._callbacks.begin(self.args)
