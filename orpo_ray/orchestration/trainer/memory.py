@@ -116,23 +116,25 @@ class KeptInputs:
         return (keep_dataset(_with_prompts(dataset), self._folder),)
 
     def are_templated(self, files: Iterable[str], tokenizer: Any) -> bool:
-        """Whether the first chosen answers of kept files are texts with special tokens, every one.
+        """Whether the first pairs of kept files are texts with special tokens, every one.
 
         A chat template has written them: the text of a user has none but by chance.
         """
         pattern = special_tokens(tokenizer)
-        answers: list[Any] = []
+        bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+        texts: list[Any] = []
         for file in files:
             path = self._folder.path / Path(file).name
-            if path.is_file() and "chosen" in (whole := pq.ParquetFile(path)).schema_arrow.names:
-                first = next(whole.iter_batches(_LOOKED_AT, columns=["chosen"]), None)
-                answers += first["chosen"].to_pylist() if first is not None else []
-        own = [
-            text.removesuffix(tokenizer.eos_token or "")
-            for text in answers
-            if isinstance(text, str)
-        ]
-        return bool(own) and len(own) == len(answers) and all(map(pattern.search, own))
+            if not path.is_file():
+                continue
+            whole = pq.ParquetFile(path)
+            named = [name for name in ("prompt", "chosen") if name in whole.schema_arrow.names]
+            for row in next(whole.iter_batches(_LOOKED_AT, columns=named)).to_pylist():
+                prompt, chosen = row.get("prompt", ""), row.get("chosen")
+                if not isinstance(prompt, str) or not isinstance(chosen, str):
+                    return False
+                texts.append(prompt.removeprefix(bos) + "\n" + chosen.removesuffix(eos))
+        return bool(texts) and all(map(pattern.search, texts))
 
     def eval_files(self, dataset: Any) -> dict[str, tuple[DataSource, ...]]:
         """The files of every evaluation set, by metric prefix."""

@@ -167,7 +167,7 @@ class ORPOTrainer(Saving):
         if tokenizer is None or not kept.are_templated(files, tokenizer):
             return config
         _log.warning(
-            "train_dataset: its answers have the special tokens of a chat template, which are "
+            "train_dataset: its texts have the special tokens of a chat template, which are "
             "encoded as such: special_tokens_in_text=allow"
         )
         return config.replace(special_tokens_in_text="allow")
