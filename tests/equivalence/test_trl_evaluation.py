@@ -19,7 +19,8 @@ METRICS = (
 )
 # As most templates, it writes a newline after the end token.
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 Pairs = dict[str, list[Any]]
