@@ -1,5 +1,6 @@
 """`evaluate` against TRL 1.16's, of one model on the same pairs, in one batch."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ METRICS = (
 )
 # As most templates, it writes a newline after the end token.
 TEMPLATE = (
-    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 Pairs = dict[str, list[Any]]
@@ -62,14 +64,16 @@ def of_trl(base: Path, rows: Pairs, folder: Path) -> dict[str, float]:
     from trl.experimental.orpo import ORPOTrainer as TheirTrainer
 
     few = {"per_device_eval_batch_size": 8, "report_to": "none", "bf16": False, "use_cpu": True}
-    trainer = TheirTrainer(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        TheirConfig(output_dir=str(folder), disable_tqdm=True, **few),
-        train_dataset=datasets.Dataset.from_dict(rows),
-        eval_dataset=datasets.Dataset.from_dict(rows),
-        processing_class=AutoTokenizer.from_pretrained(base),
-    )
-    return trainer.evaluate()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own names
+        trainer = TheirTrainer(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+            TheirConfig(output_dir=str(folder), disable_tqdm=True, **few),
+            train_dataset=datasets.Dataset.from_dict(rows),
+            eval_dataset=datasets.Dataset.from_dict(rows),
+            processing_class=AutoTokenizer.from_pretrained(base),
+        )
+        return trainer.evaluate()
 
 
 def of_ours(base: Path, rows: Pairs, folder: Path) -> dict[str, float]:

@@ -21,7 +21,7 @@ def main() -> None:
     """Train, and save the model into the output directory."""
     parser = HfArgumentParser((ScriptArguments, ORPOConfig, ModelConfig))
     script, args, config = parser.parse_args_into_dataclasses()
-    place, trusted = config.model_name_or_path, config.trust_remote_code
+    place, trusted = config.model_name_or_path, args.trust_remote_code  # where TRL 1.16 has it
     model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=trusted)
     tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trusted)
     if tokenizer.pad_token is None:

@@ -22,10 +22,9 @@ ADAPTERS = PLAIN.replace("8e-6", "8e-5") + " --use_peft --lora_r=16 --lora_alpha
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("line", [PLAIN, ADAPTERS], ids=["plain", "adapters"])
 def test_the_script_runs(ray_cluster, run_here, tmp_path, line):
-    """Its rows have a prompt in text and whole conversations as answers."""
+    """Rows are whole conversations; with their prompt beside them they are refused."""
     make_demo_model(str(tmp_path / "base"), ["What color is number 1? It is red."], 1)
     rows = [row("conversational_implicit_prompt_preference", i) for i in range(10)]
-    rows = [{"prompt": f"What color is number {i}?"} | found for i, found in enumerate(rows)]
     splits = {"train": rows[:8], "test": rows[8:]}
     datasets.DatasetDict(
         {name: datasets.Dataset.from_list(part) for name, part in splits.items()}

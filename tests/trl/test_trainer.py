@@ -593,3 +593,22 @@ def test_a_data_set_of_splits_is_refused(base, tmp_path):
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_dict(pairs(2))})
     with pytest.raises(DataError, match="of several splits: give one, such as 'train'"):
         ORPOTrainer(str(base), ORPOConfig(tmp_path), train_dataset=splits)
+
+
+@pytest.mark.parametrize("kind", [dict, datasets.Dataset.from_dict])
+def test_prompts_are_what_both_answers_begin_with(tmp_path, kind):
+    """As in TRL, with the space before the answers in them; a dialogue in one text is not split."""
+    kept = KeptInputs(Folder.at(tmp_path / "inputs"))
+    rows = {"chosen": ["Sky? Is blue.", "2+2: 4"], "rejected": ["Sky? Is green.", "2+2: 5"]}
+    (file,) = kept.files(kind(rows))
+    assert pq.read_table(file).to_pydict() == {
+        "chosen": [" blue.", " 4"],
+        "rejected": [" green.", " 5"],
+        "prompt": ["Sky? Is", "2+2:"],
+    }
+    talk = {name: ["\n\nHuman: a\n\nAssistant: " + name] for name in ("chosen", "rejected")}
+    (file,) = kept.files(kind(talk))
+    assert pq.read_table(file).to_pydict() == talk
+    asked = rows | {"question": ["a", "b"]}
+    (file,) = kept.files(kind(asked))
+    assert pq.read_table(file).to_pydict() == asked

@@ -1,5 +1,6 @@
 """Models, tokenizers and data sets held in memory become files of a run; on the driver."""
 
+import itertools
 import json
 import logging
 import os
@@ -24,7 +25,9 @@ from orpo_ray.runs.manifest import fingerprint
 from orpo_ray.storage.files import first_line
 from orpo_ray.storage.folder import Folder
 
-_LOOKED_AT = 100
+_ANSWERS = ("chosen", "rejected")
+_TURN = "\n\nAssistant:"
+_LOOKED_AT, _FEW_ROWS = 100, 100_000
 _log = logging.getLogger(__name__)
 
 
@@ -49,6 +52,40 @@ def tokenizer_of(model: Any) -> Any:
 def _each(rows: Iterable[Any]) -> Iterator[Any]:
     """A generator as `datasets` takes it, that is a function of its own."""
     yield from rows
+
+
+def _with_prompts(dataset: Any) -> Any:
+    """Texts without a prompt, split where the answers begin to differ, as TRL does.
+
+    Dialogues in one text are left as they are: they are split at their last turn.
+    """
+    import datasets
+
+    if isinstance(dataset, Mapping):
+        if set(dataset) != set(_ANSWERS):
+            return dataset
+        dataset = datasets.Dataset.from_dict(dict(dataset))
+    if not isinstance(dataset, datasets.Dataset) or not len(dataset):
+        return dataset
+    texts = {name for name, feature in dataset.features.items() if _holds_text(feature)}
+    if texts != set(_ANSWERS) or not isinstance(first := dataset[0]["chosen"], str):
+        return dataset
+    if _TURN in first:
+        return dataset
+
+    def split(row: dict[str, str]) -> dict[str, str]:
+        letters = zip(row["chosen"], row["rejected"], strict=False)
+        n_same = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], letters))
+        prompt = row["chosen"][:n_same].removesuffix(" ")
+        return {"prompt": prompt} | {name: row[name].removeprefix(prompt) for name in _ANSWERS}
+
+    _log.info("the data set has no prompts: they are what both answers of a pair begin with")
+    with no_progress_bars():
+        return dataset.map(split, keep_in_memory=len(dataset) < _FEW_ROWS)
+
+
+def _holds_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", "list") in ("string", "large_string", "list")
 
 
 class KeptInputs:
@@ -76,26 +113,28 @@ class KeptInputs:
             return (self._streamed(dataset, None),)  # with_transform: files hold what it makes
         if isinstance(dataset, datasets.Dataset) and not dataset.format["output_all_columns"]:
             dataset = dataset.select_columns(dataset.format["columns"])  # of set_format
-        return (keep_dataset(dataset, self._folder),)
+        return (keep_dataset(_with_prompts(dataset), self._folder),)
 
     def are_templated(self, files: Iterable[str], tokenizer: Any) -> bool:
-        """Whether the first chosen answers of kept files are texts with special tokens, every one.
+        """Whether the first pairs of kept files are texts with special tokens, every one.
 
         A chat template has written them: the text of a user has none but by chance.
         """
         pattern = special_tokens(tokenizer)
-        answers: list[Any] = []
+        bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+        texts: list[Any] = []
         for file in files:
             path = self._folder.path / Path(file).name
-            if path.is_file() and "chosen" in (whole := pq.ParquetFile(path)).schema_arrow.names:
-                first = next(whole.iter_batches(_LOOKED_AT, columns=["chosen"]), None)
-                answers += first["chosen"].to_pylist() if first is not None else []
-        own = [
-            text.removesuffix(tokenizer.eos_token or "")
-            for text in answers
-            if isinstance(text, str)
-        ]
-        return bool(own) and len(own) == len(answers) and all(map(pattern.search, own))
+            if not path.is_file():
+                continue
+            whole = pq.ParquetFile(path)
+            named = [name for name in ("prompt", "chosen") if name in whole.schema_arrow.names]
+            for row in next(whole.iter_batches(_LOOKED_AT, columns=named)).to_pylist():
+                prompt, chosen = row.get("prompt", ""), row.get("chosen")
+                if not isinstance(prompt, str) or not isinstance(chosen, str):
+                    return False
+                texts.append(prompt.removeprefix(bos) + "\n" + chosen.removesuffix(eos))
+        return bool(texts) and all(map(pattern.search, texts))
 
     def eval_files(self, dataset: Any) -> dict[str, tuple[DataSource, ...]]:
         """The files of every evaluation set, by metric prefix."""

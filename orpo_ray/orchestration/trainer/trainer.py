@@ -167,7 +167,7 @@ class ORPOTrainer(Saving):
         if tokenizer is None or not kept.are_templated(files, tokenizer):
             return config
         _log.warning(
-            "train_dataset: its answers have the special tokens of a chat template, which are "
+            "train_dataset: its texts have the special tokens of a chat template, which are "
             "encoded as such: special_tokens_in_text=allow"
         )
         return config.replace(special_tokens_in_text="allow")
@@ -201,6 +201,8 @@ class ORPOTrainer(Saving):
                 self._prepare(self.args.replace(**named, **self._own_names()))
         if not self._trains:
             raise DataError(["train_dataset: this trainer has no pairs to train on; give them"])
+        if self.result is not None:
+            _log.warning("train() again goes on with the same run: what it has done stays done")
         started = time.monotonic()
         self._remove_requests()
         self._callbacks.begin(self.args)
