@@ -21,7 +21,7 @@ from orpo_ray.models.lm_head import probe_ids
 WINDOW = 8
 _VOCABULARY = 128
 _WIDTH = 64
-_LARGEST = {"cpu": 50_000_000, "cuda": 600_000_000}
+_LARGEST = {"cpu": 150_000_000, "cuda": 600_000_000}  # parameters, in fp32
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _WINDOWS = (
     *("sliding_window", "attention_window_size", "attention_chunk_size", "window_size"),

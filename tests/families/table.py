@@ -84,7 +84,7 @@ def find(family: str) -> tuple[Row, float, float]:
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split()).removeprefix("model_name_or_path: ").partition(". ")[0]
-    return text[:160].replace("|", "/")
+    return text[:160].strip().replace("|", "/")
 
 
 def stored() -> dict[str, Row]:
