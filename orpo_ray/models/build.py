@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.models.adapters import add_adapters, base_of, inject_adapters
 from orpo_ray.models.attention.kernels import Kernel, choose_kernel, kernel_support
+from orpo_ray.models.layer_config import is_dropout, without_dropout
 from orpo_ray.models.liger import use_liger_kernels
 from orpo_ray.models.orpo_model import ASKED, AttentionPath, OrpoModel
 from orpo_ray.models.quantized import load_quantized, refuse_quantization
@@ -55,7 +56,7 @@ def build_model(config: ORPOConfig, model_path: str | Folder, device: torch.devi
     origin = ModelSource.from_config(config.model, model_path)
     model_config = load_model_config(origin)
     if config.model.disable_dropout:
-        _without_dropout(model_config)
+        without_dropout(model_config)
     if config.model.load_in_4bit:
         refuse_quantization(device)
         return build_quantized(config, origin, model_config, device)
@@ -254,22 +255,11 @@ def attention_path(
     if asked == "padded":
         return "padded", ASKED
     drops = config.model.disable_dropout is False and any(
-        value for name, value in causal_lm.config.to_dict().items() if _is_dropout(name)
+        value for name, value in causal_lm.config.to_dict().items() if is_dropout(name)
     )
     if asked == "auto" and drops:
         return "padded", "packed attention has no dropout (disable_dropout=false)"
     return "packed", None
-
-
-def _is_dropout(name: str) -> bool:
-    return name.endswith(("dropout", "_pdrop", "dropout_prob", "dropout_rate"))
-
-
-def _without_dropout(model_config: PreTrainedConfig) -> None:
-    """Set every dropout probability of a model config to 0."""
-    for name, value in model_config.to_dict().items():
-        if _is_dropout(name) and isinstance(value, float):
-            setattr(model_config, name, 0.0)
 
 
 def _blocks(causal_lm: PreTrainedModel) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Settings of a config whose layers may differ, as those of Gemma 4 do; anywhere."""
+"""Reading and changing a model config, whose layers may differ, as those of Gemma 4 do."""
 
 from typing import Any
 
@@ -20,3 +20,15 @@ def head_width(config: Any) -> int:
         width = hidden // n_heads if n_heads else 1
     wide: int = setting(config, "global_head_dim") or 0  # of some layers
     return max(width, wide)
+
+
+def is_dropout(name: str) -> bool:
+    """Whether a setting is a dropout probability."""
+    return name.endswith(("dropout", "_pdrop", "dropout_prob", "dropout_rate"))
+
+
+def without_dropout(config: Any) -> None:
+    """Set every dropout probability of a config to 0."""
+    for name, value in config.to_dict().items():
+        if is_dropout(name) and isinstance(value, float):
+            setattr(config, name, 0.0)

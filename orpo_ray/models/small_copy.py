@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from orpo_ray.models.layer_config import setting
+from orpo_ray.models.layer_config import setting, without_dropout
 from orpo_ray.models.lm_head import probe_ids
 
 WINDOW = 8
 _VOCABULARY = 128
 _WIDTH = 64
-_LARGEST = {"cpu": 50_000_000, "cuda": 600_000_000}
+_LARGEST = {"cpu": 150_000_000, "cuda": 600_000_000}  # parameters, in fp32
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _WINDOWS = (
     *("sliding_window", "attention_window_size", "attention_chunk_size", "window_size"),
@@ -131,7 +131,10 @@ def _smaller(
     _shrink(inner, n_layers, parts)
     for name in ("dtype", "torch_dtype", "quantization_config"):
         whole.pop(name, None)
-    return type(config).from_dict(whole)
+    small = type(config).from_dict(whole)
+    for part in (small, small.get_text_config()):
+        without_dropout(part)
+    return small
 
 
 def _shrink(settings: dict[str, Any], n_layers: int | None, parts: tuple[str, ...]) -> None:

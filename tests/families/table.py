@@ -1,5 +1,6 @@
 """The table of `docs/families.md`: `python -m tests.families.table` writes its findings into it."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,8 @@ def find(family: str) -> tuple[Row, float, float]:
         verdict = examine(model if small is None else small, torch.device("cpu"))
     except UnsupportedModelError as error:
         return Row("refused", _line(error)), 0.0, 0.0
-    row = Row(verdict.path, verdict.reason or "")
+    # How much is rounding's, and a release of torch's.
+    row = Row(verdict.path, re.sub(r" \(by [^)]*\)", "", verdict.reason or ""))
     differences = (0.0, 0.0)
     for dtype in (torch.float64, torch.float32):
         model.to(dtype).set_attn_implementation("eager")
@@ -84,7 +86,7 @@ def find(family: str) -> tuple[Row, float, float]:
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split()).removeprefix("model_name_or_path: ").partition(". ")[0]
-    return text[:160].replace("|", "/")
+    return text[:160].strip().replace("|", "/")
 
 
 def stored() -> dict[str, Row]:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from orpo_ray.models.lm_head import LMHead, find_head
+from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.models.packing_check import examine
 from orpo_ray.models.small_copy import small_copy
 from orpo_ray.pretrained import UnsupportedModelError
@@ -28,6 +29,14 @@ FAST = (
     *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2"),
     *("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granite", "cohere2", "smollm3"),
     *("qwen3_next", "lfm2", "mamba2", "bert"),
+)
+
+# Those that have one, and whose config says whether it is computed.
+ROUTERS = (
+    *("mixtral", "dbrx", "jetmoe", "deepseek_v4", "ernie4_5_moe", "flex_olmo", "gpt_oss"),
+    *("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "jamba", "laguna"),
+    *("mellum", "minimax", "minimax_m2", "minimax_m3_vl_text", "olmoe", "phimoe", "qwen2_moe"),
+    *("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen4_exp_text"),
 )
 
 
@@ -80,6 +89,37 @@ def test_every_family_trains_three_steps_or_is_refused_by_name(run_ranks, folder
         assert all(end.startswith(f"refused: model_name_or_path: {family}: ") for end in ends)
     else:
         assert ends == ["trained"] * 2
+
+
+def check_router(family: str) -> None:
+    """`examine` compares the router loss with the model's own; here it has to find one."""
+    model = tiny_family(family, output_router_logits=True)
+    small = small_copy(model, CPU)
+    assert small is not None
+    examine(small, CPU)
+    assert OrpoModel(small, "padded", None).has_router
+    ids = torch.randint(12, 60, (2, 9))
+    assert small(input_ids=ids, use_cache=False, output_router_logits=True).aux_loss is not None
+    assert OrpoModel(model, "padded", None).router_coef > 0
+
+
+@pytest.mark.parametrize("family", ROUTERS[:3])
+def test_the_router_loss_is_transformers_own(family: str):
+    check_router(family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ROUTERS[3:])
+def test_the_router_loss_of_every_other_family_is_transformers_own(family: str):
+    check_router(family)
+
+
+def test_a_router_loss_that_transformers_cannot_compute_is_refused():
+    """Flint's, in transformers 5.23."""
+    small = small_copy(tiny_family("flint", output_router_logits=True), CPU)
+    assert small is not None
+    with pytest.raises(UnsupportedModelError, match=r"^model_name_or_path: flint: "):
+        examine(small, CPU)
 
 
 SMALL = {

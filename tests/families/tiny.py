@@ -141,6 +141,7 @@ OWN: dict[str, dict[str, Any]] = {
         "moe_layers": [1],
         "num_experts_per_tok": 1,
     },
+    "longcat_flash": {"zero_expert_num": 2},  # else a rank may use none that has weights
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "nemotron_h": _MAMBA,
     **dict.fromkeys(

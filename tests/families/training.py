@@ -2,9 +2,10 @@
 
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from orpo_ray.models.outline import outline, refuse_part
 from orpo_ray.models.packing_check import refuse_unknown
@@ -17,14 +18,20 @@ from tests.reference.small_run import train_small
 LARGEST = 45_000_000  # parameters of a model that is tiny enough
 
 
-def tiny_family(family: str) -> torch.nn.Module:
+def tiny_family(family: str, **changes: Any) -> PreTrainedModel:
     """A random model of a family, under whose weights every part has an effect.
+
+    Args:
+        family: a type of transformers' causal mapping.
+        changes: settings of its text model.
 
     Raises:
         ValueError: where its smallest config is too large.
         UnsupportedModelError: where only a part of it would be trained.
     """
     config = tiny_config(family)
+    for name, value in changes.items():
+        setattr(config.get_text_config(), name, value)
     with torch.device("meta"):
         sketch = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     n_parameters = sum(p.numel() for p in sketch.parameters())
@@ -32,7 +39,7 @@ def tiny_family(family: str) -> torch.nn.Module:
         raise ValueError(f"{family} has {n_parameters:,} parameters at the least")
     refuse_part(config, sketch)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     make_every_part_count(model)
     return model.eval()
 
