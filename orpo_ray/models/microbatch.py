@@ -1,5 +1,6 @@
 """A packed row as tensors on a worker's device, and its equivalent padded rows."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from orpo_ray.dataset.packing import PackedRow
+from orpo_ray.dataset.packing import ChunkRanges, Integers, PackedRow
 from orpo_ray.models.attention.layout import PackedLayout, to_device
-from orpo_ray.objective.head import Chunk, Targets
+from orpo_ray.objective.head import Chunk, Part, Targets
 
 
 class Microbatch:
@@ -44,11 +45,29 @@ class Microbatch:
             chosen=move(row.chosen),
             rejected=move(row.rejected),
             chunks=tuple(
-                Chunk(chunk.positions, chunk.targets, chunk.completions, chunk.pairs)
+                Chunk(
+                    chunk.positions,
+                    chunk.targets,
+                    chunk.completions,
+                    chunk.pairs,
+                    parts=tuple(Part(*part) for part in _parts(row, chunk, move)),
+                )
                 for chunk in row.chunks
             ),
-            max_positions=row.chunk_tokens,
         )
+
+
+def _parts(
+    row: PackedRow, chunk: ChunkRanges, move: Callable[[Integers], Tensor]
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """The parts of a chunk that is longer than the head may project at once."""
+    first, last = chunk.positions
+    if last - first <= row.chunk_tokens:
+        return
+    at = row.predicted_at[slice(*chunk.targets)] - first
+    for start in range(0, last - first, row.chunk_tokens):
+        stop = min(start + row.chunk_tokens, last - first)
+        yield (start, stop), move(np.flatnonzero((start <= at) & (at < stop)))
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,35 @@ from orpo_ray.objective.odds_ratio import pair_terms
 
 
 @dataclass(frozen=True)
+class Part:
+    """Positions of a long pair whose logits are computed at once.
+
+    Args:
+        positions: their (start, stop) range in the chunk.
+        targets: what they predict, as indices into the targets of the chunk.
+    """
+
+    positions: tuple[int, int]
+    targets: Int[Tensor, " targets"]
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Positions whose loss is computed at once; contains whole pairs only.
 
-    Every field is a (start, stop) range in the arrays of `Targets`.
+    Args:
+        positions: (start, stop) range in the arrays of `Targets`, as are the next three.
+        targets: see there.
+        completions: see there.
+        pairs: see there.
+        parts: of a chunk whose logits are too many to be computed at once.
     """
 
     positions: tuple[int, int]
     targets: tuple[int, int]
     completions: tuple[int, int]
     pairs: tuple[int, int]
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,6 @@ class Targets:
         chosen: index of the chosen completion of each pair.
         rejected: index of the rejected completion of each pair.
         chunks: ranges whose loss is computed at once; they cover all arrays in order.
-        max_positions: positions whose logits are computed at once.
     """
 
     positions: Int[Tensor, " positions"]
@@ -54,7 +72,6 @@ class Targets:
     chosen: Int[Tensor, " pairs"]
     rejected: Int[Tensor, " pairs"]
     chunks: tuple[Chunk, ...]
-    max_positions: int
 
 
 @dataclass(frozen=True)
@@ -194,31 +211,31 @@ class _ChunkedPass:
     def run(self, chunk: Chunk) -> None:
         """Project one chunk, and add its loss and, if needed, its gradient.
 
-        The gradient needs the log-probabilities of whole answers. A chunk of more positions than
-        may be projected at once, of one long pair, is projected in parts, and those again for it.
+        The gradient needs the log-probabilities of whole answers: a chunk in parts is projected
+        for those first, and then again.
         """
         first, last = chunk.positions
         at = self.targets.predicted_at[slice(*chunk.targets)] - first
         token_ids = self.targets.token_ids[slice(*chunk.targets)]
-        size = self.targets.max_positions
-        if last - first <= size:
+        if not chunk.parts:
             whole = self._project(range(first, last), at, token_ids)
             slopes = self._add_loss(chunk, whole.log_probs)
             if self.needs_grad:
                 self._add_gradient(whole, slopes)
             return
-        parts = []
-        for start in range(0, last - first, size):
-            positions = range(first + start, min(first + start + size, last))
-            within = ((at >= start) & (at < start + size)).nonzero()[:, 0]
-            parts.append((positions, within, at[within] - start, token_ids[within]))
+
+        def project(part: Part) -> _Projection:
+            start, stop = part.positions
+            own = at[part.targets] - start
+            return self._project(range(first + start, first + stop), own, token_ids[part.targets])
+
         log_probs = torch.zeros_like(at, dtype=self.dtype)
-        for positions, within, *targets in parts:
-            log_probs[within] = self._project(positions, *targets).log_probs
+        for part in chunk.parts:
+            log_probs[part.targets] = project(part).log_probs
         slopes = self._add_loss(chunk, log_probs)
         if self.needs_grad:
-            for positions, within, *targets in parts:
-                self._add_gradient(self._project(positions, *targets), slopes[within])
+            for part in chunk.parts:
+                self._add_gradient(project(part), slopes[part.targets])
 
     def _project(self, positions: range, at: Tensor, token_ids: Tensor) -> "_Projection":
         """Compute the logits of some positions and the log-probabilities of their targets."""

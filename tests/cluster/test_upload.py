@@ -7,7 +7,7 @@ from ray._private.runtime_env.packaging import create_package
 
 from tests.conftest import ROOT
 
-KEPT_KIB = 1024
+KEPT_KIB = 2048
 
 
 def uploaded(root: Path, work: Path) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from orpo_ray.dataset.packing import pack
 from orpo_ray.models.microbatch import Microbatch
-from orpo_ray.objective.head import Chunk, LossScale, Targets, orpo_head
+from orpo_ray.objective.head import Chunk, LossScale, Part, Targets, orpo_head
 from orpo_ray.objective.odds_ratio import log_sigmoid_log_odds
 from orpo_ray.preference.groups import PromptGroup, RowId
 
@@ -33,15 +33,27 @@ TARGETS = Targets(
         Chunk(positions=(0, 3), targets=(0, 4), completions=(0, 2), pairs=(0, 1)),
         Chunk(positions=(3, 5), targets=(4, 6), completions=(2, 4), pairs=(1, 2)),
     ),
-    max_positions=3,
 )
 WHOLE = replace(
     TARGETS,
     chunks=(Chunk(positions=(0, 5), targets=(0, 6), completions=(0, 4), pairs=(0, 2)),),
-    max_positions=5,
 )
-IN_PARTS = replace(WHOLE, max_positions=2)
-ONE_BY_ONE = replace(TARGETS, max_positions=1)
+
+
+def in_parts(targets: Targets, size: int) -> Targets:
+    """The same with so many positions projected at once."""
+    chunks = []
+    for chunk in targets.chunks:
+        first, last = chunk.positions
+        at = targets.predicted_at[slice(*chunk.targets)] - first
+        starts = range(0, last - first, size)
+        ends = [min(start + size, last - first) for start in starts]
+        parts = [
+            Part((start, end), ((start <= at) & (at < end)).nonzero()[:, 0])
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        chunks.append(replace(chunk, parts=tuple(parts)))
+    return replace(targets, chunks=tuple(chunks))
 
 
 def inputs(dtype, bias):
@@ -70,7 +82,7 @@ def plain_loss(hidden, weight, bias, softcap, logit_scale=1.0):
 
 @pytest.mark.parametrize(
     "targets",
-    [TARGETS, WHOLE, IN_PARTS, ONE_BY_ONE],
+    [TARGETS, WHOLE, in_parts(WHOLE, 2), in_parts(TARGETS, 1)],
     ids=["two chunks", "one chunk", "one in parts", "two in parts"],
 )
 @pytest.mark.parametrize("bias", [True, False])
