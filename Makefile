@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-# Two processes that run tests (tests/conftest.py says which at the same time).
-BESIDE := --numprocesses 2 --dist loadgroup
+# Two processes that run tests, file by file.
+BESIDE := --numprocesses 2 --dist loadfile
 
 .PHONY: demo test quick test-commands test-newest test-all oracle faults gpu-dry-run lint docs wheel clean
 

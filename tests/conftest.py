@@ -22,24 +22,16 @@ from tests.distributed import Ranks
 from tests.reference.small_run import make_inputs, train_small
 
 ROOT = Path(__file__).resolve().parent.parent
+if "PYTEST_XDIST_WORKER" in os.environ:  # another process has the other core
+    torch.set_num_threads(1)
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # read when TRL's ORPO, an oracle, is imported
 SHARED_DATA = ROOT.parent / "shared" / "data"
 STARTS = {"run_ranks": "ranks", "ray_on_demand": "ray"}  # by fixture, the mark of its tests
 
 
-# Folders whose tests start Ray, or processes for both cores: with `--dist loadgroup` one process
-# runs them, one after the other, beside another that runs the rest file by file.
-OF_BOTH_CORES = ("cluster", "equivalence", "orchestration", "trl")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what their fixtures start, and by what may run at the same time."""
+    """Mark tests by what their fixtures start."""
     for item in items:
-        folder, *rest = item.path.relative_to(ROOT / "tests").parts
-        alone = folder in OF_BOTH_CORES
-        item.add_marker(
-            pytest.mark.xdist_group("both cores" if alone else "/".join([folder, *rest]))
-        )
         for fixture, mark in STARTS.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(mark)
