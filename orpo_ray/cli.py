@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -381,7 +381,9 @@ def _no_such_command(name: str) -> str:
 
 def _called(command: str) -> str:
     """How to start a command in the way that this process was started."""
-    script = Path(sys.argv[0]).resolve()
+    script = Path(sys.argv[0])
+    with suppress(FileNotFoundError):  # The working directory may be gone at the end of a run.
+        script = script.resolve()
     if script.parent.name == "jobs" and script.suffix == ".py":
         return f"python jobs/{command}.py"
     if script.name == "__main__.py":

@@ -100,6 +100,17 @@ def test_a_job_is_the_command_of_its_name_from_any_folder(name, run_command, tmp
     assert done.stdout.startswith(f"usage: python jobs/{name}.py ")
 
 
+def test_a_command_names_itself_when_its_working_directory_is_gone(tmp_path, monkeypatch, capsys):
+    """Its end says how to go on; by then somebody may have removed the folder it began in."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setattr(sys, "argv", ["jobs/status.py"])
+    with pytest.raises(SystemExit):
+        main(["status", "--help"])
+    assert capsys.readouterr().out.startswith("usage: python jobs/status.py ")
+
+
 def test_the_package_is_a_command():
     done = subprocess.run(
         [sys.executable, "-m", "orpo_ray", "train", "--help"],

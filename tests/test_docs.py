@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.conftest import ROOT
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+RUN_HERE = [README, *(page for page in DOCS if page.name != "ray.md")]  # tests/trl/test_on_ray.py
 LINKED = [README, *DOCS, *(ROOT / name for name in ("cluster/README.md", "SECURITY.md"))]
 
 
@@ -31,9 +33,9 @@ def blocks(language: str, page: Path) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def commands(start: str) -> list[list[str]]:
+def commands(start: str, pages: Sequence[Path] = (README, *DOCS)) -> list[list[str]]:
     """The commands that begin so, README's first, then those of docs/, each of them once."""
-    shown = [block for page in (README, *DOCS) for block in blocks("bash", page)]
+    shown = [block for page in pages for block in blocks("bash", page)]
     lines = [line for block in shown for line in block.splitlines() if line.startswith(start)]
     return [shlex.split(line) for line in dict.fromkeys(lines)]
 
@@ -65,7 +67,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.commands
 @pytest.mark.timeout(900)
 def test_the_commands_run_in_the_order_they_are_shown(folder, run_command, ray_cluster):
-    for command in commands("orpo-ray"):
+    for command in commands("orpo-ray", RUN_HERE):
         # A sweep brings its own Ray, with the dashboard that frees what stopped trials held.
         address = None if command[1] == "tune" else ray_cluster
         done = run_command(folder, *command[1:], ray_address=address)
@@ -101,8 +103,7 @@ def test_every_command_of_the_project_is_shown():
 
 @pytest.mark.commands
 def test_the_python_block_runs(folder, ray_cluster, monkeypatch, capsys):
-    pages = [page for page in (README, *DOCS) if page.name != "ray.md"]  # tests/trl/test_on_ray.py
-    python = {block for page in pages for block in blocks("python", page)}
+    python = {block for page in RUN_HERE for block in blocks("python", page)}
     assert len(python) == 1
     monkeypatch.chdir(folder)
     exec(compile(python.pop(), "README.md", "exec"), {})

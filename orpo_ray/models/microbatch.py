@@ -50,7 +50,7 @@ class Microbatch:
                     chunk.targets,
                     chunk.completions,
                     chunk.pairs,
-                    parts=tuple(Part(*part) for part in _parts(row, chunk, move)),
+                    parts=tuple(_parts(row, chunk, move)),
                 )
                 for chunk in row.chunks
             ),
@@ -59,7 +59,7 @@ class Microbatch:
 
 def _parts(
     row: PackedRow, chunk: ChunkRanges, move: Callable[[Integers], Tensor]
-) -> Iterator[tuple[tuple[int, int], Tensor]]:
+) -> Iterator[Part]:
     """The parts of a chunk that is longer than the head may project at once."""
     first, last = chunk.positions
     if last - first <= row.chunk_tokens:
@@ -67,7 +67,7 @@ def _parts(
     at = row.predicted_at[slice(*chunk.targets)] - first
     for start in range(0, last - first, row.chunk_tokens):
         stop = min(start + row.chunk_tokens, last - first)
-        yield (start, stop), move(np.flatnonzero((start <= at) & (at < stop)))
+        yield Part((start, stop), move(np.flatnonzero((start <= at) & (at < stop))))
 
 
 @dataclass(frozen=True)

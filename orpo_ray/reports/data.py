@@ -139,12 +139,20 @@ def _list_refused(run_directory: Path, name: str, tokens: TokenSet) -> None:
     with listed.open("wb") as file, pq.ParquetWriter(table, _REFUSED) as writer:
         for batch in iter(lambda: list(itertools.islice(lines, _LISTED_ROWS)), []):
             rows = [json.loads(line) for line in batch]
-            writer.write_table(pa.Table.from_pylist(rows, _REFUSED))
+            writer.write_table(pa.Table.from_pylist(list(map(_printable, rows)), _REFUSED))
             for line, row in zip(batch, rows, strict=True):
                 by_reason[row["reason"]] += 1
                 if n_listed < _LISTED_ROWS or by_reason[row["reason"]] <= _SHOWN_ROWS:
                     file.write(line)
                     n_listed += 1
+
+
+def _printable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without halves of a character, which JSON has of damaged texts and Parquet cannot."""
+    return {
+        name: value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+        for name, value in row.items()
+    }
 
 
 def _refused_lines(tokens: TokenSet) -> Iterator[bytes]:

@@ -59,11 +59,12 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
             model = empty_model(source, model_config)
     except UnsupportedModelError as error:
         raise ConfigError([f"model_name_or_path: {error}"]) from error
-    value_bytes = 2 if config.train.bf16 else 4
+    on_gpu = bool(config.ray.use_gpu) or torch.cuda.is_available()
+    bf16 = on_gpu if config.train.bf16 is None else config.train.bf16
+    value_bytes = 2 if bf16 else 4
     state, state_text = _state(config, model, value_bytes)
     text_config = model_config.get_text_config()
     layers, width = text_config.num_hidden_layers, text_config.hidden_size
-    on_gpu = bool(config.ray.use_gpu) or torch.cuda.is_available()
     kept_layers = 1 if config.train.gradient_checkpointing else layers
     per_token = kept_layers * _ACTIVATIONS_PER_TOKEN + (layers - kept_layers)
     activations = config.microbatch_tokens * per_token * width * value_bytes

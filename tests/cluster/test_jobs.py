@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from orpo_ray.demo.model import make_demo_model
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -203,6 +204,7 @@ def test_the_job_of_the_page_on_ray(job_cluster, pairs, tmp_path):
     """As docs/ray.md shows it, with a folder in place of /data."""
     (command,) = [line for line in PAGE.read_text().splitlines() if line.startswith("ray job ")]
     shutil.copy(pairs, tmp_path)
+    make_demo_model(str(tmp_path / "base"), [pairs.read_text()], 1)
     arguments = command.partition("-- python ")[2].replace("/data", str(tmp_path)).split()
     told = job_cluster.submit("page", *arguments)
     assert job_cluster.status("page") == "succeeded", told

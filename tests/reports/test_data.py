@@ -135,15 +135,16 @@ def test_of_many_refused_rows_people_get_some_and_all_are_in_a_table(tmp_path, m
     tokens = token_set(tmp_path / "set", counts(20, 9, 11), counts(20, 9, 11))
     common, rare = ("empty_chosen", "the chosen answer is empty"), ("bad_json", "é")
     rows = [
-        {"file": "f", "row": n, "reason": why[0], "detail": why[1], "excerpt": "{"}
+        {"file": "f", "row": n, "reason": why[0], "detail": why[1], "excerpt": "half: \ud83d"}
         for n, why in enumerate([common] * 9 + [rare] * 2, start=1)
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (tmp_path / "set" / "quarantine" / "0.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "set/quarantine/0.jsonl").write_bytes(text.encode(errors="backslashreplace"))
     write_data_report(tmp_path, {"train": tokens}, CONFIG, {})
     listed = (tmp_path / "quarantine" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["row"] for line in listed] == [1, 2, 3, 4, 10, 11]
-    assert pq.read_table(tmp_path / "quarantine" / "train.parquet").to_pylist() == rows
+    table = pq.read_table(tmp_path / "quarantine" / "train.parquet").to_pylist()
+    assert table == [row | {"excerpt": r"half: \ud83d"} for row in rows]
 
 
 def test_without_refused_rows_there_is_no_quarantine(tmp_path: Path) -> None:

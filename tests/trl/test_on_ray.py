@@ -8,6 +8,7 @@ import pytest
 import ray.train
 from safetensors.torch import load_file
 
+from orpo_ray.demo.model import make_demo_model
 from tests.conftest import ROOT
 from tests.test_docs import blocks
 
@@ -17,6 +18,7 @@ PAGE = ROOT / "docs" / "ray.md"
 @pytest.mark.slow
 @pytest.mark.commands
 @pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:The `parse_obj` method")  # Ray 2.60 reads its file with it.
 def test_the_ways_of_the_page(no_ray, run_command, tmp_path, monkeypatch, capsys):
     """The job is run by `tests/cluster/test_jobs.py`."""
     rows = [
@@ -24,6 +26,7 @@ def test_the_ways_of_the_page(no_ray, run_command, tmp_path, monkeypatch, capsys
         for i in range(40)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_demo_model(str(tmp_path / "base"), [text for row in rows for text in row.values()], 1)
     monkeypatch.chdir(tmp_path)
     # A trial that ends early frees its workers by the dashboard.
     ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
