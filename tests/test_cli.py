@@ -1,6 +1,7 @@
 """The command line: exit codes, what is printed, and what is not imported."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -238,12 +239,12 @@ def test_a_dry_run_says_batch_steps_and_memory(run_here, tmp_path):
         num_attention_heads=2,
         tie_word_embeddings=True,
     ).save_pretrained(tmp_path / "model")
+    files = ("train_files=pairs.jsonl", "model_name_or_path=model")
     done = run_here(
         tmp_path,
         TRAIN,
         "--dry-run",
-        "train_files=pairs.jsonl",
-        "model_name_or_path=model",
+        *files,
         "per_device_train_batch_size=2",
         "gradient_accumulation_steps=3",
         "num_train_epochs=2",
@@ -252,6 +253,12 @@ def test_a_dry_run_says_batch_steps_and_memory(run_here, tmp_path):
     assert "effective batch: 6 pairs a step" in done.stdout
     assert "steps: 34, from at most 100 pairs" in done.stdout
     assert "1,064 parameters" in done.stdout
+    assert "activations of 2048 tokens" in done.stdout
+    total, *parts = map(float, re.findall(r"\d+\.\d\d(?= )", done.stdout.partition("memory")[2]))
+    assert total == pytest.approx(sum(parts), abs=0.03)
+    fewer = run_here(tmp_path, TRAIN, "--dry-run", *files, "global_batch_size=1", "max_length=256")
+    assert "effective batch: 1 pairs a step (global_batch_size)" in fewer.stdout
+    assert "activations of 512 tokens" in fewer.stdout
     assert not (tmp_path / "runs").exists()
 
 

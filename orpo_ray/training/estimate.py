@@ -15,10 +15,11 @@ _BYTES_IN_4_BITS, _BYTES_BESIDE = 0.516, 2
 # Per token and layer, in units of the hidden width: inputs of norms, q, k, v, attention output,
 # and three times the MLP's width (gate, up, product), about 8/3 x hidden each.
 _ACTIVATIONS_PER_TOKEN = 6 + 3 * 8 / 3
-# On the host also the process itself: Python, torch and Ray. Its kernels keep more than those of a
-# GPU: activations twice as much, and beside logits and gradient a softmax (benchmarks/RESULTS.md).
+# On the host kernels keep more than those of a GPU: activations 1.7 times as much. Between tensors
+# of ever other lengths the allocator holds as much again as half of what is used, and the process
+# itself is Python, torch and Ray (measured, benchmarks/RESULTS.md).
+_HOST_ACTIVATIONS, _HOST_HOLES = 1.7, 0.55
 _PROCESS_BYTES = 0.5 * _GIB
-_HOST_ACTIVATIONS, _HOST_LOGITS = 2, 3
 
 
 def plan_lines(config: ORPOConfig) -> list[str]:
@@ -29,11 +30,13 @@ def plan_lines(config: ORPOConfig) -> list[str]:
         DataError: for files that are not there.
     """
     train, data = config.train, config.data
-    lines = [
-        f"effective batch: {config.pairs_per_step} pairs a step "
-        f"({train.per_device_train_batch_size} a worker and pass x "
-        f"{train.gradient_accumulation_steps} passes x {config.ray.max_workers} workers)"
-    ]
+    made_of = (
+        "global_batch_size"
+        if train.global_batch_size
+        else f"{train.per_device_train_batch_size} a worker and pass x "
+        f"{train.gradient_accumulation_steps} passes x {config.ray.max_workers} workers"
+    )
+    lines = [f"effective batch: {config.pairs_per_step} pairs a step ({made_of})"]
     if data.train_files is None:
         lines.append("steps: the demo's pairs and model are made when the run starts")
     else:
@@ -67,30 +70,37 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
     layers, width = text_config.num_hidden_layers, text_config.hidden_size
     kept_layers = 1 if config.train.gradient_checkpointing else layers
     per_token = kept_layers * _ACTIVATIONS_PER_TOKEN + (layers - kept_layers)
-    activations = config.microbatch_tokens * per_token * width * value_bytes
-    chunk_tokens = config.train.head_chunk(text_config.vocab_size, on_gpu)
-    logits = 4 * chunk_tokens * text_config.vocab_size
+    # No row is longer than a worker's pairs, whose prompt and answers are two sequences at most.
+    own_pairs = -(-config.pairs_per_step // config.ray.max_workers)
+    tokens = min(config.microbatch_tokens, own_pairs * 2 * config.data.max_length)
+    activations = tokens * per_token * width * value_bytes * (1 if on_gpu else _HOST_ACTIVATIONS)
+    positions = min(config.train.head_chunk(text_config.vocab_size, on_gpu), tokens)
+    logits = 4 * positions * text_config.vocab_size
+    gathered = _gathered(config, model, layers, value_bytes, on_gpu)
     parts = [
         (state, state_text),
-        (_gathered(config, model, layers, value_bytes), "weights and gradients as gathered"),
-        (
-            activations * (1 if on_gpu else _HOST_ACTIVATIONS),
-            f"activations of {config.microbatch_tokens} tokens",
-        ),
-        (
-            logits * (2 if on_gpu else _HOST_LOGITS),
-            f"logits of {chunk_tokens} positions and their gradient",
-        ),
-        (0 if on_gpu else _PROCESS_BYTES, "the process itself"),
+        (gathered, "weights and gradients as gathered"),
+        (activations, f"activations of {tokens} tokens"),
+        (2 * logits, f"logits of {positions} positions and their gradient"),
     ]
+    if not on_gpu:
+        used = sum(part for part, _ in parts)
+        parts += [
+            (_HOST_HOLES * used, "what the allocator holds between them"),
+            (_PROCESS_BYTES, "the process itself"),
+        ]
     total = sum(part for part, _ in parts)
     shown = " + ".join(f"{part / _GIB:.2f} {text}" for part, text in parts if part)
     return [f"memory a worker: about {total / _GIB:.2f} GiB = {shown}"]
 
 
-def _gathered(config: ORPOConfig, model: Any, layers: int, value_bytes: int) -> float:
-    """Bytes of what FSDP gathers: of one worker's whole model, else of two layers at a time."""
-    if config.model.load_in_4bit:
+def _gathered(config: ORPOConfig, model: Any, layers: int, value_bytes: int, on_gpu: bool) -> float:
+    """Bytes of what FSDP gathers: of one worker's whole model, else of two layers at a time.
+
+    One worker on the host has nothing to gather, and in fp32 no second copy.
+    """
+    alone_on_host = config.ray.max_workers == 1 and not on_gpu
+    if config.model.load_in_4bit or (alone_on_host and value_bytes == 4):
         return 0.0
     n_parameters: int = sum(p.numel() for p in model.parameters())
     share = 1.0 if config.ray.max_workers == 1 else min(1.0, 2 / layers)
