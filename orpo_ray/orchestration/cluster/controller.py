@@ -2,13 +2,15 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
 from ray import PlacementGroupID
 from ray.exceptions import RayActorError, RayError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group_table,
@@ -19,6 +21,7 @@ from orpo_ray.storage.files import first_line
 from orpo_ray.training.errors import TrainingError
 
 _ABORT_S = 3.0
+_ADDRESS = "RAY_ADDRESS"
 _log = logging.getLogger(__name__)
 
 
@@ -61,7 +64,8 @@ def fit(make: Callable[[], Trainer], max_failures: int, stops: Callable[[], bool
     while True:
         trainer = make()
         try:
-            return trainer.fit().return_value
+            with _own_address():
+                return trainer.fit().return_value
         except KeyboardInterrupt:
             trainer.abort()
             _remove_placement_groups(others)
@@ -76,6 +80,25 @@ def fit(make: Callable[[], Trainer], max_failures: int, stops: Callable[[], bool
                 raise TrainingError(f"{reason}; {goes_on}") from error
             _log.warning("%s; another one begins at the newest checkpoint", reason)
             _remove_placement_groups(others)
+
+
+@contextlib.contextmanager
+def _own_address() -> Iterator[None]:
+    """Name this Ray to the actors that Ray Train starts.
+
+    The one that frees the workers of a stopped trial looks for its cluster as a command would: it
+    found the last `ray start` of this machine, dead or alive, and the sweep waited for ever.
+    """
+    before = os.environ.get(_ADDRESS)
+    os.environ[_ADDRESS] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add(_ADDRESS)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_ADDRESS, None)
+        else:
+            os.environ[_ADDRESS] = before
 
 
 def _remove_placement_groups(others: set[str]) -> None:

@@ -1,10 +1,14 @@
-"""Ray Train's controller is killed in a run on a Ray of this machine."""
+"""Ray Train's controller: what it is told, and runs in which it is killed."""
 
 import json
+import os
 
 import psutil
 import pytest
+import ray
+from ray.train import RunConfig, ScalingConfig
 
+from orpo_ray.orchestration.cluster.controller import Trainer, fit
 from tests.background import Command, start
 
 SETTINGS = ("max_steps=40", "save_steps=5")
@@ -15,6 +19,22 @@ def kill_controller(command: Command) -> None:
     children = psutil.Process(command.process.pid).children(recursive=True)
     (controller,) = (c for c in children if "TrainController" in " ".join(c.cmdline()))
     controller.kill()
+
+
+def test_what_ray_train_starts_knows_its_own_ray(ray_cluster, tmp_path, monkeypatch):
+    """Else it looks for one, and finds another of this machine, or one that has long ended."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def make() -> Trainer:
+        return Trainer(
+            lambda: os.environ.get("RAY_ADDRESS"),
+            scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+            run_config=RunConfig(name="run", storage_path=str(tmp_path)),
+        )
+
+    address = ray.get_runtime_context().gcs_address
+    assert fit(make, max_failures=0, stops=lambda: False) == address
+    assert "RAY_ADDRESS" not in os.environ
 
 
 @pytest.mark.slow
