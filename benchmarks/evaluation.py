@@ -32,6 +32,7 @@ def orpo_ray_round(folder: Path, device: torch.device) -> Callable[[], float]:
     from orpo_ray.dataset.shards import TokenSet
     from orpo_ray.dataset.stream import BatchPlan, TokenStream
     from orpo_ray.models.build import build_evaluated_model
+    from orpo_ray.objective.objectives import objective_of
     from orpo_ray.training.budget import head_chunk
     from orpo_ray.training.evaluation import evaluate_streams
 
@@ -50,7 +51,7 @@ def orpo_ray_round(folder: Path, device: torch.device) -> Callable[[], float]:
     streams = {"eval_": TokenStream(tokens, order, plan, rank=0, world_size=1)}
 
     def score() -> float:
-        found = evaluate_streams(model, streams, config.orpo.beta, device)
+        found = evaluate_streams(model, streams, objective_of(config.orpo), device)
         return float((found.scores["eval_"]["margin"].to_numpy() > 0).mean())
 
     return score

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 
+from orpo_ray.objective.objectives import objective_of
 from orpo_ray.storage.folder import Folder
 from workload import MAX_LENGTH, Work
 
@@ -32,7 +33,7 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     from orpo_ray.dataset.shards import TokenSet
     from orpo_ray.dataset.stream import BatchPlan, TokenStream
     from orpo_ray.models.build import build_model
-    from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+    from orpo_ray.objective.metrics import N_SUMS, LossWeights, metrics_from_sums
     from orpo_ray.runs.files import RunFiles
     from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress
     from orpo_ray.training.optimizer import build_optimizer, build_scheduler
@@ -51,7 +52,7 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
         model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.train, n_steps),
-        beta=config.orpo.beta,
+        objective=objective_of(config.orpo),
         max_grad_norm=config.train.max_grad_norm,
         seed=config.train.seed,
         device=device,
@@ -62,7 +63,7 @@ def orpo_ray_side(work: Work, line: Connection) -> None:
     chunk_tokens = config.train.head_chunk(model.causal_lm.config.vocab_size, cuda)
     plan = BatchPlan(work.batch // work.pairs_per_group, work.budget_tokens, chunk_tokens, True)
     batches = TokenStream(tokens, order, plan, 0, 1).batches(0, n_steps)
-    weights = OrpoWeights(config.orpo.beta, 0.0)
+    weights = LossWeights(objective_of(config.orpo), 0.0)
     files = RunFiles(Folder.at(work.folder), is_writer=True)
     saver = CheckpointSaver(Folder.at(work.folder), keep=2)
 

@@ -19,7 +19,8 @@ from orpo_ray.dataset.stream import BatchPlan, StepBatch, TokenStream
 from orpo_ray.models import build as sharding
 from orpo_ray.models.adapters import add_adapters
 from orpo_ray.models.build import build_model
-from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.objective.metrics import N_SUMS, LossWeights, metrics_from_sums
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.step import TrainState, train_step
 from results import CUDA, DEVICE, DRY, print_machine, record
@@ -99,7 +100,7 @@ def built_with_lora(model_config: LlamaConfig, **settings: Any) -> TrainState:
 def _train_state(model: Any, config: ORPOConfig) -> TrainState:
     optimizer = build_optimizer(model, config.train)
     scheduler = build_scheduler(optimizer, config.train, 100)
-    return TrainState(model, optimizer, scheduler, BETA, 1.0, 0, DEVICE)
+    return TrainState(model, optimizer, scheduler, orpo(BETA), 1.0, 0, DEVICE)
 
 
 def zeros() -> torch.Tensor:
@@ -113,7 +114,7 @@ def losses(state: TrainState, batches: Sequence[StepBatch]) -> list[float]:
     for batch in batches:
         sums = zeros()
         train_step(state, batch, sums)
-        found.append(metrics_from_sums(sums.tolist(), OrpoWeights(BETA, 0.0))["loss"])
+        found.append(metrics_from_sums(sums.tolist(), LossWeights(orpo(BETA), 0.0))["loss"])
     return found
 
 

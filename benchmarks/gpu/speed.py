@@ -180,7 +180,7 @@ def _phases(state: TrainState, step: StepBatch, size: str, name: str) -> None:
 
     Where the host takes as long as both, the device waits for launches.
     """
-    scale, row = loss_scale(step, state.beta), step.rows[0]
+    scale, row = loss_scale(step, state.objective), step.rows[0]
     made: dict[str, Any] = {}
 
     def place() -> None:

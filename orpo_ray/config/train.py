@@ -1,26 +1,66 @@
 """Settings of the objective and of the training loop."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from orpo_ray.config.fields import Interval, PositiveInt, Section, Share, setting
 
+OBJECTIVE_SETTINGS: Mapping[str, frozenset[str]] = {
+    "orpo": frozenset({"beta"}),
+    "simpo": frozenset({"beta", "simpo_gamma", "cpo_alpha", "label_smoothing"}),
+    "cpo": frozenset({"beta", "loss_type", "cpo_alpha", "label_smoothing"}),
+    "sft": frozenset(),
+}
+"""The settings that decide the loss of an objective; the others do nothing there."""
+
 
 class OrpoSection(Section):
-    """The objective: loss = NLL - beta * mean(logsigmoid(log odds)) + router loss."""
+    """The objective; for orpo, loss = NLL - beta * mean(logsigmoid(log odds)) + router loss."""
 
+    objective: Literal["orpo", "simpo", "cpo", "sft"] = setting(
+        "orpo",
+        "What is minimised. sft: the NLL of the chosen answers; rejected ones are not computed, "
+        "and rows need none.",
+        decides="weights",
+    )
     beta: float = setting(
         0.1,
-        "Weight of the odds-ratio term (lambda in the paper).",
+        "Weight of the odds-ratio term (lambda in the paper). simpo, cpo: scale of the margin "
+        "(simpo's paper: 2 to 2.5).",
         decides="weights",
         ge=0.0,
         le=100.0,
     )
-    nll_scope: Literal["all", "completion"] = setting(
-        "all",
-        "Tokens that the NLL is averaged over. all: prompt and chosen answer, as in TRL; "
-        "completion: the chosen answer only.",
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = setting(
+        "sigmoid", "Function of the margin in objective cpo.", decides="weights"
+    )
+    simpo_gamma: float = setting(
+        0.5,
+        "Margin to reach in objective simpo, after scaling by beta.",
+        decides="weights",
+        ge=0.0,
+        le=100.0,
+    )
+    cpo_alpha: float = setting(
+        1.0,
+        "Weight of the NLL in objectives cpo and simpo. 0 is SimPO as in its paper.",
+        decides="weights",
+        ge=0.0,
+        le=100.0,
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "Share of pairs taken to be labelled the wrong way round, in simpo and in cpo's sigmoid.",
+        decides="weights",
+        ge=0.0,
+        lt=0.5,
+    )
+    nll_scope: Literal["all", "completion"] | None = setting(
+        None,
+        "Tokens that the NLL is averaged over. all: prompt and chosen answer; completion: the "
+        "chosen answer only. Default: all for orpo and completion for the others, as in TRL.",
         decides="weights",
     )
     router_aux_loss_coef: float | None = setting(
@@ -31,6 +71,35 @@ class OrpoSection(Section):
         ge=0.0,
         le=100.0,
     )
+
+    @model_validator(mode="after")
+    def _defined(self) -> Self:
+        if self.objective == "cpo" and self.loss_type == "ipo" and self.beta == 0:
+            raise ValueError("beta: 0, which loss_type=ipo divides by; set one above 0")
+        return self
+
+    @property
+    def prompt_counts(self) -> bool:
+        """Whether the NLL includes prompt tokens."""
+        return self.in_nll == "all"
+
+    @property
+    def in_nll(self) -> Literal["all", "completion"]:
+        """`nll_scope`, or its default for the objective."""
+        return self.nll_scope or ("all" if self.objective == "orpo" else "completion")
+
+    @property
+    def text(self) -> str:
+        """The objective and its settings for people, `beta 0.1` or `simpo, beta 2, ...`."""
+        used = OBJECTIVE_SETTINGS[self.objective]
+        settings = [f"{n} {getattr(self, n)}" for n in type(self).model_fields if n in used]
+        return ", ".join([*([] if self.objective == "orpo" else [self.objective]), *settings])
+
+    def unused(self) -> tuple[str, ...]:
+        """Settings that were given another value than their default and that do nothing here."""
+        fields, used = type(self).model_fields, OBJECTIVE_SETTINGS[self.objective]
+        others = frozenset().union(*OBJECTIVE_SETTINGS.values()) - used
+        return tuple(n for n in fields if n in others and getattr(self, n) != fields[n].default)
 
 
 def _some_steps(value: int) -> int:

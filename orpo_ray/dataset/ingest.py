@@ -119,6 +119,8 @@ def _cache_key(request: IngestRequest, fingerprints: Sequence[tuple[int | None, 
         del settings[name]
     if not uses_clock(tokenizer):
         del settings["template_date"]
+    if not request.reader.takes_one_answer:  # a cache of a version that took two answers only
+        del settings["reader"]["takes_one_answer"]
     parts = [
         CODE_VERSION,
         [(path, *found) for path, found in zip(request.files, fingerprints, strict=True)],

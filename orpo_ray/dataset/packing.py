@@ -52,7 +52,7 @@ class PackedRow:
         completion: (targets,) index of the completion; the number of completions for prompt tokens.
         completion_lengths: (completions,) number of targets.
         chosen: (pairs,) index of the chosen completion.
-        rejected: (pairs,) index of the rejected completion.
+        rejected: (pairs,) index of the rejected completion; the chosen one's without one.
         chunks: ranges that the LM head projects at once, but for pairs that are too long for it.
         chunk_tokens: maximum number of positions that it projects at once.
         row_ids: source row of every pair.
@@ -83,6 +83,11 @@ class PackedRow:
     def n_pairs(self) -> int:
         """Number of pairs in this row."""
         return len(self.chosen)
+
+    @property
+    def compared(self) -> Integers:
+        """Indices of the pairs that have a rejected completion."""
+        return np.flatnonzero(self.chosen != self.rejected)
 
 
 def nll_tokens(group: PromptGroup, prompt_counts: bool) -> int:

@@ -30,9 +30,10 @@ class PairStats:
         rows: source row number, from 0.
         prompt_keys: hash of the prompt before templating (see `Record.prompt_key`).
         pair_keys: hash of the three rendered texts.
-        swapped_keys: what `pair_keys` would be with chosen and rejected swapped.
+        swapped_keys: what `pair_keys` would be with chosen and rejected swapped; no pair's for one
+            answer.
         group_keys: hash of the prompt's token ids after truncation.
-        lengths: (pairs, 3), number of tokens of prompt, chosen and rejected.
+        lengths: (pairs, 3), number of tokens of prompt, chosen and rejected; 0 for none.
         held: whether the pair is held out of training.
         subsets: value of the row's subset column, "" without one.
     """
@@ -127,7 +128,9 @@ class PairStatsBuilder:
         texts = (text.prompt, text.chosen, text.rejected)
         of_prompt, of_chosen, of_rejected = (xxhash.xxh3_64_digest(part.encode()) for part in texts)
         pair_key = xxhash.xxh3_64_intdigest(of_prompt + of_chosen + of_rejected)
-        swapped_key = xxhash.xxh3_64_intdigest(of_prompt + of_rejected + of_chosen)
+        is_alone = of_chosen == of_rejected  # which no pair contradicts
+        swapped = of_prompt if is_alone else of_prompt + of_rejected + of_chosen
+        swapped_key = xxhash.xxh3_64_intdigest(swapped)
         self.groups.append(group)
         self.keys.append((_hash(prompt), pair_key, swapped_key))
         self.subsets.append(subset)
@@ -142,7 +145,9 @@ class PairStatsBuilder:
     def arrays(self) -> PairStats:
         """Return the stats of all added pairs."""
         keys = np.array(self.keys, dtype=np.uint64).reshape(-1, 3)
-        lengths = [[len(group.prompt), *map(len, group.completions)] for group in self.groups]
+        lengths = [
+            [len(group.prompt), *map(len, group.completions), 0][:3] for group in self.groups
+        ]
         return PairStats(
             sources=np.array([group.row_ids[0].source for group in self.groups], dtype=np.int32),
             rows=np.array([group.row_ids[0].row for group in self.groups], dtype=np.int64),

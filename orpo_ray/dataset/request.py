@@ -79,12 +79,18 @@ class IngestRequest:
             self.chat_template,
             self.trust_remote_code,
         )
-        return _load_tokenizer(source, self.limits, self.special_tokens, files)
+        return _load_tokenizer(
+            source, self.limits, self.special_tokens, self.reader.takes_one_answer, files
+        )
 
 
 @functools.lru_cache(maxsize=8)
 def _load_tokenizer(
-    source: ModelSource, limits: Limits, special_tokens: str, files: tuple[tuple[int, int], ...]
+    source: ModelSource,
+    limits: Limits,
+    special_tokens: str,
+    takes_one_answer: bool,
+    files: tuple[tuple[int, int], ...],
 ) -> PairTokenizer:
     """Load the tokenizer; `files` is there for the cache key.
 
@@ -96,4 +102,4 @@ def _load_tokenizer(
         tokenizer = load_tokenizer(source)
     except UnsupportedModelError as error:
         raise DataError([f"model_name_or_path: {error}"]) from error
-    return PairTokenizer(tokenizer, limits, special_tokens)
+    return PairTokenizer(tokenizer, limits, special_tokens, takes_one_answer)

@@ -17,7 +17,7 @@ import xxhash
 from orpo_ray.dataset.order import Order
 from orpo_ray.dataset.packing import PackedRow, balanced_bins, nll_tokens, pack
 from orpo_ray.dataset.shards import Shard, TokenSet, to_groups
-from orpo_ray.preference.groups import PromptGroup, RowId, without_rows
+from orpo_ray.preference.groups import PromptGroup, RowId, chosen_alone, without_rows
 
 _TABLES_BYTES = 64 << 20
 GroupLocation = tuple[int, int]
@@ -58,12 +58,14 @@ class BatchPlan:
         budget_tokens: maximum number of tokens per microbatch; a longer group is one by itself.
         chunk_tokens: maximum number of positions that the LM head projects at once.
         prompt_counts: whether the NLL includes prompt tokens (`nll_scope: all`).
+        chosen_alone: whether rejected completions are left out.
     """
 
     batch_groups: int
     budget_tokens: int
     chunk_tokens: int
     prompt_counts: bool
+    chosen_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class TokenStream:
 
     def batch_without(self, step: int, rows: Set[RowId]) -> StepBatch:
         """Return the batch of one step without the given source rows; it may be empty."""
-        shards = _ShardCache(self.token_set, keep=2 * self.order.window_shards + 1)
+        shards = self._shards()
         epoch, batch = divmod(step, self.steps_per_epoch)
         locations = self.order.epoch(epoch, batch * self.plan.batch_groups)
         members = itertools.islice(locations, self.plan.batch_groups)
@@ -111,7 +113,7 @@ class TokenStream:
 
     def first_groups(self, n_groups: int) -> list[PromptGroup]:
         """Return the first groups of epoch 0; the same on every rank."""
-        shards = _ShardCache(self.token_set, keep=2 * self.order.window_shards + 1)
+        shards = self._shards()
         locations = itertools.islice(self.order.epoch(0, 0), n_groups)
         return [shards.group(location) for location in locations]
 
@@ -120,8 +122,12 @@ class TokenStream:
         groups = self.first_groups(n_groups)
         return pack(groups, self.plan.chunk_tokens, self.plan.prompt_counts)
 
+    def _shards(self) -> "_ShardCache":
+        keep = 2 * self.order.window_shards + 1
+        return _ShardCache(self.token_set, keep, self.plan.chosen_alone)
+
     def _batches(self, first_step: int, n_steps: int) -> Iterator[StepBatch]:
-        shards = _ShardCache(self.token_set, keep=2 * self.order.window_shards + 1)
+        shards = self._shards()
         step = first_step
         while step < n_steps:
             epoch, batch = divmod(step, self.steps_per_epoch)
@@ -156,9 +162,10 @@ class _ShardCache:
     Of files that hold several shards, which are small, the tables are kept as well.
     """
 
-    def __init__(self, token_set: TokenSet, keep: int) -> None:
+    def __init__(self, token_set: TokenSet, keep: int, alone: bool) -> None:
         self._token_set = token_set
         self._keep = keep
+        self._alone = alone
         self._open: dict[int, list[PromptGroup]] = {}
         self._shards_of = Counter(shard.name for shard in token_set.shards)
         self._tables: dict[str, Any] = {}
@@ -169,7 +176,8 @@ class _ShardCache:
         if shard not in self._open:
             if len(self._open) >= self._keep:
                 del self._open[next(iter(self._open))]
-            self._open[shard] = self._groups(self._token_set.shards[shard])
+            groups = self._groups(self._token_set.shards[shard])
+            self._open[shard] = list(map(chosen_alone, groups)) if self._alone else groups
         return self._open[shard][row]
 
     def _groups(self, shard: Shard) -> list[PromptGroup]:

@@ -35,6 +35,8 @@ class Microbatch:
         self.layout = PackedLayout(row.spans, device)
         self.n_nll_tokens = row.n_nll_tokens
         self.n_pairs = row.n_pairs
+        compared = row.compared
+        self.compared = None if len(compared) == row.n_pairs else move(compared)
         self.targets = Targets(
             positions=move(row.positions),
             predicted_at=move(row.predicted_at),

@@ -32,17 +32,18 @@ class OrpoOutput(NamedTuple):
         loss: scaled by the divisors of the global batch; carries the gradient.
         sums: of `batch_sums`, unscaled.
         chosen_log_probs: mean log-probability per token of each chosen answer, in nats.
-        rejected_log_probs: likewise of each rejected answer.
+        rejected_log_probs: likewise of each rejected answer, or of the chosen one where the pair
+            has no other.
     """
 
     loss: Float[Tensor, ""]
-    sums: Float[Tensor, "10"]
+    sums: Float[Tensor, "12"]
     chosen_log_probs: Float[Tensor, " pairs"]
     rejected_log_probs: Float[Tensor, " pairs"]
 
 
 class OrpoModel(nn.Module):
-    """A causal language model whose forward pass is the ORPO loss of a packed row.
+    """A causal language model whose forward pass is the loss of a packed row.
 
     The LM head and the loss are computed in `forward` of the FSDP root: the head's weights are
     unsharded there, and full logits never exist.
@@ -95,7 +96,7 @@ class OrpoModel(nn.Module):
         self.causal_lm.set_attn_implementation(implementation)
 
     def forward(self, batch: Microbatch, scale: LossScale) -> OrpoOutput:
-        """The ORPO loss of one packed row, divided by the global batch's counts."""
+        """The loss of one packed row, divided by the global batch's counts."""
         hidden, router_logits = self.decode(batch)
         matrix = self.causal_lm.get_output_embeddings()
         output = orpo_head(
@@ -165,7 +166,10 @@ class OrpoModel(nn.Module):
             aux = router_loss(router_logits, batch.multiplicity, self.experts_per_token)
             loss = loss + self.router_coef * aux * (batch.n_pairs * scale.pair)
         if batch.n_pairs:
-            sums = batch_sums(output.nll_sum, batch.n_nll_tokens, chosen, rejected, aux)
+            both = torch.stack([chosen, rejected])
+            if batch.compared is not None:
+                both = both[:, batch.compared]
+            sums = batch_sums(output, batch.n_nll_tokens, both, batch.n_pairs, aux)
         else:
             sums = loss.new_zeros(N_SUMS, dtype=torch.float64)
         return OrpoOutput(loss, sums, chosen, rejected)

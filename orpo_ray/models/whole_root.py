@@ -10,6 +10,7 @@ from orpo_ray.dataset.packing import pack
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
+from orpo_ray.objective.objectives import orpo
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def whole_root(model: OrpoModel, device: torch.device) -> Iterator[None]:
         # The root has to run forward once before its submodules (lazy init); an empty row does.
         nothing = Microbatch(pack([], chunk_tokens=1, prompt_counts=True), device)
         with torch.no_grad():
-            model(nothing, LossScale(nll=0.0, pair=0.0, beta=0.0))
+            model(nothing, LossScale(nll=0.0, pair=0.0, objective=orpo(0.0)))
         model.unshard()
     try:
         yield

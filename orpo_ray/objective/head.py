@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from orpo_ray.objective.odds_ratio import pair_terms
+from orpo_ray.objective.objectives import Answers, Objective
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class LossScale:
         nll: 1 / number of NLL tokens of the global batch; times the number of workers where
             gradients are averaged over them.
         pair: 1 / number of pairs of the global batch; times the same.
-        beta: weight of the odds-ratio term.
+        objective: what is minimised.
     """
 
     nll: float
     pair: float
-    beta: float
+    objective: Objective
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,13 @@ class HeadOutput:
     Args:
         loss: scaled loss; backward may run once.
         nll_sum: NLL weighted by `nll_weights` and summed, in nats.
+        term_sum: the objective's terms of all pairs, summed; without the weight in front of them.
         completion_log_probs: mean log-probability per token of each completion, in nats.
     """
 
     loss: Float[Tensor, ""]
     nll_sum: Float[Tensor, ""]
+    term_sum: Float[Tensor, ""]
     completion_log_probs: Float[Tensor, " completions"]
 
 
@@ -114,7 +116,7 @@ def orpo_head(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> HeadOutput:
-    """Compute the ORPO loss of a packed row from its last hidden states.
+    """Compute the loss of a packed row from its last hidden states.
 
     Only positions that have a target are projected. The gradient is computed in the forward pass,
     chunk by chunk while the logits exist, so backward may run only once. Log-probabilities are
@@ -129,10 +131,10 @@ def orpo_head(
         softcap: logit soft-capping, `softcap * tanh(logits / softcap)` (Gemma 2).
         logit_scale: factor of the logits, before soft-capping (Granite, Cohere).
     """
-    loss, nll_sum, log_probs = _OrpoHead.apply(  # type: ignore[no-untyped-call]
+    loss, nll_sum, term_sum, log_probs = _OrpoHead.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, scale, softcap, logit_scale
     )
-    return HeadOutput(loss=loss, nll_sum=nll_sum, completion_log_probs=log_probs)
+    return HeadOutput(loss, nll_sum, term_sum, log_probs)
 
 
 class _OrpoHead(torch.autograd.Function):
@@ -147,8 +149,9 @@ class _OrpoHead(torch.autograd.Function):
             chunked.run(chunk)
         ctx.save_for_backward(chunked.grad_hidden, chunked.grad_weight, chunked.grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype)
-        ctx.mark_non_differentiable(chunked.nll_sum, chunked.completion_log_probs)
-        return chunked.loss, chunked.nll_sum, chunked.completion_log_probs
+        unscaled = chunked.nll_sum, chunked.term_sum, chunked.completion_log_probs
+        ctx.mark_non_differentiable(*unscaled)
+        return chunked.loss, *unscaled
 
     @staticmethod
     @once_differentiable
@@ -183,6 +186,7 @@ class _ChunkedPass:
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.loss = hidden.new_zeros((), dtype=self.dtype)
         self.nll_sum = hidden.new_zeros((), dtype=self.dtype)
+        self.term_sum = hidden.new_zeros((), dtype=self.dtype)
         self.completion_log_probs = torch.zeros_like(targets.completion_lengths, dtype=self.dtype)
         self._grads: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
@@ -265,17 +269,22 @@ class _ChunkedPass:
         weights = targets.nll_weights[slice(*chunk.targets)].to(self.dtype)
         sums = token_log_probs.new_zeros(last - first + 1).index_add_(0, slot, token_log_probs)
         means = sums[:-1] / lengths
-        of_pairs = slice(*chunk.pairs)
-        pairs = torch.stack([targets.chosen[of_pairs], targets.rejected[of_pairs]]) - first
-        terms = pair_terms(means[pairs])
-        nll, pair_scale = -(weights * token_log_probs).sum(), scale.pair * scale.beta
-        self.loss += scale.nll * nll - pair_scale * terms.values.sum()
+        nll, nll_scale = -(weights * token_log_probs).sum(), scale.nll * scale.objective.nll_weight
         self.nll_sum += nll
         self.completion_log_probs[first:last] = means
+        if scale.objective.terms is None:
+            self.loss += nll_scale * nll
+            return weights * -nll_scale
+        of_pairs = slice(*chunk.pairs)
+        pairs = torch.stack([targets.chosen[of_pairs], targets.rejected[of_pairs]]) - first
+        terms = scale.objective.terms(Answers(means[pairs], lengths[pairs]))
+        pair_scale, term_sum = scale.pair * scale.objective.pair_weight, terms.values.sum()
+        self.loss += nll_scale * nll - pair_scale * term_sum
+        self.term_sum += term_sum
         slopes = torch.cat([terms.chosen_slopes, terms.rejected_slopes])
         by_completion = torch.zeros_like(sums).index_add_(0, pairs.view(-1), slopes)
         by_completion[:-1].div_(lengths).mul_(-pair_scale)
-        return by_completion[slot].sub_(weights, alpha=scale.nll)
+        return by_completion[slot].sub_(weights, alpha=nll_scale)
 
     def _add_gradient(self, part: "_Projection", slopes: Tensor) -> None:
         """Backpropagate to hidden states, weight and bias; consumes the exponentials.

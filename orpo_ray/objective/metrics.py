@@ -1,4 +1,4 @@
-"""ORPO's metrics, computed from sums that add up over microbatches, steps and workers."""
+"""The metrics, computed from sums that add up over microbatches, steps and workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,47 +8,58 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from orpo_ray.objective.head import HeadOutput
+from orpo_ray.objective.objectives import Objective
 from orpo_ray.objective.odds_ratio import N_PAIR_SUMS, pair_sums
 
-N_SUMS = N_PAIR_SUMS + 4
+N_SUMS = N_PAIR_SUMS + 6
 
 
 def batch_sums(
-    nll_sum: Float[Tensor, ""],
+    output: HeadOutput,
     nll_tokens: int,
-    chosen_log_probs: Float[Tensor, " pairs"],
-    rejected_log_probs: Float[Tensor, " pairs"],
+    log_probs: Float[Tensor, "2 compared"],
+    n_pairs: int,
     aux_loss: Float[Tensor, ""] | None,
-) -> Float[Tensor, "10"]:
+) -> Float[Tensor, "12"]:
     """Compute the sums of one packed row, a float64 vector on its device without a sync.
 
     Args:
-        nll_sum: summed NLL, in nats.
-        nll_tokens: number of tokens that it sums over.
-        chosen_log_probs: mean log-probability per token of the chosen answers, in nats.
-        rejected_log_probs: the same for the rejected answers.
-        aux_loss: router loss of the row, weighted by its number of pairs; None without experts.
+        output: of the head.
+        nll_tokens: number of tokens of its NLL.
+        log_probs: mean log-probability per token of the chosen (first row) and rejected answer of
+            each pair that has both, in nats.
+        n_pairs: number of pairs, with or without a rejected answer.
+        aux_loss: router loss of the row; None without experts.
     """
-    pairs = pair_sums(chosen_log_probs, rejected_log_probs)
-    nll = torch.stack([nll_sum.double(), nll_sum.new_full((), nll_tokens, dtype=torch.float64)])
-    if aux_loss is None:
-        aux = torch.zeros_like(nll)
-    else:
-        n_pairs = pairs[0]
-        aux = torch.stack([aux_loss.detach().double() * n_pairs, n_pairs])
-    return torch.cat([pairs, nll, aux])
+    compared = pair_sums(*log_probs)
+    zero = compared.new_zeros(())
+    pairs = compared[0] if log_probs.shape[1] == n_pairs else zero + n_pairs
+    aux = (zero, zero) if aux_loss is None else (aux_loss.detach().double() * pairs, pairs)
+    nll = (output.nll_sum.double(), zero + nll_tokens)
+    return torch.cat([compared, torch.stack([*nll, *aux, output.term_sum.double(), pairs])])
+
+
+def sums_of_checkpoint(sums: Sequence[float]) -> list[float]:
+    """Sums as they are now, of those in a checkpoint of a version that knew ORPO alone."""
+    if len(sums) == N_SUMS:
+        return list(sums)
+    return [*sums, sums[N_PAIR_SUMS - 1], sums[0]]
 
 
 @dataclass(frozen=True)
-class OrpoWeights:
-    """Weights of the odds-ratio term and of the router loss in the total loss."""
+class LossWeights:
+    """The objective and the weight of the router loss, which make up the total loss."""
 
-    beta: float
+    objective: Objective
     router: float
 
 
-def metrics_from_sums(sums: Sequence[float], weights: OrpoWeights) -> dict[str, float]:
+def metrics_from_sums(sums: Sequence[float], weights: LossWeights) -> dict[str, float]:
     """Compute the metrics from total sums, dividing once at the end.
+
+    Names and meanings are the same for every objective. Those of two answers are of the pairs that
+    have both, and are left out where there are none.
 
     Args:
         sums: vectors of `batch_sums`, added up over microbatches, steps and workers.
@@ -57,21 +68,30 @@ def metrics_from_sums(sums: Sequence[float], weights: OrpoWeights) -> dict[str, 
     Source:
         Names and meanings are those of TRL's ORPOTrainer.
     """
-    pairs, chosen, rejected, correct, log_odds, log_sigmoid, nll, nll_tokens, aux, aux_pairs = sums
+    compared, nll, nll_tokens, aux, aux_pairs, terms, pairs = sums[0], *sums[N_PAIR_SUMS:]
+    objective = weights.objective
     nll_loss = nll / nll_tokens
-    terms = [nll_loss, -weights.beta * log_sigmoid / pairs]
-    metrics = {
-        "rewards/chosen": weights.beta * chosen / pairs,
-        "rewards/rejected": weights.beta * rejected / pairs,
+    loss = [objective.nll_weight * nll_loss]
+    if objective.pair_weight:
+        loss.append(-objective.pair_weight * terms / pairs)
+    metrics = _of_compared(sums[:N_PAIR_SUMS], objective.reward_scale) if compared else {}
+    metrics["nll_loss"] = nll_loss
+    if aux_pairs:
+        metrics["aux_loss"] = aux / aux_pairs
+        loss.append(weights.router * aux / aux_pairs)
+    return {"loss": fsum(loss)} | metrics
+
+
+def _of_compared(sums: Sequence[float], scale: float) -> dict[str, float]:
+    """The metrics of `pair_sums`."""
+    pairs, chosen, rejected, correct, log_odds, log_sigmoid = sums
+    return {
+        "rewards/chosen": scale * chosen / pairs,
+        "rewards/rejected": scale * rejected / pairs,
         "rewards/accuracies": correct / pairs,
-        "rewards/margins": weights.beta * (chosen - rejected) / pairs,
+        "rewards/margins": scale * (chosen - rejected) / pairs,
         "log_odds_chosen": log_odds / pairs,
         "log_odds_ratio": log_sigmoid / pairs,
-        "nll_loss": nll_loss,
         "logps/chosen": chosen / pairs,
         "logps/rejected": rejected / pairs,
     }
-    if aux_pairs:
-        metrics["aux_loss"] = aux / aux_pairs
-        terms.append(weights.router * aux / aux_pairs)
-    return {"loss": fsum(terms)} | metrics

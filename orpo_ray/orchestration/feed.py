@@ -75,7 +75,10 @@ def train_plan(
     return FeedPlan(
         token_set=token_set,
         order=order,
-        plan=_batches(config, config.pairs_per_step, config.microbatch_tokens),
+        plan=dataclasses.replace(
+            _batches(config, config.pairs_per_step, config.microbatch_tokens),
+            chosen_alone=config.orpo.objective == "sft",
+        ),
     )
 
 
@@ -105,5 +108,5 @@ def _batches(config: ORPOConfig, batch_groups: int, budget_tokens: int) -> Batch
         batch_groups=batch_groups,
         budget_tokens=budget_tokens,
         chunk_tokens=config.train.head_chunk(),  # a worker knows its device
-        prompt_counts=config.orpo.nll_scope == "all",
+        prompt_counts=config.orpo.prompt_counts,
     )

@@ -146,6 +146,8 @@ def start_run(
     if trains:
         _refuse_unknown_metric(config, eval_names(config, inputs))
         check_schedule(config)
+    for name in config.orpo.unused():
+        _log.warning("orpo.%s does nothing with objective=%s", name, config.orpo.objective)
     connection.connect()
     for warning in (connection.output_warning(folder), exposure_warning()):
         if warning:
@@ -165,7 +167,7 @@ def start_run(
     report = _report_data(start, reports)
     if TRAIN in token_sets:
         tokenizer = _request(config, inputs, (), folder.parent).pair_tokenizer().tokenizer
-        for line in first_pair_lines(token_sets[TRAIN], tokenizer, config.orpo.nll_scope):
+        for line in first_pair_lines(token_sets[TRAIN], tokenizer, config.orpo):
             _log.info(line)
     reports.write_text(CONFIG, to_yaml(config))
     return dataclasses.replace(start, folder=folder if only_evals else reports, data_report=report)
@@ -300,7 +302,11 @@ def _request(
         ),
         shard_rows=data.shard_rows,
         cache_directory=cache,
-        reader=RowReader(tuple((data.column_mapping or {}).items()), data.min_score_gap),
+        reader=RowReader(
+            tuple((data.column_mapping or {}).items()),
+            data.min_score_gap,
+            takes_one_answer=config.orpo.objective == "sft",
+        ),
         chat_template=inputs.model.chat_template,
         special_tokens=data.special_tokens_in_text,
         template_drops=data.template_drops,

@@ -21,8 +21,8 @@ class RowId:
 class PromptGroup:
     """One prompt, its distinct completions and the pairs among them; the unit of training data.
 
-    A plain pair is a group of two completions.
-
+    A plain pair is a group of two completions. An answer without a rejected one, which only
+    supervised fine-tuning takes, is a pair of a completion and itself.
 
     Args:
         prompt: token ids of the prompt, possibly empty.
@@ -40,6 +40,18 @@ class PromptGroup:
     def n_tokens(self) -> int:
         """Number of tokens in a packed row: the prompt once and every completion once."""
         return len(self.prompt) + sum(len(completion) for completion in self.completions)
+
+
+def chosen_alone(group: PromptGroup) -> PromptGroup:
+    """The group without its rejected completions."""
+    used = sorted({chosen for chosen, _ in group.pairs})
+    indices = {index: new for new, index in enumerate(used)}
+    return PromptGroup(
+        prompt=group.prompt,
+        completions=tuple(group.completions[index] for index in used),
+        pairs=tuple((indices[chosen], indices[chosen]) for chosen, _ in group.pairs),
+        row_ids=group.row_ids,
+    )
 
 
 def without_rows(group: PromptGroup, rows: Set[RowId]) -> PromptGroup | None:

@@ -1,6 +1,8 @@
 """The names of columns that rows are read from, and the layouts (shapes) that they make up."""
 
+from collections.abc import Mapping
 from enum import StrEnum
+from typing import Any
 
 from orpo_ray.preference.scores import COMPARISONS, SCORE_COLUMNS
 
@@ -15,6 +17,8 @@ TEMPLATE = ("tools", "chat_template_kwargs")
 SIDES = ("chosen", "rejected")
 OPENAI = ("preferred_output", "non_preferred_output")
 REJECTED = ("rejected_response", "rejected_messages")
+# Columns of the one answer of a row for supervised fine-tuning, or of the whole conversation.
+ALONE = ("chosen", "completion", "output", "response", "answer", "messages", "conversations")
 
 
 class Shape(StrEnum):
@@ -33,6 +37,7 @@ class Shape(StrEnum):
     REJECTED = "conversations with a second answer (messages, rejected_response)"
     COMPARISON = "two answers and which one is preferred"
     RANKING = "rankings (one prompt, scored answers)"
+    ALONE = "one answer (no rejected)"
 
 
 PROMPT_COLUMNS = frozenset({"prompt", *CONVERSATIONS, *QUESTIONS, *INPUTS})
@@ -46,3 +51,21 @@ COLUMN_NAMES = frozenset(
     }
 )
 """Every column that some shape reads, and which `column_mapping` may name."""
+
+
+def with_one_answer(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A row that has one answer with this as both of its sides; None for one that has two.
+
+    Args:
+        row: by the names above, without columns of null but for `prompt`, `chosen` and `rejected`.
+    """
+    others = (*ANSWERS, *REJECTED, *OPENAI)
+    if row.get("rejected") is not None or any(name in row for name in others):
+        return None
+    if any(form.fits(row) for form in COMPARISONS):
+        return None
+    name = next((name for name in ALONE if row.get(name) is not None), None)
+    if name is None:
+        return None
+    rest = {n: value for n, value in row.items() if n != name}
+    return rest | dict.fromkeys(SIDES, row[name])

@@ -50,7 +50,9 @@ def normalise(row: Mapping[str, Any]) -> Record | Refusal:
     return found
 
 
-def make_pair(prompt: Content | None, chosen: Content, rejected: Content) -> Record | Refusal:
+def make_pair(
+    prompt: Content | None, chosen: Content, rejected: Content, is_alone: bool = False
+) -> Record | Refusal:
     """Make a pair of what a row has, and refuse it where no reading is certain.
 
     Texts stay texts where all parts are texts; otherwise a text prompt is the user's message and a
@@ -62,12 +64,13 @@ def make_pair(prompt: Content | None, chosen: Content, rejected: Content) -> Rec
         prompt: None if the row has no prompt of its own.
         chosen: the preferred answer, or the whole conversation that ends with it.
         rejected: the other one.
+        is_alone: whether the row has the chosen answer alone, which is then both.
     """
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, tuple):
         found = _pair_of_texts(prompt, chosen, rejected)
     else:
         found = _pair_of_messages(prompt, chosen, rejected)
-    return found if isinstance(found, Refusal) else check_record(found)
+    return found if isinstance(found, Refusal) else check_record(found, is_alone)
 
 
 def has_dialogues(chosen: Content, rejected: Content) -> bool:
@@ -262,7 +265,7 @@ def _after_prefill(start: str, answers: Sequence[Messages]) -> tuple[list[Messag
     return found, True
 
 
-def check_record(record: Record) -> Record | Refusal:
+def check_record(record: Record, is_alone: bool = False) -> Record | Refusal:
     """Refuse empty or identical answers, and messages whose roles are out of order."""
     for name in _SIDES:
         answer = getattr(record, name)
@@ -274,7 +277,7 @@ def check_record(record: Record) -> Record | Refusal:
             answer = "".join(message["content"] for message in answer) or "call" * calls
         if not answer.strip():
             return Refusal(_EMPTY[name], f"{name} has no text")
-    if record.chosen == record.rejected:
+    if record.chosen == record.rejected and not is_alone:
         return Refusal(Reason.IDENTICAL_ANSWERS, "chosen and rejected are the same")
     parts = (record.prompt, record.chosen, record.rejected)
     texts = (

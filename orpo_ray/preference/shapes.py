@@ -19,6 +19,7 @@ from orpo_ray.preference.layouts import (
     SYSTEMS,
     TEMPLATE,
     Shape,
+    with_one_answer,
 )
 from orpo_ray.preference.messages import (
     decode_messages,
@@ -85,10 +86,13 @@ class RowReader:
     Args:
         column_mapping: (expected name, column in the data) where the two differ.
         min_score_gap: minimum chosen score minus rejected score, for pairs that have scores.
+        takes_one_answer: whether a row may have no rejected answer, as for supervised fine-tuning;
+            its record then has the chosen one on both sides.
     """
 
     column_mapping: tuple[tuple[str, str], ...] = ()
     min_score_gap: float | None = None
+    takes_one_answer: bool = False
 
     def read(self, row: Mapping[str, Any]) -> ParsedRow | Refusal:
         """Read the pairs of one row, or refuse it."""
@@ -100,10 +104,12 @@ class RowReader:
                 n in named for n in (*ANSWERS, *REJECTED, *OPENAI)
             ):
                 named.pop(column, None)
-        is_openai = OPENAI[0] in named and "chosen" not in named
+        alone = with_one_answer(named) if self.takes_one_answer else None
+        is_openai = OPENAI[0] in named and "chosen" not in named and alone is None
         if is_openai:
             named = _openai(named)
-        found = decode_messages(named, SIDES) or self._found(named)
+        named = alone or named
+        found = decode_messages(named, SIDES) or self._found(named, is_alone=alone is not None)
         if isinstance(found, Refusal):
             return found
         used, records = found.used, found.records
@@ -139,7 +145,7 @@ class RowReader:
             if name in ("prompt", *SIDES) or not is_null(value)
         }
 
-    def _found(self, row: Mapping[str, Any]) -> _Found | Refusal:
+    def _found(self, row: Mapping[str, Any], is_alone: bool) -> _Found | Refusal:
         if "chosen" not in row:
             form = next((form for form in COMPARISONS if form.fits(row)), None)
             if form is not None:
@@ -151,22 +157,23 @@ class RowReader:
                 found = _with_rejected(row, name)
                 notes = self._compared_scores(row)
                 return found if isinstance(found, Refusal) else _with_notes(found, notes)
-        return self._pair(row)
+        return self._pair(row, is_alone)
 
-    def _pair(self, row: Mapping[str, Any]) -> _Found | Refusal:
+    def _pair(self, row: Mapping[str, Any], is_alone: bool) -> _Found | Refusal:
         notes = self._compared_scores(row)
         if isinstance(notes, Refusal):
             return notes
         fields = find_fields(row)
         if isinstance(fields, Refusal):
             return fields
-        record = make_pair(fields.prompt, fields.chosen, fields.rejected)
+        record = make_pair(fields.prompt, fields.chosen, fields.rejected, is_alone)
         if isinstance(record, Refusal):
             return _missing_prompt(row, record)
         if notes:
             record = replace(record, notes=record.notes | notes)
         scores = {name for pair in score_columns(tuple(map(str, row))) for name in pair}
-        return _Found(fields.shape, fields.used | scores, (record,))
+        shape = Shape.ALONE if is_alone else fields.shape
+        return _Found(shape, fields.used | scores, (record,))
 
     def _compared_scores(self, row: Mapping[str, Any]) -> frozenset[Note] | Refusal:
         """What two scores beside a pair say of it."""

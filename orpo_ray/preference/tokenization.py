@@ -90,6 +90,7 @@ class PairTokenizer:
         limits: maximum lengths and truncation.
         special_tokens: `refuse` or `allow` special tokens in texts, and in messages those that
             the chat template did not write.
+        takes_one_answer: whether a pair of equal answers is kept, as one answer.
 
     Raises:
         DataError: if the tokenizer is a slow one or has no end-of-sequence token.
@@ -98,6 +99,7 @@ class PairTokenizer:
     tokenizer: Any
     limits: Limits
     special_tokens: str = "allow"
+    takes_one_answer: bool = False
 
     def __post_init__(self) -> None:
         name = self.tokenizer.name_or_path
@@ -264,7 +266,8 @@ class PairTokenizer:
             prompt = head + rest[first : first + n_kept]
         room = min(limits.completion(), limits.max_length - len(prompt))
         chosen, rejected = (completion[:room] for completion in completions)
-        if chosen == rejected:
+        is_alone = chosen == rejected
+        if is_alone and not self.takes_one_answer:
             reason = Reason.IDENTICAL_AFTER_TRUNCATION
             if max(map(len, completions)) <= room:
                 reason = Reason.IDENTICAL_ANSWERS
@@ -277,8 +280,8 @@ class PairTokenizer:
             )
         group = PromptGroup(
             prompt=np.asarray(prompt, dtype=np.int32),
-            completions=(np.asarray(chosen, np.int32), np.asarray(rejected, np.int32)),
-            pairs=((0, 1),),
+            completions=tuple(np.asarray(c, np.int32) for c in (chosen, rejected)[: 2 - is_alone]),
+            pairs=((0, 1 - is_alone),),
             row_ids=(row_id,),
         )
         return TokenizedPair(group, prompt_cut, max(map(len, completions)) > room)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.config.train import OrpoSection
 from orpo_ray.dataset.ingest import LENGTHS, first_refused, nothing_usable
 from orpo_ray.dataset.pair_index import are_among, iter_columns, load_keys
 from orpo_ray.dataset.request import TRAIN
@@ -255,16 +256,17 @@ def passed_over_line(counts: Mapping[str, Any]) -> str:
     return f"passed over: {passed_over_text(passed_over)}"
 
 
-def first_pair_lines(tokens: TokenSet, tokenizer: Any, nll_scope: str) -> list[str]:
+def first_pair_lines(tokens: TokenSet, tokenizer: Any, orpo: OrpoSection) -> list[str]:
     """The first pair as the model receives it, and which parts are trained."""
     group = tokens.groups(tokens.shards[0])[0]
     (row_id, *_), ((chosen, rejected), *_) = group.row_ids, group.pairs
-    in_nll = "in the NLL" if nll_scope == "all" else "not trained (nll_scope=completion)"
-    parts = [
-        ("prompt", group.prompt, in_nll),
-        ("chosen", group.completions[chosen], "in the NLL and the odds ratio"),
-        ("rejected", group.completions[rejected], "in the odds ratio"),
-    ]
+    in_nll = "in the NLL" if orpo.prompt_counts else "not trained (nll_scope=completion)"
+    term = "the odds ratio" if orpo.objective == "orpo" else "the margin"
+    of_both = f"in the NLL and {term}", f"in {term}"
+    of_chosen, of_rejected = ("in the NLL", "not used") if orpo.objective == "sft" else of_both
+    parts = [("prompt", group.prompt, in_nll), ("chosen", group.completions[chosen], of_chosen)]
+    if rejected != chosen:
+        parts.append(("rejected", group.completions[rejected], of_rejected))
     lines = [f"first pair, {tokens.sources[row_id.source]}:{row_id.row + 1}:"]
     for name, ids, use in parts:
         text = repr(tokenizer.decode(ids))

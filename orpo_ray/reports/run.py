@@ -120,7 +120,7 @@ def facts(config: ORPOConfig, report: Mapping[str, Any], lines: Lines) -> list[t
         n_more = _n_files(counts) - _SHOWN_FILES
         more = f" and {n_more} more" if n_more > 0 else ""
         rows.append((what, f"{counts['pairs']} pairs: {shown}{more}"))
-    method = f"beta {config.orpo.beta:g}, learning rate {train.learning_rate:g}"
+    method = f"{config.orpo.text}, learning rate {train.learning_rate:g}"
     pairs = f"{config.pairs_per_step} pairs per step"
     rows.append(("method", f"{method} ({train.lr_scheduler_type}), {pairs}"))
     rows.append(("steps", _progress_text(config, lines)))

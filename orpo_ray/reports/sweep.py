@@ -3,17 +3,27 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from orpo_ray.config.schema import SECTION_OF
 from orpo_ray.reports.page import make_axes, render, svg_of
+from orpo_ray.runs.evaluations import latest, read_evaluations
+from orpo_ray.runs.files import SAMPLES
 from orpo_ray.runs.formatting import format_metric, format_setting, format_settings
 from orpo_ray.runs.metrics import BY_NAME, HEADLINE
 from orpo_ray.runs.sweep import Goal, Trial, table_rows
-from orpo_ray.storage.files import write_atomic
+from orpo_ray.storage.files import read_lines, write_atomic
 
 REPORT = "sweep_report.html"
 _LEAST_FOR_IMPORTANCE = 4
+_SAME_FOR_ALL = {
+    "length_controlled_accuracy": "length-controlled accuracy",
+    "accuracy": "accuracy",
+    "log_odds": "log odds",
+    "nll": "NLL of chosen answers, nats/token",
+    "logps_rejected": "log-probability of rejected answers",
+}
 
 
 def write_sweep_report(
@@ -61,6 +71,7 @@ def write_sweep_report(
         rows=rows,
         columns=columns,
         best=best.name if best else None,
+        objectives=_objectives(trials, goal),
         figures=figures,
     )
     path = directory / REPORT
@@ -79,6 +90,33 @@ def _headline(trials: Sequence[Trial], best: Trial | None, goal: Goal) -> str:
         "after training, NLL "
         f"{goal.nll_increase(best):+.3g} nats."
     )
+
+
+def _objectives(trials: Sequence[Trial], goal: Goal) -> list[dict[str, str]]:
+    """The best trial of every objective on figures that mean the same for all; none for one."""
+    firsts: dict[str, Trial] = {}
+    for trial in trials:
+        firsts.setdefault(trial.objective, trial)
+    if len(firsts) < 2:
+        return []
+    return [{"objective": name} | _same_figures(trial, goal) for name, trial in firsts.items()]
+
+
+def _same_figures(trial: Trial, goal: Goal) -> dict[str, str]:
+    """Figures of a trial's last evaluation, and the length of the answers that it sampled."""
+    evaluation = latest(read_evaluations(trial.directory, trial.lines)).get(goal.prefix)
+    estimates = evaluation.estimates if evaluation else {}
+    row = {"trial": trial.name, "settings": format_settings(trial.values)}
+    for name, label in _SAME_FOR_ALL.items():
+        found = [figure for figure in estimates.get(name, ()) if figure is not None]
+        shown = f"{found[0]:.4g}" if found else ""
+        if len(found) == 3:
+            shown += f" ({found[1]:.4g} to {found[2]:.4g})"
+        row[label] = shown
+    samples = list(read_lines(trial.directory / SAMPLES))
+    lengths = [len(s["answer"]) for s in samples if s["step"] == samples[-1]["step"]]
+    row["sampled answers, characters"] = f"{fmean(lengths):.0f}" if lengths else ""
+    return row
 
 
 def _cell(value: Any) -> str:

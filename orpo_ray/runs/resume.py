@@ -35,7 +35,7 @@ def decisive_settings(config: ORPOConfig, data_digest: str) -> dict[str, Any]:
     """
     values = config.model_dump(mode="json")
     settings = {name: values[SECTION_OF[name]][name] for name in sorted(_DECISIVE)}
-    return settings | {"train_data": data_digest}
+    return settings | {"nll_scope": config.orpo.in_nll, "train_data": data_digest}
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:

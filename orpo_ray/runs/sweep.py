@@ -1,7 +1,7 @@
 """The trials of a sweep and how they rank, read from their folders alone; on the driver."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -32,6 +32,11 @@ class Trial:
     failure: str | None
     lines: Sequence[Mapping[str, Any]]
     stopped_early: bool = False
+
+    @property
+    def objective(self) -> str:
+        """What it minimised."""
+        return str(self.values.get("objective", "orpo"))
 
     @property
     def finished(self) -> bool:
@@ -138,13 +143,21 @@ class Goal:
         return ranked[0] if ranked and self.eligible(ranked[0], trials) else None
 
 
-def goal_problems(config: ORPOConfig) -> list[str]:
-    """What is wrong with `tune.metric`, if anything is."""
+def goal_problems(config: ORPOConfig, searched: Container[str] = ()) -> list[str]:
+    """What is wrong with `tune.metric` for a sweep of these settings, if anything is."""
     metric = config.tune.metric
-    if split_eval_key(metric):
+    found = split_eval_key(metric)
+    if found:
+        if "objective" in searched and found[1].name in _OWN_SCALES:
+            better = found[0] + "rewards/accuracies"
+            return [f"tune.metric: {metric} is of another scale for each objective; use {better}"]
         return []
     known = ", ".join(f"eval_{metric.name}" for metric in EVALUATED)
     return [f"tune.metric: {metric} is not an evaluation's metric; known are {known}"]
+
+
+# Metrics that do not mean the same for every objective.
+_OWN_SCALES = ("loss", "rewards/margins", "rewards/chosen", "rewards/rejected")
 
 
 def _without_seed(trial: Trial) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _measure(state: TrainState, stream: TokenStream, groups: list[PromptGroup]) 
     state.model.train()
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats(state.device)
-        forward_backward(state, row, LossScale(nll=0.0, pair=0.0, beta=state.beta))
+        forward_backward(state, row, LossScale(nll=0.0, pair=0.0, objective=state.objective))
     return Measured(len(row.token_ids), torch.cuda.max_memory_allocated(state.device))
 
 

@@ -18,7 +18,8 @@ from orpo_ray.models.build import build_evaluated_model, use_bf16
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel, OrpoOutput
 from orpo_ray.models.packing_check import check_packing
-from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.objective.metrics import N_SUMS, LossWeights, metrics_from_sums
+from orpo_ray.objective.objectives import Objective, objective_of
 from orpo_ray.objective.odds_ratio import log_odds
 from orpo_ray.storage.folder import Folder
 from orpo_ray.training.budget import head_chunk, with_plan
@@ -53,21 +54,24 @@ class PairScores:
         self._log_probs: list[Tensor] = []
 
     def add(self, row: PackedRow, output: OrpoOutput) -> None:
-        """Take up the pairs of one microbatch."""
-        if not row.n_pairs:
+        """Take up the pairs of one microbatch that have two answers."""
+        compared = row.compared
+        if not len(compared):
             return
         lengths = row.completion_lengths.astype(np.int32)
+        row_ids, prompt_keys = [row.row_ids[i] for i in compared], _prompt_keys(row)
         columns = [
-            [row_id.source for row_id in row.row_ids],
-            [row_id.row for row_id in row.row_ids],
-            _prompt_keys(row),
-            lengths[row.chosen],
-            lengths[row.rejected],
+            [row_id.source for row_id in row_ids],
+            [row_id.row for row_id in row_ids],
+            [prompt_keys[i] for i in compared],
+            lengths[row.chosen[compared]],
+            lengths[row.rejected[compared]],
         ]
         fields = list(SCHEMA)[:_KNOWN]
         arrays = [pa.array(c, f.type) for c, f in zip(columns, fields, strict=True)]
         self._known.append(pa.table(arrays, names=[field.name for field in fields]))
-        self._log_probs.append(torch.stack([output.chosen_log_probs, output.rejected_log_probs]))
+        both = torch.stack([output.chosen_log_probs, output.rejected_log_probs])
+        self._log_probs.append(both if len(compared) == row.n_pairs else both[:, compared])
 
     def table(self) -> pa.Table:
         """A table of `SCHEMA` in the order in which pairs were added."""
@@ -104,7 +108,7 @@ class SetFigures:
     """Metric sums and pair scores of an evaluation set.
 
     Args:
-        sums: (10,) of `batch_sums`, over all ranks.
+        sums: (12,) of `batch_sums`, over all ranks.
         scores: table of `SCHEMA` with one row per pair; on rank 0 only.
     """
 
@@ -129,7 +133,7 @@ class EvaluationFigures:
 def evaluate(
     model: OrpoModel,
     batches: Iterable[StepBatch],
-    beta: float,
+    objective: Objective,
     device: torch.device,
 ) -> SetFigures:
     """The metrics of an evaluation set over all ranks, and the scores of its pairs.
@@ -137,14 +141,14 @@ def evaluate(
     Args:
         model: left in training mode.
         batches: this rank's share of the set.
-        beta: weight of the odds-ratio term.
+        objective: of the loss.
         device: of this rank.
     """
     sums = torch.zeros(N_SUMS, dtype=torch.float64, device=device)
     scores = PairScores()
     model.eval()
     for batch in batches:
-        scale = loss_scale(batch, beta)
+        scale = loss_scale(batch, objective)
         for row in batch.rows:
             output = model(Microbatch(row, device), scale)
             sums += output.sums
@@ -155,21 +159,21 @@ def evaluate(
 
 
 def evaluate_streams(
-    model: OrpoModel, evals: Mapping[str, TokenStream], beta: float, device: torch.device
+    model: OrpoModel, evals: Mapping[str, TokenStream], objective: Objective, device: torch.device
 ) -> EvaluationFigures:
     """Evaluate every set.
 
     Args:
         model: sharded over all ranks, each of which has to call this.
         evals: this rank's stream of every set, by metric prefix (`eval_`, `eval_<name>_`).
-        beta: weight of the odds-ratio term.
+        objective: of the loss.
         device: of this rank.
     """
-    weights = OrpoWeights(beta, model.router_coef)
+    weights = LossWeights(objective, model.router_coef)
     metrics: dict[str, Any] = {}
     scores: dict[str, pa.Table] = {}
     for prefix, stream in evals.items():
-        found = evaluate(model, stream.batches(0, stream.steps_per_epoch), beta, device)
+        found = evaluate(model, stream.batches(0, stream.steps_per_epoch), objective, device)
         figures = metrics_from_sums(found.sums.tolist(), weights)
         metrics |= {prefix + name: value for name, value in figures.items()}
         if found.scores is not None:
@@ -201,4 +205,4 @@ def run_evaluation(
     evals = {name: with_plan(part, chunk_tokens=chunk_tokens) for name, part in evals.items()}
     sample = next(iter(evals.values()))
     check_packing(model, sample, device, use_bf16(config, device), notice)
-    return evaluate_streams(model, evals, config.orpo.beta, device)
+    return evaluate_streams(model, evals, objective_of(config.orpo), device)

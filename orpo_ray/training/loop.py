@@ -18,7 +18,8 @@ from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.models.build import build_model, use_bf16
 from orpo_ray.models.packing_check import check_packing
 from orpo_ray.models.quantized import quantized_text
-from orpo_ray.objective.metrics import OrpoWeights
+from orpo_ray.objective.metrics import LossWeights
+from orpo_ray.objective.objectives import objective_of
 from orpo_ray.preference.groups import RowId
 from orpo_ray.runs.files import (
     FINISH,
@@ -105,12 +106,12 @@ class _Loop:
             model=model,
             optimizer=optimizer,
             scheduler=build_scheduler(optimizer, config.train, self.n_steps),
-            beta=config.orpo.beta,
+            objective=objective_of(config.orpo),
             max_grad_norm=config.train.max_grad_norm,
             seed=config.train.seed,
             device=job.device,
         )
-        weights = OrpoWeights(config.orpo.beta, model.router_coef)
+        weights = LossWeights(self.state.objective, model.router_coef)
         mfu_meter = None
         if job.device.type == "cuda":
             dtype = torch.bfloat16 if use_bf16(config, job.device) else torch.float32
@@ -198,7 +199,8 @@ class _Loop:
         self.log.add(batch, result.norm if result else None, ended - asked_at)
         self.step += 1
         self.files.ledger(self.step, batch.epoch, batch.row_ids, left_out)
-        self.margins.add(self.step, batch.row_ids, result.margins if result else [])
+        if self.state.objective.terms is not None:
+            self.margins.add(self.step, batch.row_ids, result.margins if result else [])
 
     def _check_nonfinite(self, error: NonFiniteError) -> None:
         """Record the rows that are left out.
@@ -277,9 +279,11 @@ class _Loop:
         """Evaluate all sets and answer the sample prompts."""
         job, model = self.job, self.state.model
         with self.log.timed("evaluation"):
-            found = evaluate_streams(model, job.evals, job.config.orpo.beta, job.device)
+            found = evaluate_streams(model, job.evals, self.state.objective, job.device)
             self.evaluations.add(self.step, found.metrics)
             for prefix, table in found.scores.items():
+                if not len(table):
+                    continue  # no pair has two answers
                 figures = estimates(Scores.from_table(table))
                 shown = {name: astuple(figure) for name, figure in figures.items()}
                 self.files.evaluation(self.step, prefix, len(table), shown)

@@ -14,7 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orpo_ray.dataset.stream import StepBatch
-from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.objective.metrics import (
+    N_SUMS,
+    LossWeights,
+    metrics_from_sums,
+    sums_of_checkpoint,
+)
 from orpo_ray.preference.groups import RowId
 from orpo_ray.runs.files import TIME_PARTS, TIME_PREFIX, RunFiles
 from orpo_ray.training.flops import MfuMeter
@@ -34,13 +39,13 @@ class StepLog:
         device: of this rank.
         watch: called with every line that is written, on rank 0.
         mfu_meter: counts model FLOPs on GPUs; None: `mfu` is not logged.
-        sums: (10,) of `batch_sums` since the last logged step, of this rank.
+        sums: (12,) of `batch_sums` since the last logged step, of this rank.
         steps: optimizer steps since then.
         latest: the last logged value of every metric.
     """
 
     files: RunFiles
-    weights: OrpoWeights
+    weights: LossWeights
     device: torch.device
     watch: Report
     mfu_meter: MfuMeter | None
@@ -65,7 +70,8 @@ class StepLog:
 
     def restore(self, sums: tuple[tuple[float, ...], ...], steps: int) -> None:
         """Restore the sums of a checkpoint, by rank; at another world size rank 0 gets them all."""
-        before = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        now = list(map(sums_of_checkpoint, sums))
+        before = torch.tensor(now, dtype=torch.float64, device=self.device)
         if len(before) == dist.get_world_size():
             self.sums += before[dist.get_rank()]
         elif dist.get_rank() == 0:

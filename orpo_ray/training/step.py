@@ -15,6 +15,7 @@ from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel, OrpoOutput
 from orpo_ray.objective.head import LossScale
+from orpo_ray.objective.objectives import Objective
 from orpo_ray.preference.groups import RowId
 from orpo_ray.training.errors import MicrobatchTooLargeError, NonFiniteError
 from orpo_ray.training.metrics import PairMargins
@@ -27,7 +28,7 @@ class TrainState:
     model: OrpoModel
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    beta: float
+    objective: Objective
     max_grad_norm: float
     seed: int
     device: torch.device
@@ -53,10 +54,10 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
-def loss_scale(batch: StepBatch, beta: float) -> LossScale:
+def loss_scale(batch: StepBatch, objective: Objective) -> LossScale:
     """The divisors of a global batch, times the world size, since FSDP averages gradients."""
     world_size = dist.get_world_size()
-    return LossScale(world_size / batch.n_nll_tokens, world_size / batch.n_pairs, beta)
+    return LossScale(world_size / batch.n_nll_tokens, world_size / batch.n_pairs, objective)
 
 
 def train_step(state: TrainState, batch: StepBatch, sums: Tensor) -> StepResult:
@@ -65,14 +66,14 @@ def train_step(state: TrainState, batch: StepBatch, sums: Tensor) -> StepResult:
     Args:
         state: model, optimizer and schedule.
         batch: this rank's share.
-        sums: (10,) of `batch_sums`; added to in place.
+        sums: (12,) of `batch_sums`; added to in place.
 
     Raises:
         NonFiniteError: on all ranks; nothing was changed.
     """
     # The generator's state is a function of the step, so there is none to save.
     torch.manual_seed(step_seed(state.seed, batch.step, dist.get_rank()))
-    scale = loss_scale(batch, state.beta)
+    scale = loss_scale(batch, state.objective)
     step_sums = torch.zeros_like(sums)
     state.model.train()
     state.optimizer.zero_grad(set_to_none=True)

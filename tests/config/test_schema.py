@@ -233,19 +233,19 @@ def test_a_text_with_a_dollar_reads_back_as_it_is(tmp_path, text):
 def test_a_file_of_another_version_is_read_without_what_it_alone_has(tmp_path, caplog):
     """What it has in common with this one is checked as ever, and so is a file of this version."""
     path = tmp_path / "config.yaml"
-    text = to_yaml(ORPOConfig(beta=0.3)).replace("beta: 0.3", "beta: 0.3\n  label_smoothing: 0.1")
+    text = to_yaml(ORPOConfig(beta=0.3)).replace("beta: 0.3", "beta: 0.3\n  future_smoothing: 0.1")
     text += "future:\n  setting: 1\n"
     path.write_text(text)
     lines = refusals(path=str(path))
     assert [line.partition(": no such setting")[0] for line in lines] == [
-        f"{path}: orpo.label_smoothing",
+        f"{path}: orpo.future_smoothing",
         f"{path}: future",
     ]
     path.write_text(text.replace(f"format: {FORMAT}", f"format: {FORMAT + 1}"))
     assert load_config(str(path), []) == ORPOConfig(beta=0.3)
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: 'future' is no setting of this version, and is left out",
-        f"{path}: orpo: 'label_smoothing' is no setting of this version, and is left out",
+        f"{path}: orpo: 'future_smoothing' is no setting of this version, and is left out",
     ]
     path.write_text(path.read_text().replace("beta: 0.3", "beta: -1"))
     assert refusals(path=str(path))[0].startswith(f"{path}: orpo.beta")

@@ -7,7 +7,8 @@ from orpo_ray.dataset.packing import pack
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
-from orpo_ray.objective.metrics import OrpoWeights, metrics_from_sums
+from orpo_ray.objective.metrics import N_SUMS, LossWeights, metrics_from_sums
+from orpo_ray.objective.objectives import orpo
 from tests.reference.models import MIXTURES, odd_groups, tiny_model
 from tests.reference.padded import Reference, reference_orpo
 
@@ -53,16 +54,16 @@ def run(name, nll_scope="all", attention="packed", chunk_tokens=16, n_microbatch
     scale = LossScale(
         nll=1 / sum(row.n_nll_tokens for row in rows),
         pair=1 / sum(row.n_pairs for row in rows),
-        beta=BETA,
+        objective=orpo(BETA),
     )
-    sums = torch.zeros(10, dtype=torch.float64)
+    sums = torch.zeros(N_SUMS, dtype=torch.float64)
     total = 0.0
     for row in rows:
         output = model(Microbatch(row, torch.device("cpu")), scale)
         output.loss.backward()
         total += output.loss.item()
         sums += output.sums
-    metrics = metrics_from_sums(sums.tolist(), OrpoWeights(BETA, model.router_coef))
+    metrics = metrics_from_sums(sums.tolist(), LossWeights(orpo(BETA), model.router_coef))
     return total, metrics, {n: p.grad for n, p in causal_lm.named_parameters()}
 
 
@@ -129,7 +130,7 @@ def test_a_ranking_equals_its_pairs_apart():
     together_row, apart_row = (pack(part, 64, prompt_counts=True) for part in (groups, apart))
     assert len(together_row.token_ids) < len(apart_row.token_ids)
     assert together_row.n_nll_tokens == apart_row.n_nll_tokens
-    scale = LossScale(1 / apart_row.n_nll_tokens, 1 / apart_row.n_pairs, BETA)
+    scale = LossScale(1 / apart_row.n_nll_tokens, 1 / apart_row.n_pairs, orpo(BETA))
     together, separate = (
         model(Microbatch(row, torch.device("cpu")), scale) for row in (together_row, apart_row)
     )
@@ -141,7 +142,7 @@ def test_a_row_without_groups_takes_part_with_nothing():
     causal_lm = tiny_model("llama", torch.float32)
     model = OrpoModel(causal_lm, "packed", None)
     row = pack([], 64, prompt_counts=True)
-    output = model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, BETA))
+    output = model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, orpo(BETA)))
     output.loss.backward()
     assert output.loss.item() == 0.0
     assert all(not p.grad.any() for p in causal_lm.parameters())

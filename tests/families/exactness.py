@@ -88,7 +88,7 @@ def ours(model: PreTrainedModel, groups: list[PromptGroup], verdict: Verdict) ->
     orpo.head = verdict.head
     orpo.eval()
     row = pack(groups, chunk_tokens=16, prompt_counts=True)
-    scale = LossScale(1 / row.n_nll_tokens, 1 / row.n_pairs, BETA)
+    scale = LossScale(1 / row.n_nll_tokens, 1 / row.n_pairs, orpo(BETA))
     output = orpo(Microbatch(row, torch.device("cpu")), scale)
     output.loss.backward()
     model.set_attn_implementation("eager")

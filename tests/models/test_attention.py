@@ -18,6 +18,7 @@ from orpo_ray.models.attention.varlen import varlen
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.pretrained import UnsupportedModelError
 from tests.reference.models import odd_groups, tiny_model
 
@@ -188,7 +189,7 @@ def test_a_model_computes_the_same_with_varlen(name, varlen_on_cpus):
     row, results = pack(odd_groups(1), 16, prompt_counts=True), []
     for kernel in ("sdpa", "varlen"):
         model = OrpoModel(tiny_model(name, torch.float64), "packed", None, kernel)
-        output = model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, 1.0))
+        output = model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, orpo(1.0)))
         output.loss.backward()
         results.append([output.sums, *(p.grad for p in model.parameters())])
     for one, other in zip(*results, strict=True):
@@ -265,7 +266,7 @@ def test_a_model_computes_the_same_with_flex(name):
         assert model.attention_text == f"packed ({kernel})"
         batch = Microbatch(row, torch.device("cpu"))
         with torch.no_grad():
-            outputs[kernel] = model(batch, LossScale(0.1, 0.1, 1.0))
+            outputs[kernel] = model(batch, LossScale(0.1, 0.1, orpo(1.0)))
         windows[kernel] = set(batch.layout.block_masks)
     torch.testing.assert_close(outputs["flex"].sums, outputs["sdpa"].sums, rtol=1e-5, atol=1e-5)
     seen = {"llama": {None}, "mistral": {8}, "gemma2": {None, 8}}[name]
@@ -286,7 +287,7 @@ def test_a_compiled_layer_is_traced_once_for_rows_of_any_length(kernel, varlen_o
         # From two blocks of the mask on: torch takes a size of one for a constant.
         for n_groups in (16, 19, 24):
             row = pack((groups * 3)[:n_groups], 16, prompt_counts=True)
-            model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, 1.0))
+            model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, orpo(1.0)))
     assert len(traced) == 1
 
 

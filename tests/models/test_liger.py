@@ -13,6 +13,7 @@ from orpo_ray.models.build import build_model
 from orpo_ray.models.liger import patch
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.objective.head import LossScale
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.pretrained import UnsupportedModelError
 from tests.reference.models import odd_groups, tiny_model
 
@@ -76,7 +77,7 @@ def both_ways(folder: str) -> list[list[torch.Tensor]]:
     for use in (False, True):
         config = ORPOConfig(use_liger_kernel=use, bf16=False)
         model = build_model(config, folder, device)
-        output = model(Microbatch(row, device), LossScale(0.1, 0.1, 1.0))
+        output = model(Microbatch(row, device), LossScale(0.1, 0.1, orpo(1.0)))
         output.loss.backward()
         gradients = [p.grad.full_tensor().cpu() for p in model.parameters()]
         results.append([output.sums.cpu(), *gradients])

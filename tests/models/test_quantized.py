@@ -20,6 +20,7 @@ from orpo_ray.models.export import export_model
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.quantized import quantized_text
 from orpo_ray.objective.head import LossScale
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_model_config
 from orpo_ray.training.flops import Work
 from tests.reference.models import odd_groups
@@ -56,7 +57,7 @@ def trained(folder: Path, run: Path, device_type: str) -> dict[str, Any]:
     source = ModelSource(path, path)
     model = build_quantized(config, source, load_model_config(source), device)
     row = pack(odd_groups(1), 16, prompt_counts=True)
-    output = model(Microbatch(row, device), LossScale(0.1, 0.1, 1.0))
+    output = model(Microbatch(row, device), LossScale(0.1, 0.1, orpo(1.0)))
     output.loss.backward()
     adapters = [p for p in model.parameters() if p.requires_grad]
     torch.optim.SGD(adapters, lr=0.1).step()
@@ -93,7 +94,7 @@ def mind(found: dict[str, Any], plain: float) -> None:
 def plain_loss(folder: Path) -> float:
     model = build_model(ORPOConfig(bf16=False), str(folder / "model"), torch.device("cpu"))
     row = pack(odd_groups(1), 16, prompt_counts=True)
-    return model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, 1.0)).loss.item()
+    return model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, orpo(1.0))).loss.item()
 
 
 @needs_bitsandbytes

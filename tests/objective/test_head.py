@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from orpo_ray.dataset.packing import pack
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.objective.head import Chunk, LossScale, Part, Targets, orpo_head
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.objective.odds_ratio import log_sigmoid_log_odds
 from orpo_ray.preference.groups import PromptGroup, RowId
 
 WIDTH, VOCABULARY = 8, 13
-SCALE = LossScale(nll=0.11, pair=0.25, beta=0.7)
+SCALE = LossScale(nll=0.11, pair=0.25, objective=orpo(0.7))
 
 # Two pairs in two chunks. Chunk 1: position 0 predicts a prompt token; position 1 the first token
 # of completions 0 and 1; position 2 completion 0's second. Chunk 2: positions 4 and 5, one
@@ -77,7 +78,7 @@ def plain_loss(hidden, weight, bias, softcap, logit_scale=1.0):
     nll = -(TARGETS.nll_weights.double() * scores).sum()
     means = torch.stack([scores[TARGETS.completion == index].mean() for index in range(4)])
     ratio = log_sigmoid_log_odds(means[TARGETS.chosen], means[TARGETS.rejected]).sum()
-    return SCALE.nll * nll - SCALE.pair * SCALE.beta * ratio, nll, means
+    return SCALE.nll * nll - SCALE.pair * 0.7 * ratio, nll, means
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,23 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from orpo_ray.objective.metrics import OrpoWeights, batch_sums, metrics_from_sums
+from orpo_ray.objective.head import HeadOutput
+from orpo_ray.objective.metrics import LossWeights, batch_sums, metrics_from_sums
+from orpo_ray.objective.objectives import orpo
+from orpo_ray.objective.odds_ratio import log_sigmoid_log_odds
 from orpo_ray.objective.router import router_loss
+
+
+def sums_of(nll_sum, nll_tokens, log_probs, aux_loss):
+    """The sums of a row whose pairs have these log-probabilities, with ORPO's term."""
+    log_probs = torch.tensor(log_probs)
+    head = HeadOutput(
+        loss=torch.tensor(0.0),
+        nll_sum=torch.tensor(nll_sum),
+        term_sum=log_sigmoid_log_odds(*log_probs).sum(),
+        completion_log_probs=log_probs.flatten(),
+    )
+    return batch_sums(head, nll_tokens, log_probs, log_probs.shape[1], aux_loss)
 
 
 def test_metrics_divide_once_over_everything():
@@ -16,17 +31,9 @@ def test_metrics_divide_once_over_everything():
     Chosen means -1, -2, -3 (mean -2), rejected all -2: one pair of three is right. NLL (8 + 1) / 6
     = 1.5. Router losses 1 and 2.5 count once a pair: (1 + 2 x 2.5) / 3 = 2.
     """
-    first = batch_sums(
-        torch.tensor(8.0), 4, torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor(1.0)
-    )
-    second = batch_sums(
-        torch.tensor(1.0),
-        2,
-        torch.tensor([-2.0, -3.0]),
-        torch.tensor([-2.0, -2.0]),
-        torch.tensor(2.5),
-    )
-    metrics = metrics_from_sums((first + second).tolist(), OrpoWeights(beta=0.5, router=0.1))
+    first = sums_of(8.0, 4, [[-1.0], [-2.0]], torch.tensor(1.0))
+    second = sums_of(1.0, 2, [[-2.0, -3.0], [-2.0, -2.0]], torch.tensor(2.5))
+    metrics = metrics_from_sums((first + second).tolist(), LossWeights(orpo(0.5), router=0.1))
     assert metrics["nll_loss"] == pytest.approx(1.5)
     assert metrics["aux_loss"] == pytest.approx(2.0)
     assert metrics["logps/chosen"] == pytest.approx(-2.0)
@@ -45,8 +52,8 @@ def test_metrics_divide_once_over_everything():
 
 
 def test_without_a_router_there_is_no_aux_loss():
-    sums = batch_sums(torch.tensor(1.0), 1, torch.tensor([-1.0]), torch.tensor([-2.0]), None)
-    assert "aux_loss" not in metrics_from_sums(sums.tolist(), OrpoWeights(0.1, 0.0))
+    sums = sums_of(1.0, 1, [[-1.0], [-2.0]], None)
+    assert "aux_loss" not in metrics_from_sums(sums.tolist(), LossWeights(orpo(0.1), 0.0))
 
 
 def test_router_loss_counts_a_shared_token_as_often_as_padding_would():

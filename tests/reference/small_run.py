@@ -99,12 +99,15 @@ def train_small(folder: Path, run: FolderLike, changes: dict[str, Any]) -> dict[
     config = ORPOConfig(**(defaults | changes))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     stream = token_stream(folder, rank, world_size, config.pairs_per_step)
-    evaluation = dataclasses.replace(stream, order=dataclasses.replace(stream.order, shuffle=False))
+    plan = dataclasses.replace(stream.plan, prompt_counts=config.orpo.prompt_counts)
+    order = dataclasses.replace(stream.order, shuffle=False)
+    evaluation = dataclasses.replace(stream, order=order, plan=plan)
+    plan = dataclasses.replace(plan, chosen_alone=config.orpo.objective == "sft")
     job = TrainingJob(
         config=config,
         model=ModelSource(str(folder / "model"), str(folder / "model")),
         run_directory=run,
-        train=stream,
+        train=dataclasses.replace(stream, plan=plan),
         evals={"eval_": evaluation} if evaluate else {},
         device=torch.device("cpu"),
         report=lambda metrics: None,

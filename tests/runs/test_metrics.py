@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import orpo_ray
-from orpo_ray.objective.metrics import N_SUMS, OrpoWeights, metrics_from_sums
+from orpo_ray.objective.metrics import N_SUMS, LossWeights, metrics_from_sums
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.reports.curves import LEARNING, THROUGHPUT
 from orpo_ray.runs.metrics import BY_NAME, EVALUATED, METRICS, eval_prefixes, split_eval_key
 from tests.conftest import ROOT
@@ -18,7 +19,7 @@ NAMED = {"objective/metrics.py", "training/metrics.py", "runs/metrics.py", "conf
 
 def test_evaluations_have_what_the_objective_computes():
     """Sums that are not zero have a router loss too."""
-    computed = metrics_from_sums([1.0] * N_SUMS, OrpoWeights(beta=1.0, router=1.0))
+    computed = metrics_from_sums([1.0] * N_SUMS, LossWeights(orpo(1.0), router=1.0))
     assert {metric.name for metric in EVALUATED} == computed.keys()
 
 

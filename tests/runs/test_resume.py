@@ -36,6 +36,7 @@ DECISIVE = {
         "warmup_steps",
     ),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16"),
+    *("objective", "loss_type", "simpo_gamma", "cpo_alpha", "label_smoothing"),
     *("full_determinism", "seed", "shuffle", "shuffle_window_shards"),
 }
 
@@ -130,3 +131,9 @@ def test_without_a_record_of_the_workers_the_checkpoint_decides():
     config = ORPOConfig(per_device_train_batch_size=2, num_workers=2)
     assert with_batch_size(config, found).pairs_per_step == 8
     assert with_batch_size(config, None).pairs_per_step == 4
+
+
+def test_the_scope_of_the_nll_is_recorded_as_it_is():
+    """A checkpoint of a version whose default was named resumes with none given."""
+    assert settings()["nll_scope"] == settings(nll_scope="all")["nll_scope"] == "all"
+    assert settings(objective="cpo")["nll_scope"] == "completion"

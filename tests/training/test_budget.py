@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.models.build import build_model
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.training.budget import (
     Measured,
@@ -112,7 +113,7 @@ def measured_on_a_gpu(folder: Path, run: Path) -> tuple[int, int, str]:
     model = build_model(config, str(folder / "model"), device)
     optimizer = build_optimizer(model, config.train)
     state = TrainState(
-        model, optimizer, build_scheduler(optimizer, config.train, 1), 0.1, 1, 0, device
+        model, optimizer, build_scheduler(optimizer, config.train, 1), orpo(0.1), 1, 0, device
     )
     source = ModelSource(str(folder / "model"), str(folder / "model"))
     stream = token_stream(folder, 0, 1, batch_groups=2000)

@@ -8,6 +8,7 @@ from orpo_ray.dataset.packing import GroupSpan, pack
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.training.flops import MfuMeter, Work, matmul_rate, seen_keys
 from tests.reference.models import odd_groups, tiny_model
 
@@ -24,7 +25,7 @@ def test_the_work_of_a_row_is_what_torch_counts(family):
     row = pack(odd_groups(0), chunk_tokens=200, prompt_counts=True)
     batch = Microbatch(row, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
-        model(batch, LossScale(nll=0.1, pair=0.1, beta=1.0)).loss.backward()
+        model(batch, LossScale(nll=0.1, pair=0.1, objective=orpo(1.0))).loss.backward()
     products = ("aten.mm", "aten.addmm")
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in products)
     work = Work.from_model(causal_lm)

@@ -16,6 +16,8 @@ from orpo_ray.models.build import build_model
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
+from orpo_ray.objective.metrics import N_SUMS
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.training.errors import MicrobatchTooLargeError
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
 from orpo_ray.training.step import TrainState, step_seed, train_step
@@ -42,9 +44,9 @@ def test_a_microbatch_reads_nothing_back():
     """Forward, backward and metrics, over a model whose own code does not either."""
     model = OrpoModel(tiny_model("llama", torch.float32), "packed", None)
     row = pack(odd_groups(1), 16, prompt_counts=True)
-    sums = torch.zeros(10, dtype=torch.float64)
+    sums = torch.zeros(N_SUMS, dtype=torch.float64)
     with CountReads() as reads:
-        output = model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, 1.0))
+        output = model(Microbatch(row, torch.device("cpu")), LossScale(0.1, 0.1, orpo(1.0)))
         output.loss.backward()
         sums += output.sums
         assert reads.count == 0
@@ -61,7 +63,7 @@ def test_a_microbatch_does_not_wait_for_the_gpu(kernel):
     row = pack(odd_groups(1), 16, prompt_counts=True)
 
     def microbatch() -> torch.Tensor:
-        output = model(Microbatch(row, device), LossScale(0.1, 0.1, 1.0))
+        output = model(Microbatch(row, device), LossScale(0.1, 0.1, orpo(1.0)))
         output.loss.backward()
         return output.sums
 
@@ -96,16 +98,16 @@ def too_large(folder: Path) -> str:
     model = build_model(config, str(folder / "model"), device)
     optimizer = build_optimizer(model, config.train)
     scheduler = build_scheduler(optimizer, config.train, 1)
-    state = TrainState(model, optimizer, scheduler, 0.1, 1.0, 0, device)
+    state = TrainState(model, optimizer, scheduler, orpo(0.1), 1.0, 0, device)
     stream = token_stream(folder, 0, 1, 1)
     whole = token_stream(folder, 0, 1, 85)
     plan = dataclasses.replace(whole.plan, budget_tokens=10**6, chunk_tokens=10**6)
     batch = next(dataclasses.replace(whole, plan=plan).batches(0, 1))
-    train_step(state, next(stream.batches(0, 1)), torch.zeros(10, dtype=torch.float64))
+    train_step(state, next(stream.batches(0, 1)), torch.zeros(N_SUMS, dtype=torch.float64))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), resource.RLIM_INFINITY))
     try:
-        train_step(state, batch, torch.zeros(10, dtype=torch.float64))
+        train_step(state, batch, torch.zeros(N_SUMS, dtype=torch.float64))
     except MicrobatchTooLargeError as error:
         return str(error)
     finally:

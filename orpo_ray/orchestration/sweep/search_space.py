@@ -1,8 +1,11 @@
-"""What a sweep searches: `loguniform(0.05, 0.5)` and the like, checked and handed to Ray Tune."""
+"""What a sweep searches: `loguniform(0.05, 0.5)` and the like, checked and handed to Ray Tune.
+
+A setting may have a domain of its own for an objective, as `search.simpo.beta`.
+"""
 
 import ast
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray import tune
@@ -14,12 +17,14 @@ from orpo_ray.config.schema import (
     ORPOConfig,
     settings_that_decide,
 )
+from orpo_ray.config.train import OBJECTIVE_SETTINGS
 
 # A trial may not set who it is, where it runs, or what the sweep is: the sections in which no
 # setting decides tokens or weights.
 _FIXED = SECTIONS.keys() - {
     SECTION_OF[leaf] for leaf in settings_that_decide("tokens") | settings_that_decide("weights")
 }
+_OBJECTIVES = OBJECTIVE_SETTINGS.keys() - SECTIONS.keys()  # orpo.beta is the setting itself
 _FORMS: dict[str, tuple[int, Callable[..., Any]]] = {
     "uniform": (2, tune.uniform),
     "loguniform": (2, tune.loguniform),
@@ -38,8 +43,9 @@ def search_space(config: ORPOConfig) -> dict[str, Any]:
     findings: list[str] = []
     space = {}
     for name, entry in entries.items():
-        leaf = name.rsplit(".", 1)[-1]
-        if leaf not in SECTION_OF or SECTION_OF[leaf] in _FIXED:
+        section, _, leaf = name.rpartition(".")
+        is_known = not section or section in SECTIONS or section in _OBJECTIVES
+        if not is_known or leaf not in SECTION_OF or SECTION_OF[leaf] in _FIXED:
             findings.append(f"search.{name}: not a setting that can be searched")
             continue
         try:
@@ -47,11 +53,32 @@ def search_space(config: ORPOConfig) -> dict[str, Any]:
         except ValueError as error:
             findings.append(f"search.{name}: {error} (got {entry!r})")
             continue
-        findings += _refused(config, leaf, samples)
-        space[leaf] = domain
+        own = {"objective": section} if section in _OBJECTIVES else {}
+        key = f"{section}.{leaf}" if own else leaf
+        findings += _refused(config.replace(**own), key, leaf, samples)
+        space[key] = domain
     if findings:
         raise ConfigError(findings)
     return space
+
+
+def trial_values(config: ORPOConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a trial, of the values that were drawn for all objectives.
+
+    Args:
+        config: of the sweep.
+        values: by the names in the space: `beta`, `simpo.beta`.
+    """
+    objective = values.get("objective", config.orpo.objective)
+    plain = {name: value for name, value in values.items() if "." not in name}
+    own = {
+        name.removeprefix(f"{objective}."): value
+        for name, value in values.items()
+        if name.startswith(f"{objective}.")
+    }
+    used = OBJECTIVE_SETTINGS[objective]
+    unused = frozenset().union(*OBJECTIVE_SETTINGS.values()) - used
+    return {name: value for name, value in (plain | own).items() if name not in unused}
 
 
 def _default_entries(config: ORPOConfig) -> dict[str, str]:
@@ -103,12 +130,12 @@ def _interval(name: str, values: Sequence[Any]) -> Any:
     return make(*values)
 
 
-def _refused(config: ORPOConfig, leaf: str, samples: Sequence[Any]) -> list[str]:
-    """What the config says against values of the domain."""
+def _refused(config: ORPOConfig, name: str, leaf: str, samples: Sequence[Any]) -> list[str]:
+    """What the config says against values of the domain of `name`."""
     findings = []
     for value in samples:
         try:
             config.replace(**{leaf: value})
         except ConfigError as error:
-            findings.append(f"search.{leaf}: {error.lines[0].partition(': ')[2]}")
+            findings.append(f"search.{name}: {error.lines[0].partition(': ')[2]}")
     return findings

@@ -12,6 +12,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from orpo_ray.config.file import to_yaml
 from orpo_ray.config.schema import ConfigError, ORPOConfig, settings_that_decide
 from orpo_ray.orchestration.start import Start, start_run
+from orpo_ray.orchestration.sweep.search_space import trial_values
 from orpo_ray.orchestration.train import train_run
 from orpo_ray.preference.errors import DataError
 from orpo_ray.runs.files import CONFIG, STOP, TRIAL_RECORD, TRIALS
@@ -43,6 +44,7 @@ def run_trial(
     Why it failed or where it was stopped is written into its folder as well, unless it was ended
     from outside.
     """
+    values = trial_values(start.config, values)
     folder = (start.folder / TRIALS / name).make()
     folder.remove(STOP)
     record = {"trial": name, "values": dict(values)}
@@ -66,7 +68,8 @@ def _start(sweep: Start, folder: Folder, values: Mapping[str, Any]) -> Start:
         token_cache_dir=sweep.config.data.token_cache_dir
         or (sweep.folder.parent / "token_cache").address,
     )
-    if settings_that_decide("tokens") & values.keys():
+    takes_one = [c.orpo.objective == "sft" for c in (sweep.config, config)]
+    if settings_that_decide("tokens") & values.keys() or takes_one == [True, False]:
         return start_run(_with_found_inputs(config, sweep, values))
     folder.write_text(CONFIG, to_yaml(config))
     return dataclasses.replace(sweep, config=config, folder=folder)

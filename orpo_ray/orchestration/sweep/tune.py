@@ -118,10 +118,12 @@ def tune(
         space = dict(space or search_space(config))
     except ConfigError as error:
         space, problems = {}, list(error.lines)
-    problems += [*goal_problems(config), *_repeat_problems(config, space)]
+    problems += [*goal_problems(config, space), *_repeat_problems(config, space)]
     if problems:
         raise ConfigError(problems)
     goal = Goal.from_config(config)
+    if "objective" in space:  # all of them train on the same rows, which have two answers
+        config = config.replace(objective="orpo")
     config = with_run_name(config)
     run_directory = run_directory_of(config)
     inputs = find_inputs(config, run_directory.parent)
@@ -297,7 +299,8 @@ def _conclude(start: Start, goal: Goal) -> SweepResult:
 
 def _beta_zero(start: Start, best: Trial) -> Trial | None:
     """The best trial's settings without the odds-ratio term, for the figure of the paper."""
-    if not start.config.tune.compare_beta_zero:
+    objective = best.values.get("objective", start.config.orpo.objective)
+    if not start.config.tune.compare_beta_zero or objective != "orpo":
         return None
     values = dict(best.values) | {"beta": 0.0}
     folder = start.folder / TRIALS / BETA_ZERO

@@ -4,8 +4,9 @@ import pytest
 from ray.tune.search.sample import Categorical, Float, Integer
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.orchestration.sweep.search_space import search_space
+from orpo_ray.orchestration.sweep.search_space import search_space, trial_values
 from orpo_ray.orchestration.sweep.trial import trial_config
+from orpo_ray.runs.sweep import goal_problems
 
 
 def space(**search):
@@ -64,3 +65,44 @@ def test_a_searched_batch_size_is_not_overruled_by_the_settled_one():
     config = ORPOConfig(per_device_train_batch_size=8, global_batch_size=8)
     assert trial_config(config, {"per_device_train_batch_size": 4}).pairs_per_step == 4
     assert trial_config(config, {"beta": 0.5}).pairs_per_step == 8
+
+
+def test_every_objective_has_its_own_leaves():
+    found = space(
+        objective="choice(orpo, simpo, sft)",
+        beta="loguniform(0.05, 0.5)",
+        simpo_gamma="uniform(0.5, 1.5)",
+        **{"simpo.beta": "uniform(2, 2.5)", "orpo.max_grad_norm": [1.0]},
+    )
+    assert found.keys() == {"objective", "beta", "simpo_gamma", "simpo.beta", "max_grad_norm"}
+    drawn = {"beta": 0.2, "simpo_gamma": 0.9, "simpo.beta": 2.2, "max_grad_norm": 1.0}
+
+    def of(objective):
+        return trial_values(ORPOConfig(), {"objective": objective} | drawn)
+
+    assert of("orpo") == {"objective": "orpo", "beta": 0.2, "max_grad_norm": 1.0}
+    simpo = {"objective": "simpo", "beta": 2.2, "simpo_gamma": 0.9, "max_grad_norm": 1.0}
+    assert of("simpo") == simpo
+    assert of("sft") == {"objective": "sft", "max_grad_norm": 1.0}
+    assert trial_values(ORPOConfig(objective="cpo"), {"beta": 0.1}) == {"beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"dpo.beta": "uniform(0, 1)"}, "search.dpo.beta: not a setting that can be searched"),
+        ({"simpo.beta": "uniform(-2, 1)"}, "search.simpo.beta: input should be greater"),
+        ({"objective": "choice(orpo, dpo)"}, "search.objective: input should be"),
+    ],
+)
+def test_what_no_objective_has_is_named(search, message):
+    with pytest.raises(ConfigError) as caught:
+        space(**search)
+    assert caught.value.lines[0].startswith(message)
+
+
+def test_a_loss_does_not_compare_objectives():
+    (problem,) = goal_problems(ORPOConfig(metric="eval_x_loss"), {"objective"})
+    assert problem.endswith("use eval_x_rewards/accuracies")
+    assert goal_problems(ORPOConfig(metric="eval_nll_loss"), {"objective"}) == []
+    assert goal_problems(ORPOConfig(metric="eval_loss"), {"beta"}) == []
