@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from orpo_ray.config.data import DataSection
 from orpo_ray.config.fields import Decides, Section
@@ -78,6 +78,18 @@ class ORPOConfig(Section):
     @classmethod
     def _route(cls, values: Any) -> Any:
         return leaves_into_sections(values) if isinstance(values, Mapping) else values
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _dotted(cls, search: Any) -> Any:
+        """`{simpo: {beta: ...}}`, as YAML and overrides have it, as `{simpo.beta: ...}`."""
+        if not isinstance(search, Mapping):
+            return search
+        flat: dict[Any, Any] = {}
+        for name, entry in search.items():
+            inner = entry if isinstance(entry, Mapping) else None
+            flat |= {name: entry} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+        return flat
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Number of optimizer steps: `max_steps`, or the steps of `num_train_epochs`."""

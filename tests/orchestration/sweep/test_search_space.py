@@ -72,7 +72,8 @@ def test_every_objective_has_its_own_leaves():
         objective="choice(orpo, simpo, sft)",
         beta="loguniform(0.05, 0.5)",
         simpo_gamma="uniform(0.5, 1.5)",
-        **{"simpo.beta": "uniform(2, 2.5)", "orpo.max_grad_norm": [1.0]},
+        simpo={"beta": "uniform(2, 2.5)"},
+        **{"train.max_grad_norm": [1.0]},
     )
     assert found.keys() == {"objective", "beta", "simpo_gamma", "simpo.beta", "max_grad_norm"}
     drawn = {"beta": 0.2, "simpo_gamma": 0.9, "simpo.beta": 2.2, "max_grad_norm": 1.0}

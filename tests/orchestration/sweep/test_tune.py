@@ -96,6 +96,35 @@ def test_a_bad_trial_is_recorded_and_the_best_of_the_others_is_kept(run_command,
     assert (sweep / "results.csv").read_text().count("\n") == 3
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_over_objectives_shows_them_side_by_side(run_command, tmp_path):
+    """Each with its own leaves; the same token set; no run with beta=0 for another than ORPO."""
+    write_pairs(tmp_path)
+    done = run_command(
+        tmp_path,
+        *COMMAND,
+        "max_steps=4",
+        "eval_steps=2",
+        "metric=eval_log_odds_chosen",
+        "search.objective=grid(simpo, sft)",
+        "search.beta=choice(0.3)",
+        "search.simpo.beta=choice(2.5)",
+    )
+    assert done.returncode == 0, done.stderr
+    sweep = tmp_path / "runs" / "sweep"
+    values = [dict(trial.values) for trial in read_trials(sweep)]
+    assert sorted(values, key=len) == [
+        {"objective": "sft"},
+        {"objective": "simpo", "beta": 2.5},
+    ]
+    page = (sweep / "sweep_report.html").read_text()
+    table = page[page.index("<h2>Objectives") :]
+    assert "<td>simpo</td>" in table
+    assert "<td>sft</td>" in table
+    assert "length-controlled accuracy" in table
+
+
 def test_a_sweep_has_failed_if_every_trial_has():
     failed = Trial("a", Path("a"), {}, "step 1: the loss is not finite", [])
     cut = Trial("b", Path("b"), {}, None, [])
