@@ -77,7 +77,7 @@ def leaderboard(trials: list[Trial], goal: Goal) -> Table:
 def trial_text(trial: Trial, goal: Goal, with_status: bool = True) -> str:
     """A trial on one line: its values and its last evaluation."""
     step = max((step for step, _ in trial.evaluations(goal.metric)), default=_step(trial))
-    names = dict.fromkeys((goal.metric, f"{goal.prefix}rewards/margins", f"{goal.prefix}nll_loss"))
+    names = dict.fromkeys((goal.metric, f"{goal.prefix}log_odds_chosen", f"{goal.prefix}nll_loss"))
     metrics = "  ".join(f"{name} {format_metric(trial.last(name), '.4g')}" for name in names)
     status = f"  {trial.status}" if with_status else ""
     failure = f": {trial.failure}" if with_status and trial.failure else ""

@@ -71,7 +71,7 @@ def run_rows(status: RunStatus) -> list[tuple[str, str]]:
 
 def trial_table(trials: Sequence[RunStatus]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """A heading and a row for each trial of a sweep."""
-    metrics = [BY_NAME[name] for name in ("loss", "rewards/accuracies", "rewards/margins")]
+    metrics = [BY_NAME[name] for name in ("loss", "rewards/accuracies", "log_odds_chosen")]
     labels = [metric.label for metric in metrics]
     heading = ("trial", "values", "state", "step", *labels, "held-out", "logged")
     rows = []
