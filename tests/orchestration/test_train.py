@@ -129,7 +129,7 @@ def test_a_run_leaves_what_there_is_to_look_at(trained):
     result = trained[0].result
     figure = result.plot()
     titles = [axis.get_title() for axis in figure.axes if axis.lines]
-    assert len(titles) == 10
+    assert len(titles) == 9
     assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     run = Path(result.run_directory)
     suspects = [json.loads(line) for line in (run / "suspects.jsonl").read_text().splitlines()]

@@ -204,7 +204,13 @@ def test_samples_before_and_after_and_the_first_suspects(tmp_path: Path) -> None
         for row, mean in ((7, -0.5), (9, 0.125))
     ]
     (tmp_path / "suspects.jsonl").write_text("".join(json.dumps(s) + "\n" for s in suspects))
+    early = write_page(tmp_path)
+    assert "too early to tell" in early
+    assert "0.5 passes over the data" in early
+    assert "a.jsonl</td><td>7" not in early
+    files.margins(60, [0.5] * 20)
     page = write_page(tmp_path)
+    assert "too early to tell" not in page
     assert cells(page, "prompt") == ["&lt;p&gt;rompt"]
     assert cells(page, "before") == ["answer at 0"]
     assert cells(page, "after") == ["answer at 30"]
