@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orpo_ray.reports.live import Watcher
-from orpo_ray.reports.text import as_text
+from orpo_ray.reports.terminal import as_text
 from orpo_ray.runs.files import METRICS, NewLines
 from orpo_ray.runs.formatting import format_metric, format_setting, format_settings
 from orpo_ray.runs.sweep import Goal, Trial, read_trials

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from orpo_ray.reports.text import as_text
+from orpo_ray.reports.terminal import as_text
 from orpo_ray.runs.files import EVENTS
 from orpo_ray.runs.formatting import (
     format_duration,
