@@ -340,7 +340,7 @@ def test_a_run_that_loses_a_worker_and_its_driver_ends_byte_identical(
     assert not psutil.wait_procs(workers(), timeout=60)[1]
     other = run_command(tmp_path, "jobs/train.py", *settings, "beta=0.4", ray_address=ray_cluster)
     assert other.returncode == 2
-    assert "error: beta: 1.0 in the checkpoint, 0.4 now\n" in other.stderr
+    assert "error: beta: 3.0 in the checkpoint, 0.4 now\n" in other.stderr
     done = run_command(tmp_path, "jobs/train.py", *settings, ray_address=ray_cluster)
     assert done.returncode == 0, done.stderr
     assert figures_of(run) == figures_of(tmp_path / "runs" / "whole")
