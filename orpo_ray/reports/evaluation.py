@@ -81,7 +81,7 @@ def evaluation_tables(name: str, part: SetEvaluation) -> list[Table]:
 def _of_all(name: str, part: SetEvaluation) -> Table:
     table = _table(f"{name} data, {part.pairs} pairs", "metric", "value", "95 % interval")
     for key, shown in _NAMES.items():
-        table.add_row(shown, *_cells(part.figures[key], ".4g"))
+        table.add_row(shown, *_cells(part.figures[key], "#.4g"))
     return table
 
 
@@ -106,7 +106,7 @@ def _against_baseline(part: SetEvaluation) -> Table:
     for key, shown in _NAMES.items():
         if key in part.differences:
             found = part.differences[key]
-            table.add_row(shown, *_cells(found, "+.4g"), f"{found.p_value:.3f}")
+            table.add_row(shown, *_cells(found, "+#.4g"), f"{found.p_value:.3f}")
     return table
 
 
@@ -126,5 +126,6 @@ def _cells(estimate: Estimate | Difference, form: str) -> tuple[str, str]:
     """Value and interval; a dash and nothing where there is none."""
     if np.isnan(estimate.value):
         return "-", ""
-    value, low, high = (format(n, form) for n in (estimate.value, estimate.low, estimate.high))
+    numbers = (estimate.value, estimate.low, estimate.high)
+    value, low, high = (format(number, form).rstrip(".") for number in numbers)
     return value, f"{low} to {high}"
