@@ -8,11 +8,12 @@ from orpo_ray.version import __version__
 
 if TYPE_CHECKING:
     from orpo_ray.config.schema import ConfigError
-    from orpo_ray.orchestration.evaluate import EvaluationResult, evaluate
+    from orpo_ray.orchestration.evaluate import evaluate
     from orpo_ray.orchestration.sweep.tune import SweepResult, trainable, tune
     from orpo_ray.orchestration.train import TrainResult, prepare, train
     from orpo_ray.orchestration.trainer.trainer import ORPOTrainer
     from orpo_ray.preference.errors import DataError
+    from orpo_ray.runs.statistics import EvaluationResult
     from orpo_ray.training.errors import StoppedError, TrainingError
     from orpo_ray.trl.arguments import ORPOConfig
 
@@ -41,7 +42,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 _HOME = {
     "ConfigError": "orpo_ray.config.schema",
     "DataError": "orpo_ray.preference.errors",
-    "EvaluationResult": "orpo_ray.orchestration.evaluate",
+    "EvaluationResult": "orpo_ray.runs.statistics",
     "ORPOConfig": "orpo_ray.trl.arguments",
     "ORPOTrainer": "orpo_ray.orchestration.trainer.trainer",
     "StoppedError": "orpo_ray.training.errors",

@@ -31,7 +31,6 @@ DEMO = "demo.yaml"
 DONE, FAILED, REFUSED = 0, 1, 2
 # Read when Ray is imported. A sweep's many small processes are no reason for a warning.
 _QUIET_RAY = {"RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started"}
-_FILE_WIDTH = 160
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,9 +80,10 @@ def _tune(config: ORPOConfig, console: "Console") -> None:
 
 
 def _evaluate(config: ORPOConfig, console: "Console") -> None:
-    from orpo_ray.orchestration.evaluate import evaluate, show_evaluation
+    from orpo_ray.orchestration.evaluate import evaluate
+    from orpo_ray.reports.evaluation import show_evaluation
 
-    show_evaluation(evaluate(config), console)
+    show_evaluation(evaluate(config, console=console), console)
 
 
 def _prepare(config: ORPOConfig, console: "Console") -> None:
@@ -271,7 +271,7 @@ def _logging_to_console() -> Iterator["Console"]:
 
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.width = _FILE_WIDTH
+        console.width = 160  # of tables in a file
     logger, handler = logging.getLogger("orpo_ray"), _ConsoleHandler(console)
     before = logger.level, logger.propagate
     logger.addHandler(handler)

@@ -7,15 +7,16 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orpo_ray.config.model import ModelSection
-from orpo_ray.storage.files import first_line, one_line, read_json
+from orpo_ray.storage.files import first_line, one_line, read_json, some_of
 from orpo_ray.storage.folder import Folder, Names, everything, light
 from orpo_ray.storage.names import is_plain
+from orpo_ray.storage.relocation import find_base
 
 
 class UnsupportedModelError(ValueError):
@@ -23,7 +24,6 @@ class UnsupportedModelError(ValueError):
 
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHOWN_NAMES = 3
 _PICKLED = (("model", "pytorch_model"), ("adapter_model", "adapter_model"))
 
 
@@ -122,10 +122,12 @@ def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
     # Otherwise transformers may load weights that a hub service converted, of another revision.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     folder = on_this_node(source.model, everything)
+    base = base_of_adapters(source, folder) or ""
+    is_here = os.path.isdir(base)  # not always where the adapters name it
     with _as_refusals(source.model):
         _refuse_other_weights(source, folder)
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
+            base if is_here else folder,
             use_safetensors=True,
             dtype=dtype,
             ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -134,6 +136,8 @@ def load_model(source: ModelSource, dtype: Any, **options: Any) -> Any:
             **options,
         )
     refuse_incomplete(source.model, found)
+    if is_here:
+        model.load_adapter(folder)
     _refuse_not_finite(source.model, model)
     return model
 
@@ -211,7 +215,7 @@ def _refuse_other_weights(source: ModelSource, folder: str) -> None:
         source: of the model.
         folder: its folder on this node, or its hub id.
     """
-    from transformers.utils import cached_file, find_adapter_config_file
+    from transformers.utils import cached_file
 
     def find(name: str) -> Path | None:
         found = cached_file(
@@ -237,10 +241,30 @@ def _refuse_other_weights(source: ModelSource, folder: str) -> None:
             f"{source.model}: config.json names {other!r} as transformers_weights; weights are "
             "read from model*.safetensors only: rename the file and delete the setting"
         )
-    adapters = find_adapter_config_file(folder, revision=source.revision)
-    base = read_json(Path(adapters)).get("base_model_name_or_path") if adapters else None
-    if base and base != folder:
+    base = base_of_adapters(source, folder)
+    if base is not None and base != folder:
         _refuse_other_weights(dataclasses.replace(source, model=base, revision=None), base)
+
+
+def base_of_adapters(source: ModelSource, folder: str) -> str | None:
+    """Folder or hub id of the base model of LoRA adapters, in `folder`; None for other models.
+
+    Raises:
+        UnsupportedModelError: for a base model that is not there.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    config = find_adapter_config_file(folder, revision=source.revision)
+    named = read_json(Path(config)).get("base_model_name_or_path") if config else None
+    if not config or not named:
+        return None
+    base = find_base(named, Path(config).parent)
+    if base is None:
+        raise UnsupportedModelError(
+            f"{source.model}: its base model is not there: {named}; put that folder beside the "
+            "adapter's, or set base_model_name_or_path in adapter_config.json to where it is"
+        )
+    return base
 
 
 def _indexed(name: str | Folder, index: Path) -> list[str]:
@@ -314,13 +338,6 @@ def _refuse_not_finite(name: str | Folder, model: Any) -> None:
             f"{name}: {len(bad)} of the model's weights are not finite (NaN or infinite): "
             f"{some_of(bad)}; save or download the model again"
         )
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first few of some names, and how many more there are."""
-    shown = ", ".join(names[:_SHOWN_NAMES])
-    more = len(names) - _SHOWN_NAMES
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def on_this_node(model: str | Folder, wanted: Names) -> str:

@@ -32,8 +32,8 @@ class ModelSection(Section):
     )
     baseline: str | None = setting(
         None,
-        "Folder, URL or hub id of a second model that jobs/evaluate.py compares with the first. "
-        "Default: no comparison.",
+        "Folder, URL or hub id of a second model that jobs/evaluate.py compares with the first; or "
+        "the run directory or evaluation.json of a finished evaluation. Default: no comparison.",
         decides="run",
     )
     attention: Literal["auto", "packed", "padded"] = setting(

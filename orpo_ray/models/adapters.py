@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import find_adapter_config_file
 
 from orpo_ray.config.model import ModelSection
-from orpo_ray.pretrained import ModelSource, UnsupportedModelError, on_this_node
+from orpo_ray.pretrained import (
+    ModelSource,
+    UnsupportedModelError,
+    base_of_adapters,
+    on_this_node,
+)
 from orpo_ray.storage.folder import light
 
 _ADAPTER = "default"  # peft's own name for an only adapter
@@ -74,16 +78,16 @@ def base_of(source: ModelSource) -> tuple[ModelSource, Any]:
 
     Args:
         source: folder or hub id.
+
+    Raises:
+        UnsupportedModelError: for a base model that is not there.
     """
-    # As transformers looks for adapters where it loads a model.
     model = on_this_node(source.model, light)
-    if find_adapter_config_file(model, revision=source.revision) is None:
+    base = base_of_adapters(source, model)
+    if base is None:
         return source, None
     adapters = _peft().PeftConfig.from_pretrained(model, revision=source.revision)
-    base = dataclasses.replace(
-        source, model=adapters.base_model_name_or_path, revision=adapters.revision
-    )
-    return base, adapters
+    return dataclasses.replace(source, model=base, revision=adapters.revision), adapters
 
 
 def inject_adapters(causal_lm: PreTrainedModel, adapters: Any) -> None:

@@ -34,8 +34,8 @@ from orpo_ray.pretrained import (
     load_model,
     load_model_config,
     on_this_node,
-    some_of,
 )
+from orpo_ray.storage.files import some_of
 from orpo_ray.storage.folder import Folder, everything
 
 

@@ -24,6 +24,7 @@ from orpo_ray.pretrained import (
 from orpo_ray.runs.files import RECORD
 from orpo_ray.storage.files import read_json
 from orpo_ray.storage.folder import Folder, FolderLike, light
+from orpo_ray.storage.relocation import base_record
 
 
 def export_model(
@@ -58,7 +59,10 @@ def export_model(
             _restore_config(beside / "config.json", base)
             _stop_at(tokenizer.eos_token_id, beside, source, base)
         tokenizer.save_pretrained(beside)
-        (beside / RECORD).write_text(json.dumps({"step": step}) + "\n")
+        record: dict[str, int | str] = {"step": step}
+        if adapted and not config.merge_adapter:
+            record |= base_record(on_this_node(source.model, light), final.path)
+        (beside / RECORD).write_text(json.dumps(record) + "\n")
         final.remove()
         beside.rename(final.path)
         written = sorted(path.name for path in final.path.iterdir() if path.name != RECORD)

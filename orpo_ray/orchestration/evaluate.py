@@ -11,15 +11,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.ingest import nothing_usable
 from orpo_ray.orchestration.inputs import RunInputs, named_model
 from orpo_ray.orchestration.preflight import check_model
-from orpo_ray.orchestration.score_tables import codes_of, paired, with_places
+from orpo_ray.orchestration.score_tables import (
+    RESULT,
+    codes_of,
+    finished_evaluation,
+    paired,
+    read_finished,
+    why_not_comparable,
+    with_places,
+)
 from orpo_ray.orchestration.start import (
     Start,
     ingest_all,
@@ -27,72 +33,42 @@ from orpo_ray.orchestration.start import (
     start_run,
     with_run_name,
 )
-from orpo_ray.orchestration.workers import evaluate_worker, run_workers, scores_file
+from orpo_ray.orchestration.workers import PROGRESS, evaluate_worker, run_workers, scores_file
 from orpo_ray.preference.errors import DataError
 from orpo_ray.pretrained import ModelSource, load_tokenizer
-from orpo_ray.reports.text import as_text
+from orpo_ray.reports.evaluation import ScoringWatcher
 from orpo_ray.runs.lock import claimed
 from orpo_ray.runs.metrics import set_name
 from orpo_ray.runs.mirror import working_on
-from orpo_ray.runs.statistics import Difference, Estimate, Scores, differences, estimates
+from orpo_ray.runs.statistics import (
+    Difference,
+    EvaluationResult,
+    Scores,
+    SetEvaluation,
+    differences,
+    estimates,
+)
 from orpo_ray.storage.files import replacing
 
 _log = logging.getLogger(__name__)
-RESULT = "evaluation.json"
 _WORKING = ".evaluation"  # of workers and Ray Train, while they run
-_SHOWN = ("accuracy", "length_controlled_accuracy", "margin", "log_odds", "perplexity")
 _LENGTH_GROUPS = 4
 _LEAST_PAIRS = 2
 
 
-@dataclass(frozen=True)
-class SetEvaluation:
-    """What one model makes of one evaluation set.
-
-    Args:
-        pairs: how many.
-        figures: by name, see `orpo_ray.runs.statistics.STATISTICS`.
-        subsets: the same for the pairs of each value of `eval_subset_column`.
-        lengths: the same for four groups of pairs of about the same length, the shortest first.
-        differences: from the baseline, if there is one.
-        scores: the file with a row a pair.
-        pairs_compared: pairs of which the differences are: those that both tokenizers take.
-    """
-
-    pairs: int
-    figures: dict[str, Estimate]
-    subsets: dict[str, dict[str, Any]]
-    lengths: dict[str, dict[str, Any]]
-    differences: dict[str, Difference]
-    scores: str
-    pairs_compared: int = 0
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """A finished evaluation.
-
-    Args:
-        run_directory: absolute path or URL; `evaluation.json` in it holds the same.
-        sets: by name of the evaluation set; `eval` where it has none.
-        metrics: the means that training logs of an evaluation, each name after the set's prefix
-            (`eval_`, `eval_<name>_`).
-    """
-
-    run_directory: str
-    sets: dict[str, SetEvaluation]
-    metrics: dict[str, float]
-
-
-def evaluate(config: ORPOConfig, inputs: RunInputs | None = None) -> EvaluationResult:
+def evaluate(
+    config: ORPOConfig, inputs: RunInputs | None = None, console: Console | None = None
+) -> EvaluationResult:
     """Evaluate a model on the evaluation files, and compare it with `baseline` if there is one.
 
     A model that is too large for one device is sharded over `num_workers`; `shard_size=1` gives
-    every worker a copy. A baseline is evaluated after it, by workers of its own.
+    every worker a copy. A baseline is evaluated after it, by workers of its own, unless it is a
+    finished evaluation.
 
     Args:
         config: the run.
         inputs: files and model, when they are not those that the config names.
+        console: shows progress in place if it is a terminal. Default: it is only logged.
 
     Raises:
         ConfigError: for settings that the cluster cannot meet, for models that are not supported,
@@ -107,22 +83,46 @@ def evaluate(config: ORPOConfig, inputs: RunInputs | None = None) -> EvaluationR
         start = start_run(config, inputs, only_evals=True)
         if not start.token_sets:
             raise DataError(["eval_files: nothing to evaluate on; name files"])
-        return _evaluate_sets(start, baseline)
+        return _evaluate_sets(start, baseline, console)
 
 
-def _evaluate_sets(start: Start, baseline: ModelSource | None) -> EvaluationResult:
-    """`evaluate` on ingested data."""
-    against = _with_baseline(start, baseline) if baseline else None
-    scored = _score(start, "")
-    other = _score(against, "-baseline") if against else None
+def _evaluate_sets(
+    start: Start, baseline: ModelSource | dict[str, pa.Table] | None, console: Console | None
+) -> EvaluationResult:
+    """`evaluate` on ingested data; the scores of a finished baseline are by shown name."""
+    against = _with_baseline(start, baseline) if isinstance(baseline, ModelSource) else None
+    scored = _score(start, "", console)
+    others: dict[str, pa.Table] = {}
+    if against:
+        tables = _score(against, "-baseline", console).tables
+        others = {_shown(name): table for name, table in tables.items()}
+    elif isinstance(baseline, dict):
+        ours = {_shown(name): table for name, table in scored.tables.items()}
+        others = _comparable(ours, baseline)
     sets = {}
     for name, table in scored.tables.items():
         shown = _shown(name)
-        pairing = paired(shown, table, other.tables[name]) if other else None
+        pairing = paired(shown, table, others[shown]) if shown in others else None
         sets[shown] = _statistics(table, pairing, scored.files[name])
     result = EvaluationResult(start.folder.address, sets, scored.metrics)
     start.folder.write_json(RESULT, asdict(result), indent=1)
     return result
+
+
+def _comparable(
+    ours: Mapping[str, pa.Table], finished: Mapping[str, pa.Table]
+) -> dict[str, pa.Table]:
+    """Those sets of a finished evaluation that ours can be compared with; of others it is said."""
+    found = {}
+    for name, table in ours.items():
+        reason = "it has no such data"
+        if name in finished:
+            reason = why_not_comparable(table, finished[name]) or ""
+        if reason:
+            _log.warning("%s data: not compared with the baseline's evaluation: %s", name, reason)
+        else:
+            found[name] = finished[name]
+    return found
 
 
 def _with_baseline(start: Start, baseline: ModelSource) -> Start:
@@ -165,16 +165,6 @@ def _tokenizer_differences(one: ModelSource, other: ModelSource) -> list[str]:
     return found or ["how texts are split"]
 
 
-def show_evaluation(result: EvaluationResult, console: Console) -> None:
-    """Print the estimates as tables, and where they are kept."""
-    for name, part in result.sets.items():
-        for table in _tables(name, part):
-            console.print(table)
-    console.print(as_text(f"evaluation: {result.run_directory}/{RESULT}"))
-    for part in result.sets.values():
-        console.print(as_text(f"a row a pair: {part.scores}"))
-
-
 @dataclass(frozen=True)
 class _Scored:
     """Every pair of every evaluation set as one model scores it.
@@ -190,11 +180,13 @@ class _Scored:
     files: dict[str, str]
 
 
-def _score(start: Start, suffix: str) -> _Scored:
+def _score(start: Start, suffix: str, console: Console | None) -> _Scored:
     """Let workers score all sets with the model, and write a file a set."""
+    what = suffix.removeprefix("-") or "model"
     folder = start.folder / _WORKING
     folder.remove()
-    answer = run_workers(evaluate_worker, replace(start, folder=folder))
+    with ScoringWatcher(folder.path / PROGRESS, what, console):
+        answer = run_workers(evaluate_worker, replace(start, folder=folder))
     for text in answer.notices:
         _log.info(text)
     folder.fetch()
@@ -242,14 +234,17 @@ def _statistics(
     )
 
 
-def _baseline(config: ORPOConfig) -> ModelSource | None:
-    """The second model, if there is one.
+def _baseline(config: ORPOConfig) -> ModelSource | dict[str, pa.Table] | None:
+    """The second model or the scores of a finished evaluation, if there is one.
 
     Raises:
-        DataError: for a folder that is none, and for a model that would run code.
+        DataError: for a folder that is neither, and for a model that would run code.
     """
     problems: list[str] = []
     name = config.model.baseline
+    finished = finished_evaluation(name) if name is not None else None
+    if finished is not None:
+        return read_finished(finished)
     source = None if name is None else named_model("baseline", name, config, problems)
     if problems:
         raise DataError(problems)
@@ -286,40 +281,3 @@ def _by_group(scores: Scores, codes: Any, names: Sequence[str]) -> dict[str, dic
         if len(members) >= _LEAST_PAIRS:
             found[name] = {"pairs": len(members), "figures": estimates(scores.only(members))}
     return found
-
-
-def _tables(name: str, part: SetEvaluation) -> list[Table]:
-    """The figures as tables of a terminal."""
-    heads = (figure.replace("length_controlled", "length-controlled") for figure in _SHOWN)
-    table = Table(
-        "95 % intervals",
-        *(h.replace("_", " ") for h in heads),
-        title=as_text(f"{name} data"),
-        box=box.SIMPLE,
-    )
-    table.add_row(f"all {part.pairs} pairs", *_cells(part.figures))
-    for groups in (part.subsets, part.lengths):
-        table.add_section()
-        for group, values in groups.items():
-            table.add_row(as_text(f"{group} ({values['pairs']})"), *_cells(values["figures"]))
-    if not part.differences:
-        return [table]
-    against = Table(
-        "model less baseline",
-        *("difference", "95 % interval", "p"),
-        title=f"paired, on {part.pairs_compared} pairs",
-        box=box.SIMPLE,
-    )
-    for figure, found in part.differences.items():
-        interval = f"{found.low:+.4f} to {found.high:+.4f}"
-        against.add_row(figure, f"{found.value:+.4f}", interval, f"{found.p_value:.3f}")
-    return [table, against]
-
-
-def _cells(figures: Mapping[str, Estimate]) -> list[str]:
-    def cell(estimate: Estimate) -> str:
-        if np.isnan(estimate.value):
-            return "-"
-        return f"{estimate.value:.4g} ({estimate.low:.4g} to {estimate.high:.4g})"
-
-    return [cell(figures[name]) for name in _SHOWN]

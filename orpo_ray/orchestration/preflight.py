@@ -9,8 +9,8 @@ from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.ingest import pairs_longer_than
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.shards import TokenSet
-from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_tokenizer, some_of
-from orpo_ray.storage.files import first_line
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_tokenizer
+from orpo_ray.storage.files import first_line, some_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,15 +2,20 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.pair_index import iter_columns
 from orpo_ray.dataset.shards import TokenSet
+from orpo_ray.preference.errors import DataError
+from orpo_ray.storage.files import first_line, read_json
 
+RESULT = "evaluation.json"
 _log = logging.getLogger(__name__)
 
 
@@ -88,6 +93,51 @@ def _places_of(table: pa.Table, files: dict[str, int]) -> Any:
     codes, names = codes_of(table, "file")
     numbers = np.array([files.setdefault(name, len(files)) for name in names], np.int64)
     return _place(numbers[codes], table["row"].to_numpy())
+
+
+def finished_evaluation(name: str) -> Path | None:
+    """The folder of a finished evaluation, named by itself or its `evaluation.json`, else None."""
+    path = Path(name).expanduser()
+    folder = path.parent if path.name == RESULT else path
+    is_model = any((folder / kind).is_file() for kind in ("config.json", "adapter_config.json"))
+    return folder.resolve() if (folder / RESULT).is_file() and not is_model else None
+
+
+def read_finished(folder: Path) -> dict[str, pa.Table]:
+    """The scores of a finished evaluation, by what its sets are called in results.
+
+    Raises:
+        DataError: for an evaluation without its scores.
+    """
+    try:
+        sets = read_json(folder / RESULT)["sets"]
+        # Beside the result, wherever both were when it was written.
+        return {
+            name: pq.read_table(folder / part["scores"].rpartition("/")[2])
+            for name, part in sets.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"baseline: {folder}: no evaluation with its scores: {first_line(error)}"
+        raise DataError([problem]) from error
+
+
+def why_not_comparable(table: pa.Table, baseline: pa.Table) -> str | None:
+    """Why scores cannot be compared with those of a finished evaluation; None where they can.
+
+    With another tokenizer all prompts have other keys; where only some have, rows were changed.
+    """
+    files: dict[str, int] = {}
+    places = [_places_of(part, files) for part in (table, baseline)]
+    (ours, mine), (theirs, other) = (np.unique(found, return_index=True) for found in places)
+    _, first, second = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
+    keys = [part["prompt_key"].to_numpy() for part in (table, baseline)]
+    same = keys[0][mine[first]] == keys[1][other[second]]
+    if not len(same):
+        return "it has no row of these files"
+    if same.any() and not same.all():
+        n_changed = len(same) - int(same.sum())
+        return f"{n_changed} of {len(same)} rows have another prompt now; evaluate it again"
+    return None
 
 
 def codes_of(table: pa.Table, name: str) -> tuple[Any, list[str]]:

@@ -28,7 +28,13 @@ from orpo_ray.orchestration.tasks import map_tasks
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits
-from orpo_ray.reports.data import data_lines, first_pair_lines, refuse_bad_data, write_data_report
+from orpo_ray.reports.data import (
+    constant_prompt_line,
+    data_lines,
+    first_pair_lines,
+    refuse_bad_data,
+    write_data_report,
+)
 from orpo_ray.runs.files import CONFIG, holds_run
 from orpo_ray.runs.manifest import NewerCheckpointError
 from orpo_ray.runs.resume import ResumeError, newest_manifest, refuse_changes, with_batch_size
@@ -169,6 +175,9 @@ def start_run(
         tokenizer = _request(config, inputs, (), folder.parent).pair_tokenizer().tokenizer
         for line in first_pair_lines(token_sets[TRAIN], tokenizer, config.orpo):
             _log.info(line)
+        constant = constant_prompt_line(token_sets[TRAIN], config.orpo.in_nll)
+        if constant is not None:
+            _log.warning(constant)
     reports.write_text(CONFIG, to_yaml(config))
     return dataclasses.replace(start, folder=folder if only_evals else reports, data_report=report)
 

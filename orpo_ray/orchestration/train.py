@@ -23,6 +23,7 @@ from orpo_ray.reports.curves import picture
 from orpo_ray.reports.data import count_trained, save_report
 from orpo_ray.reports.data_page import budget_lines, write_data_page
 from orpo_ray.reports.live import RunWatcher, try_report
+from orpo_ray.reports.outcome import label_noise_line, outcome_lines
 from orpo_ray.reports.run import REPORT, write_run_report
 from orpo_ray.runs.files import (
     CONFIG,
@@ -34,11 +35,10 @@ from orpo_ray.runs.files import (
     read_metrics,
     summary,
 )
-from orpo_ray.runs.formatting import format_metric, format_rows
+from orpo_ray.runs.formatting import format_rows
 from orpo_ray.runs.lock import claimed
-from orpo_ray.runs.metrics import BY_NAME, eval_prefixes, set_name
 from orpo_ray.runs.mirror import working_on
-from orpo_ray.runs.suspects import SUSPECTS, write_suspects
+from orpo_ray.runs.suspects import write_suspects
 from orpo_ray.storage.bucket import stamp
 from orpo_ray.storage.folder import Folder
 
@@ -282,22 +282,15 @@ def end_text(result: TrainResult, config: ORPOConfig, command: str) -> str:
         config: of the run, as the user gave it.
         command: how the user starts a run, such as `orpo-ray train`.
     """
-    before, after = result.metrics_before, result.metrics
-    lines = []
-    if "loss" in after:
-        lines.append(f"{BY_NAME['loss'].text(after['loss'])} at step {after['step']}")
-    for prefix in eval_prefixes(before):
-        name = f" ({set_name(prefix)})" if set_name(prefix) else ""
-        for metric, form in (("rewards/accuracies", ".3f"), ("log_odds_chosen", "+.3f")):
-            start, end = (format_metric(line[prefix + metric], form) for line in (before, after))
-            lines.append(f"held-out {BY_NAME[metric].label}{name}: {start} before, {end} after")
+    directory = Folder.at(result.run_directory).path
+    lines = outcome_lines(directory)
     lines.append(f"{TRAIN} data: {format_rows(result.data_report[TRAIN])}")
     if result.events:
         met = ", ".join(f"{kind} {count}" for kind, count in sorted(result.events.items()))
         lines.append(f"events: {met} (events.jsonl)")
     lines += [
         f"run directory: {result.run_directory} ({REPORT} in it)",
-        f"rows that look labelled the wrong way round come first in {SUSPECTS}",
+        label_noise_line(directory),
         f"model: {result.model_directory}",
     ]
     if config.data.train_files is None:

@@ -1,7 +1,9 @@
 """Ray Train workers: starting them on the driver, and what every rank runs."""
 
 import contextlib
+import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     import torch
 
 ComputeMetrics = Callable[[Mapping[str, pa.Table]], dict[str, float]]
+PROGRESS = "progress.jsonl"
+_PROGRESS_S = 1.0
 _CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 _log = logging.getLogger(__name__)
 
@@ -117,19 +121,42 @@ def train_worker(
 def evaluate_worker(
     config: ORPOConfig, model: ModelSource, run_directory: Folder, evals: Sequence[str]
 ) -> WorkerAnswer:
-    """Evaluate the model on this rank; rank 0 writes a table of scores a set; see `Work`."""
+    """Evaluate the model on this rank; rank 0 writes a table of scores a set; see `Work`.
+
+    Meanwhile it writes shares of what is done to `PROGRESS`, a line a second.
+    """
     from orpo_ray.training.evaluation import run_evaluation
 
     notices: list[str] = []
     device = _device(config)
     try:
-        found = run_evaluation(config, model.model, _streams(evals), device, notices.append)
+        found = run_evaluation(
+            config, model.model, _streams(evals), device, notices.append, _progress(run_directory)
+        )
     except UnsupportedModelError as error:
         return WorkerAnswer(refusal=str(error))
     for name, table in found.scores.items():
         with run_directory.make().replacing(scores_file(name)) as path:
             pq.write_table(table, path)
     return WorkerAnswer(found.metrics, tuple(notices))
+
+
+def _progress(run_directory: Folder) -> Callable[[float], None]:
+    """What writes shares of an evaluation for the driver: on rank 0 alone."""
+    if ray.train.get_context().get_world_rank():
+        return lambda share: None
+    path = run_directory.make().path / PROGRESS
+    next_at = 0.0
+
+    def write(share: float) -> None:
+        nonlocal next_at
+        if share < 1 and time.monotonic() < next_at:
+            return
+        next_at = time.monotonic() + _PROGRESS_S
+        with contextlib.suppress(OSError), path.open("a") as file:
+            file.write(json.dumps({"share": share}) + "\n")
+
+    return write
 
 
 def scores_file(name: str) -> str:

@@ -36,6 +36,7 @@ QUARANTINE = "quarantine"
 _KINDS = ("prompt", "chosen", "rejected", "longest")
 _SHOWN_ROWS, _SHOWN_TEXT = 3, 200
 _LISTED_ROWS = 10_000
+_LOOKED_AT_SHARDS, _MOST_OF_NLL = 8, 0.5
 _REFUSED = pa.schema(
     {
         "file": pa.string(),
@@ -46,6 +47,7 @@ _REFUSED = pa.schema(
     }
 )
 Tally = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int32]
 
 
 def write_data_report(
@@ -273,6 +275,45 @@ def first_pair_lines(tokens: TokenSet, tokenizer: Any, orpo: OrpoSection) -> lis
         shown = text if len(text) <= _SHOWN_TEXT else f"{text[:90]} ... {text[-90:]}"
         lines.append(f"  {name}, {len(ids)} tokens, {use}: {shown}")
     return lines
+
+
+def constant_prompt_line(tokens: TokenSet, nll_scope: str) -> str | None:
+    """A line where most of the NLL is of tokens that begin every prompt, such as a system prompt.
+
+    Of many shards only some are looked at, from the first to the last.
+
+    Args:
+        tokens: of the training data.
+        nll_scope: of the run.
+    """
+    if nll_scope != "all":
+        return None
+    tallies = length_tallies(tokens)
+    n_pairs = int(tallies["prompt"].sum())
+    lengths = [tallies[kind] @ np.arange(len(tallies[kind])) for kind in ("prompt", "chosen")]
+    n_predicted = int(sum(lengths)) - n_pairs  # nothing predicts the first token of a prompt
+    places = np.linspace(0, len(tokens.shards) - 1, _LOOKED_AT_SHARDS)
+    shards = (tokens.shards[place] for place in sorted({round(place) for place in places}))
+    prompts = (group.prompt for shard in shards for group in tokens.groups(shard))
+    common, share = next(prompts), 0.0
+    for prompt in prompts:
+        common = _common_prefix(common, prompt)
+        share = (len(common) - 1) * n_pairs / max(1, n_predicted)
+        if share <= _MOST_OF_NLL:
+            break
+    if share <= _MOST_OF_NLL:
+        return None
+    return (
+        f"{TRAIN} data: {100 * share:.0f} % of the tokens in the NLL are the same in every row: "
+        f"the first {len(common)} of every prompt, such as a template's system prompt; "
+        "nll_scope=completion leaves prompts out of the NLL"
+    )
+
+
+def _common_prefix(one: Tokens, other: Tokens) -> Tokens:
+    n = min(len(one), len(other))
+    apart = np.flatnonzero(one[:n] != other[:n])
+    return one[: apart[0] if len(apart) else n]
 
 
 def refuse_bad_data(run: Folder, token_sets: Mapping[str, TokenSet], config: ORPOConfig) -> None:

@@ -38,7 +38,7 @@ _POLL_S = 0.3
 _REFRESH_S, _REFRESH_SHARE = 30.0, 0.02
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH, _MOST_VALUES = 40, 2000
-_CURVES = (BY_NAME["rewards/margins"], BY_NAME["rewards/accuracies"])
+_CURVES = (BY_NAME["log_odds_chosen"], BY_NAME["rewards/accuracies"])
 
 
 class Watcher:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orpo_ray.reports.live import Watcher
-from orpo_ray.reports.text import as_text
+from orpo_ray.reports.terminal import as_text
 from orpo_ray.runs.files import METRICS, NewLines
 from orpo_ray.runs.formatting import format_metric, format_setting, format_settings
 from orpo_ray.runs.sweep import Goal, Trial, read_trials
@@ -77,7 +77,7 @@ def leaderboard(trials: list[Trial], goal: Goal) -> Table:
 def trial_text(trial: Trial, goal: Goal, with_status: bool = True) -> str:
     """A trial on one line: its values and its last evaluation."""
     step = max((step for step, _ in trial.evaluations(goal.metric)), default=_step(trial))
-    names = dict.fromkeys((goal.metric, f"{goal.prefix}rewards/margins", f"{goal.prefix}nll_loss"))
+    names = dict.fromkeys((goal.metric, f"{goal.prefix}log_odds_chosen", f"{goal.prefix}nll_loss"))
     metrics = "  ".join(f"{name} {format_metric(trial.last(name), '.4g')}" for name in names)
     status = f"  {trial.status}" if with_status else ""
     failure = f": {trial.failure}" if with_status and trial.failure else ""

@@ -20,6 +20,7 @@ from orpo_ray.reports.curves import (
 )
 from orpo_ray.reports.data import QUARANTINE, data_lines, source_label
 from orpo_ray.reports.data_page import budget_lines
+from orpo_ray.reports.outcome import estimate_text
 from orpo_ray.reports.page import render
 from orpo_ray.runs.evaluations import Evaluation, latest, read_evaluations
 from orpo_ray.runs.files import (
@@ -33,10 +34,10 @@ from orpo_ray.runs.files import (
     read_events,
     read_metrics,
 )
-from orpo_ray.runs.formatting import format_duration, format_metric, format_time
+from orpo_ray.runs.formatting import format_duration, format_time
 from orpo_ray.runs.metrics import HEADLINE, Metric
 from orpo_ray.runs.status import total_steps
-from orpo_ray.runs.suspects import first_suspects
+from orpo_ray.runs.suspects import first_suspects, too_early_to_tell
 from orpo_ray.storage.files import read_lines, write_atomic
 from orpo_ray.storage.folder import Folder, FolderLike
 from orpo_ray.version import __version__
@@ -76,6 +77,7 @@ def write_run_report(place: FolderLike, config: ORPOConfig, data_report: Mapping
         for time, text in read_events(run_directory)
     ]
     counts = sorted(count_events(run_directory).items())
+    suspects = first_suspects(run_directory, _SHOWN_SUSPECTS)
     again = (f"{folder}/{CONFIG}", f"run_name={run_directory.name}-again")
     page = render(
         "run.html.j2",
@@ -88,7 +90,8 @@ def write_run_report(place: FolderLike, config: ORPOConfig, data_report: Mapping
         throughput=chart_svgs(THROUGHPUT, lines),
         spent=_time_spent(lines),
         samples=_samples(run_directory, exported),
-        suspects=first_suspects(run_directory, _SHOWN_SUSPECTS),
+        suspects=suspects,
+        too_early=suspects and too_early_to_tell(run_directory),
         gaps=_gaps(lines),
         parts=[_data_part(name, counts) for name, counts in data_report.items()],
         counts=", ".join(f"{kind.replace('_', ' ')}: {count}" for kind, count in counts),
@@ -164,8 +167,7 @@ def headline(evaluations: list[Evaluation], report: Mapping[str, Any]) -> list[d
 def _estimate_text(evaluation: Evaluation | None, metric: Metric) -> str:
     if evaluation is None or evaluation.prefix + metric.name not in evaluation.line:
         return "-"
-    value, *interval = (format_metric(part, ".3f") for part in evaluation.value(metric))
-    return f"{value} ({' to '.join(interval)})" if interval else value
+    return estimate_text(evaluation, metric, ".3f")
 
 
 def _time_spent(lines: Lines) -> list[tuple[str, str, str]]:

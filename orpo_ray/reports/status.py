@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from orpo_ray.reports.text import as_text
+from orpo_ray.reports.terminal import as_text
 from orpo_ray.runs.files import EVENTS
 from orpo_ray.runs.formatting import (
     format_duration,
@@ -71,7 +71,7 @@ def run_rows(status: RunStatus) -> list[tuple[str, str]]:
 
 def trial_table(trials: Sequence[RunStatus]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """A heading and a row for each trial of a sweep."""
-    metrics = [BY_NAME[name] for name in ("loss", "rewards/accuracies", "rewards/margins")]
+    metrics = [BY_NAME[name] for name in ("loss", "rewards/accuracies", "log_odds_chosen")]
     labels = [metric.label for metric in metrics]
     heading = ("trial", "values", "state", "step", *labels, "held-out", "logged")
     rows = []

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from orpo_ray.storage.hiding import hide, printable
+
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 
 class Output(io.TextIOBase):
@@ -78,6 +81,13 @@ def _unfailing(stream: Any) -> Any:
         return Output(stream)
     except (OSError, ValueError, AttributeError):
         return stream
+
+
+def as_text(value: object) -> "Text":
+    """A cell or a line as it is: no markup, no control characters, no secrets."""
+    from rich.text import Text
+
+    return Text(printable(hide(str(value))))
 
 
 def draws_in_place(console: "Console | None") -> bool:

@@ -31,7 +31,7 @@ class Evaluation:
     def value(self, metric: Metric) -> list[float | None]:
         """`[value, low, high]` of a metric where its interval is known, else `[value]`."""
         value = [self.line.get(self.prefix + metric.name)]
-        # The margin and the loss of an estimate are not the metrics': those depend on beta.
+        # The loss of an estimate is not the metric's: that depends on beta.
         interval = self.estimates.get(metric.key, ())[1:] if metric.has_interval else ()
         return value if None in (*value, *interval) else [*value, *interval]
 

@@ -14,6 +14,7 @@ from orpo_ray.preference.groups import RowId
 from orpo_ray.storage.files import one_line, read_json, read_lines
 from orpo_ray.storage.folder import Folder
 from orpo_ray.storage.hiding import hide
+from orpo_ray.storage.relocation import EXPORT_RECORD
 
 CONFIG = "config.yaml"
 DATA_REPORT = "data_report.json"
@@ -28,7 +29,7 @@ STOP = "stop-requested"
 FINISH = "finish-requested"
 REQUESTS = "requests.json"
 FINAL = "final"
-RECORD = "orpo_ray.json"
+RECORD = EXPORT_RECORD
 # Of a sweep: the folder of its trials, and the record of each trial.
 TRIALS, TRIAL_RECORD = "trials", "trial.json"
 # Parts of a worker's time; each is a metric, in seconds since the previous line.

@@ -94,6 +94,7 @@ METRICS = (
         has_interval=True,
         chart="learning",
         baseline=0.0,
+        gauge="log_odds",
     ),
     _evaluated("log_odds_ratio", "mean logsigmoid of the log odds"),
     _evaluated(
@@ -106,14 +107,7 @@ METRICS = (
         baseline=0.5,
         gauge="reward_accuracy",
     ),
-    _evaluated(
-        "rewards/margins",
-        "reward margin",
-        short="margin",
-        chart="learning",
-        baseline=0.0,
-        gauge="reward_margin",
-    ),
+    _evaluated("rewards/margins", "reward margin"),
     _evaluated("rewards/chosen", "reward of chosen answers"),
     _evaluated("rewards/rejected", "reward of rejected answers"),
     _evaluated("logps/chosen", "log-probability per token", "nats", chart="learning"),
@@ -157,18 +151,19 @@ def _select(*names: str) -> tuple[Metric, ...]:
     return tuple(BY_NAME[name] for name in names)
 
 
-# On terminals: of the last logged step, and of the last evaluation.
+# On terminals: of the last logged step, and of the last evaluation. How far answers are apart is
+# told by the log odds everywhere: rewards are multiplied by beta, and all zero without it.
 TRAINING_SUMMARY = _select(
     "loss",
     "rewards/accuracies",
-    "rewards/margins",
+    "log_odds_chosen",
     "learning_rate",
     "pairs_per_s",
     "tokens_per_s",
 )
-EVALUATION_SUMMARY = _select("rewards/accuracies", "log_odds_chosen", "rewards/margins", "loss")
+EVALUATION_SUMMARY = _select("rewards/accuracies", "log_odds_chosen", "loss")
 # By which models are compared: before and after training, and across the trials of a sweep.
-HEADLINE = _select("rewards/accuracies", "log_odds_chosen", "rewards/margins", "nll_loss")
+HEADLINE = _select("rewards/accuracies", "log_odds_chosen", "nll_loss")
 
 
 def split_eval_key(key: str) -> tuple[str, Metric] | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -152,29 +153,85 @@ class Difference:
     p_value: float
 
 
-# Statistics by which models are compared, and the sum of which each is the mean.
-_PAIRED = {"accuracy": "right", "margin": "margin", "log_odds": "log_odds"}
+@dataclass(frozen=True)
+class SetEvaluation:
+    """What one model makes of one evaluation set.
+
+    Args:
+        pairs: how many.
+        figures: by name, see `STATISTICS`.
+        subsets: the same for the pairs of each value of `eval_subset_column`.
+        lengths: the same for four groups of pairs of about the same length, the shortest first.
+        differences: from the baseline, if there is one, by name.
+        scores: the file with a row a pair.
+        pairs_compared: pairs of which the differences are: those that both tokenizers take.
+    """
+
+    pairs: int
+    figures: dict[str, Estimate]
+    subsets: dict[str, dict[str, Any]]
+    lengths: dict[str, dict[str, Any]]
+    differences: dict[str, Difference]
+    scores: str
+    pairs_compared: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """A finished evaluation.
+
+    Args:
+        run_directory: absolute path or URL; `evaluation.json` in it holds the same.
+        sets: by name of the evaluation set; `eval` where it has none.
+        metrics: the means that training logs of an evaluation, each name after the set's prefix
+            (`eval_`, `eval_<name>_`).
+    """
+
+    run_directory: str
+    sets: dict[str, SetEvaluation]
+    metrics: dict[str, float]
+
+
+# Statistics by which models are compared: each is a mean of ratios of sums.
+_PAIRED: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "accuracy": (("right", "pairs"),),
+    "length_controlled_accuracy": (("longer_right", "longer"), ("shorter_right", "shorter")),
+    "log_odds": (("log_odds", "pairs"),),
+    "margin": (("margin", "pairs"),),
+    "logps_chosen": (("chosen", "pairs"),),
+    "logps_rejected": (("rejected", "pairs"),),
+}
+
+
+def _parts(name: str, sums: Sums) -> Column:
+    """What every prompt adds to a statistic: their sum is the statistic of all."""
+    whole, ratios = sums.sum(axis=0), _PAIRED[name]
+    parts = [sums[:, _SUMS.index(above)] / whole[_SUMS.index(below)] for above, below in ratios]
+    mean: Column = np.sum(parts, axis=0) / len(parts)
+    return mean
 
 
 def differences(model: Scores, baseline: Scores, seed: int = 0) -> dict[str, Difference]:
     """Paired comparison of two models: a bootstrap interval and a sign-flip test, by prompt.
+
+    Length-controlled accuracy is left out where one of its two kinds of pairs is missing.
 
     Raises:
         ValueError: when the scores are not of the same pairs.
     """
     if not np.array_equal(model.prompts, baseline.prompts):
         raise ValueError("the scores of model and baseline are not of the same pairs")
-    ours, theirs = model.sums(), baseline.sums()
-    both = _clustered(np.concatenate([ours, theirs], axis=1), seed)
-    drawn, width = _resampled(both, seed), ours.shape[1]
-    ours, theirs = both[:, :width], both[:, width:]
+    # One seed: the same clusters and the same draws.
+    ours, theirs = (_clustered(scores.sums(), seed) for scores in (model, baseline))
+    our_draws, their_draws = _resampled(ours, seed), _resampled(theirs, seed)
     found = {}
-    for name, summed in _PAIRED.items():
+    for name in _PAIRED:
         statistic = STATISTICS[name]
         value = statistic(ours.sum(axis=0)) - statistic(theirs.sum(axis=0))
-        spread = statistic(drawn[:, :width]) - statistic(drawn[:, width:])
-        column = _SUMS.index(summed)
-        p_value = _sign_flip(ours[:, column] - theirs[:, column], seed)
+        if np.isnan(value):
+            continue
+        spread = statistic(our_draws) - statistic(their_draws)
+        p_value = _sign_flip(_parts(name, ours) - _parts(name, theirs), seed)
         estimate = _estimate(value, spread)
         found[name] = Difference(estimate.value, estimate.low, estimate.high, p_value)
     return found
@@ -221,7 +278,7 @@ def _sign_flip(each: Column, seed: int) -> float:
     rng = np.random.default_rng(seed)
     observed = abs(each.sum())
     at_least = sum(
-        bool(abs((each * rng.choice((-1.0, 1.0), size=len(each))).sum()) >= observed - 1e-12)
+        bool(abs((each * rng.choice((-1.0, 1.0), size=len(each))).sum()) >= observed * (1 - 1e-9))
         for _ in range(N_RESAMPLES)
     )
     return (1 + at_least) / (1 + N_RESAMPLES)

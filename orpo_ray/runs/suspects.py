@@ -1,4 +1,4 @@
-"""Label-noise report: rows that look labelled the wrong way round; on the driver.
+"""Label-noise report: rows that may be labelled the wrong way round; on the driver.
 
 The margins of a row come from all over the run. They are brought together on disk, some millions
 of rows at a time, so that memory does not grow with the run.
@@ -6,6 +6,7 @@ of rows at a time, so that memory does not grow with the run.
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orpo_ray.runs.evaluations import latest, read_evaluations
+from orpo_ray.runs.files import read_metrics
 from orpo_ray.runs.ledger import read_ledger, read_margins
+from orpo_ray.runs.metrics import BY_NAME
 from orpo_ray.storage.files import replacing
 from orpo_ray.storage.partitions import Partitions
 
@@ -28,6 +32,8 @@ ALL_MARGINS = "suspects.parquet"
 _SHOWN_ROWS = 10_000
 _AROUND = 25  # steps to each side
 _LEAST_KNOWLEDGE = 0.01
+_ENOUGH_PASSES, _CHANCE, _Z95 = 2, 0.5, 1.96
+_ACCURACY = "rewards/accuracies"
 Numbers = npt.NDArray[np.int64]
 Column = npt.NDArray[np.float64]
 
@@ -231,6 +237,46 @@ _SCHEMA = pa.schema(
         ("passes", pa.int64()),
     ]
 )
+
+
+def too_early_to_tell(run_directory: Path) -> str | None:
+    """Why no label can be called wrong yet; None where the order of `suspects.jsonl` tells them.
+
+    A model that does not tell answers apart finds half of all pairs the other way round. So it
+    takes two passes over the data, or an accuracy that is above chance: the held-out one of the
+    last evaluation, or that of the last half of the trained pairs, each before its own update.
+    """
+    lines = read_metrics(run_directory)
+    epochs = lines[-1]["epoch"] if lines else 0.0
+    if epochs >= _ENOUGH_PASSES:
+        return None
+    evaluations = latest(read_evaluations(run_directory, lines)).values()
+    lows = [low for found in evaluations for low in found.value(BY_NAME[_ACCURACY])[1:2]]
+    lows.append(_trained_accuracy_low(run_directory))
+    if any(low is not None and low > _CHANCE for low in lows):
+        return None
+    return (
+        f"{epochs:.3g} passes over the data, of {_ENOUGH_PASSES} that it takes, and no accuracy "
+        "that is above chance"
+    )
+
+
+def _trained_accuracy_low(run_directory: Path) -> float:
+    """Lower end of the 95 % interval of the accuracy over the last half of the trained pairs.
+
+    Source: Wilson 1927.
+    """
+    signs = [block.margins > 0 for block in read_margins(run_directory)]
+    n = sum(map(len, signs)) // 2
+    right, left = 0, n
+    for part in reversed(signs):
+        right += int(part[max(0, len(part) - left) :].sum())
+        left -= min(left, len(part))
+    if not n:
+        return 0.0
+    share, z2 = right / n, _Z95**2
+    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return (share + z2 / (2 * n) - half) / (1 + z2 / n)
 
 
 def first_suspects(run_directory: Path, n: int) -> list[dict[str, Any]]:

@@ -135,6 +135,7 @@ def evaluate(
     batches: Iterable[StepBatch],
     objective: Objective,
     device: torch.device,
+    progress: Callable[[float], object] = lambda batches: None,
 ) -> SetFigures:
     """The metrics of an evaluation set over all ranks, and the scores of its pairs.
 
@@ -143,23 +144,29 @@ def evaluate(
         batches: this rank's share of the set.
         objective: of the loss.
         device: of this rank.
+        progress: told how many batches are done, or soon will be: nothing waits for the device.
     """
     sums = torch.zeros(N_SUMS, dtype=torch.float64, device=device)
     scores = PairScores()
     model.eval()
     for batch in batches:
         scale = loss_scale(batch, objective)
-        for row in batch.rows:
+        for n_done, row in enumerate(batch.rows, start=1):
             output = model(Microbatch(row, device), scale)
             sums += output.sums
             scores.add(row, output)
+            progress(batch.step + n_done / len(batch.rows))
     model.train()
     dist.all_reduce(sums)
     return SetFigures(sums, scores.gather())
 
 
 def evaluate_streams(
-    model: OrpoModel, evals: Mapping[str, TokenStream], objective: Objective, device: torch.device
+    model: OrpoModel,
+    evals: Mapping[str, TokenStream],
+    objective: Objective,
+    device: torch.device,
+    progress: Callable[[float], object] = lambda share: None,
 ) -> EvaluationFigures:
     """Evaluate every set.
 
@@ -168,12 +175,20 @@ def evaluate_streams(
         evals: this rank's stream of every set, by metric prefix (`eval_`, `eval_<name>_`).
         objective: of the loss.
         device: of this rank.
+        progress: told which share of all batches is done.
     """
+    n_batches, n_before = sum(stream.steps_per_epoch for stream in evals.values()), 0
+
+    def report(n_done: float) -> None:
+        progress((n_before + n_done) / n_batches)
+
     weights = LossWeights(objective, model.router_coef)
     metrics: dict[str, Any] = {}
     scores: dict[str, pa.Table] = {}
     for prefix, stream in evals.items():
-        found = evaluate(model, stream.batches(0, stream.steps_per_epoch), objective, device)
+        batches = stream.batches(0, stream.steps_per_epoch)
+        found = evaluate(model, batches, objective, device, report)
+        n_before += stream.steps_per_epoch
         figures = metrics_from_sums(found.sums.tolist(), weights)
         metrics |= {prefix + name: value for name, value in figures.items()}
         if found.scores is not None:
@@ -187,6 +202,7 @@ def run_evaluation(
     evals: Mapping[str, TokenStream],
     device: torch.device,
     notice: Callable[[str], None],
+    progress: Callable[[float], object] = lambda share: None,
 ) -> EvaluationFigures:
     """Load a model and evaluate it; every rank calls this.
 
@@ -196,6 +212,7 @@ def run_evaluation(
         evals: see `evaluate_streams`.
         device: of this rank.
         notice: told how a model of an unknown family is computed.
+        progress: see `evaluate_streams`.
 
     Raises:
         UnsupportedModelError: for a model whose loss would be wrong or that cannot be read.
@@ -205,4 +222,4 @@ def run_evaluation(
     evals = {name: with_plan(part, chunk_tokens=chunk_tokens) for name, part in evals.items()}
     sample = next(iter(evals.values()))
     check_packing(model, sample, device, use_bf16(config, device), notice)
-    return evaluate_streams(model, evals, objective_of(config.orpo), device)
+    return evaluate_streams(model, evals, objective_of(config.orpo), device, progress)

@@ -1,5 +1,7 @@
 """LoRA adapters under FSDP: trained, resumed, exported, merged, refused."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from orpo_ray.config.model import ModelSection
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.models import build
-from orpo_ray.models.adapters import add_adapters
-from orpo_ray.pretrained import UnsupportedModelError
+from orpo_ray.models.adapters import add_adapters, base_of
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_model
+from orpo_ray.storage.relocation import base_record, find_base
 from tests.reference.models import tiny_model
 from tests.reference.small_run import metrics_without_times, train_small
 
@@ -46,6 +49,39 @@ def test_the_adapter_is_exported_and_only_it_was_trained(inputs, adapted):
     assert (logits(model) - before).abs().max() > 1e-2
     lines = metrics_without_times(adapted)
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.02
+
+
+def test_base_and_adapter_can_move_together_and_a_lost_base_is_said(inputs, adapted, tmp_path):
+    """In place peft finds the base by itself; elsewhere this project does, and says what to set.
+
+    Moved as they lay to each other, the base under another name; then the adapter beside the base.
+    """
+    final = adapted / "final"
+    in_place = logits(peft.AutoPeftModelForCausalLM.from_pretrained(final))
+    named = json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(named) == inputs / "model"
+    between = os.path.relpath(inputs / "model", final)
+    (tmp_path / "elsewhere" / "a" / "b" / "c").mkdir(parents=True)
+    pairs = [(tmp_path / "elsewhere" / "a" / "b" / "c" / "final", between)]
+    pairs.append((tmp_path / "beside" / "adapter", "../model"))
+    for folder, to_base in pairs:
+        shutil.copytree(final, folder)
+        config = folder / "adapter_config.json"
+        config.write_text(config.read_text().replace(named, "/gone/model"))
+        with pytest.raises(
+            UnsupportedModelError, match=r"base model is not there: /gone/model; put"
+        ):
+            load_model(ModelSource(str(folder), str(folder)), torch.float32)
+        base = Path(os.path.normpath(folder / to_base))
+        shutil.copytree(inputs / "model", base)
+        model = load_model(ModelSource(str(folder), str(folder)), torch.float32)
+        torch.testing.assert_close(logits(model), in_place)
+        assert base_of(ModelSource(str(folder), str(folder)))[0].model == str(base)
+
+
+def test_a_hub_id_stays_the_name_of_a_base(tmp_path):
+    assert find_base("org/model", tmp_path) == "org/model"
+    assert base_record("org/model", tmp_path) == {}
 
 
 def test_a_checkpoint_holds_the_adapter_and_not_the_base(adapted):

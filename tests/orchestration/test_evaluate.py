@@ -1,6 +1,7 @@
 """`jobs/evaluate.py`, as a user runs it, and what it writes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,41 @@ def test_a_model_does_not_differ_from_itself(evaluated: Path) -> None:
 
 
 def test_what_is_printed(evaluated: Path) -> None:
+    """Progress and results, and nothing of Ray's; tables have 80 columns."""
     out = (evaluated / "out").read_text()
-    assert "sums data" in out
-    assert "all 59 pairs" in out
-    assert "hard (20)" in out
+    lines = out.splitlines()
+    assert "model: 100 % of the pairs are scored" in lines
+    assert "baseline: 100 % of the pairs are scored" in lines
+    assert "(pid=" not in out
+    assert "sums data, 59 pairs" in lines
+    assert any(line.split()[:2] == ["hard", "20"] for line in lines)
+    assert max(map(len, lines[lines.index("sums data, 59 pairs") : -2])) <= 80
     assert "model less baseline" in out
     assert f"evaluation: {evaluated}/runs/run/evaluation.json" in out
+
+
+@pytest.mark.slow
+def test_a_finished_evaluation_is_a_baseline_that_is_not_scored_again(
+    evaluated: Path, run_here, ray_cluster
+) -> None:
+    """Also after it was moved; a file that was changed since is not compared."""
+    model = next((evaluated / "runs").glob("demo-*")) / "base-model"
+    shutil.copytree(evaluated / "runs" / "run", evaluated / "moved")
+    settings = (f"model_name_or_path={model}", "max_bad_fraction=0.05", "run_name=again")
+    files = "eval_files={path: pairs.jsonl, name: sums}"
+    baseline = f"baseline={evaluated / 'moved' / 'evaluation.json'}"
+    done = run_here(evaluated, "jobs/evaluate.py", *settings, files, baseline)
+    assert done.returncode == 0, done.stderr
+    assert "baseline: 100 %" not in done.stdout
+    found = json.loads((evaluated / "runs" / "again" / "evaluation.json").read_text())
+    assert found["sets"]["sums"]["pairs_compared"] == N_ROWS - 1
+    for difference in found["sets"]["sums"]["differences"].values():
+        assert difference["value"] == pytest.approx(0, abs=1e-5)
+    rows = [json.dumps(pair(i) | ({"prompt": "What?"} if i == 3 else {})) for i in range(N_ROWS)]
+    (evaluated / "pairs.jsonl").write_text("\n".join(rows) + "\n")
+    done = run_here(evaluated, "jobs/evaluate.py", *settings, files, baseline)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 59 rows have another prompt now; evaluate it again" in done.stdout
 
 
 @pytest.mark.slow

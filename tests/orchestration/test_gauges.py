@@ -25,7 +25,7 @@ Line = dict[str, float | None]
 
 def line() -> Line:
     """As the loop logs one with two evaluation sets; of one the NLL is not finite any more."""
-    learned = {"loss": 2.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75}
+    learned = {"loss": 2.5, "log_odds_chosen": 0.25, "rewards/accuracies": 0.75}
     trained = {
         "step": 30,
         "pairs_per_s": 12.5,
@@ -81,7 +81,7 @@ def test_a_logged_line_is_served_at_the_nodes_endpoint(ray_cluster, tmp_path):
         samples = served(ray.nodes()[0])
     age = samples.pop(("orpo_checkpoint_age_s", "a-run"))
     assert 100 <= age < 130
-    figures = {("loss", 2.5), ("reward_margin", 0.25), ("reward_accuracy", 0.75)}
+    figures = {("loss", 2.5), ("log_odds", 0.25), ("reward_accuracy", 0.75)}
     assert samples == {
         ("orpo_step", "a-run"): 30.0,
         ("orpo_pairs_per_s", "a-run"): 12.5,

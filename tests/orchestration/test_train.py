@@ -129,7 +129,7 @@ def test_a_run_leaves_what_there_is_to_look_at(trained):
     result = trained[0].result
     figure = result.plot()
     titles = [axis.get_title() for axis in figure.axes if axis.lines]
-    assert len(titles) == 10
+    assert len(titles) == 9
     assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     run = Path(result.run_directory)
     suspects = [json.loads(line) for line in (run / "suspects.jsonl").read_text().splitlines()]
@@ -340,7 +340,7 @@ def test_a_run_that_loses_a_worker_and_its_driver_ends_byte_identical(
     assert not psutil.wait_procs(workers(), timeout=60)[1]
     other = run_command(tmp_path, "jobs/train.py", *settings, "beta=0.4", ray_address=ray_cluster)
     assert other.returncode == 2
-    assert "error: beta: 1.0 in the checkpoint, 0.4 now\n" in other.stderr
+    assert "error: beta: 3.0 in the checkpoint, 0.4 now\n" in other.stderr
     done = run_command(tmp_path, "jobs/train.py", *settings, ray_address=ray_cluster)
     assert done.returncode == 0, done.stderr
     assert figures_of(run) == figures_of(tmp_path / "runs" / "whole")

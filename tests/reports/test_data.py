@@ -12,12 +12,18 @@ import pytest
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.ingest import LENGTHS
 from orpo_ray.dataset.pair_index import PairStatsBuilder
-from orpo_ray.dataset.shards import Shard, TokenSet
+from orpo_ray.dataset.shards import Shard, TokenSet, write_shard
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.templates import PairText
 from orpo_ray.reports import data
-from orpo_ray.reports.data import count_trained, data_lines, refuse_bad_data, write_data_report
+from orpo_ray.reports.data import (
+    constant_prompt_line,
+    count_trained,
+    data_lines,
+    refuse_bad_data,
+    write_data_report,
+)
 from orpo_ray.storage.folder import Folder
 
 CONFIG = ORPOConfig(per_device_train_batch_size=2, max_bad_fraction=0.3)
@@ -249,3 +255,60 @@ def test_the_lines_of_a_data_set() -> None:
         "train data: 3 prompts truncated; 2 duplicate pairs (drop_duplicates); 4 pairs that "
         "another pair contradicts (chosen and rejected swapped); columns ignored: id",
     ]
+
+
+def templated(folder: Path, n_constant: int, own: list[int], n_chosen: int = 4) -> TokenSet:
+    """A pair a shard: a prompt that begins with constant tokens and has `own` of its own."""
+    prompts = [
+        np.array([*range(100, 100 + n_constant), *(7 * i + k for k in range(n))], np.int32)
+        for i, n in enumerate(own)
+    ]
+    shards = tuple(
+        write_shard(
+            str(folder / f"{i}.parquet"),
+            [PromptGroup(p, (np.ones(n_chosen, np.int32), p[:1]), ((0, 1),), (RowId(0, i),))],
+        )
+        for i, p in enumerate(prompts)
+    )
+    tallies = {kind: np.zeros(60, np.int64) for kind in ("prompt", "chosen", "rejected", "longest")}
+    for prompt in prompts:
+        for kind, n in zip(
+            tallies, (len(prompt), n_chosen, 1, len(prompt) + n_chosen), strict=True
+        ):
+            tallies[kind][n] += 1
+    np.savez(folder / LENGTHS, **tallies)
+    return TokenSet(Folder.at(folder), shards, ("a.jsonl",), {})
+
+
+def test_a_system_prompt_that_is_most_of_the_nll_is_named(tmp_path: Path) -> None:
+    """Three prompts of 21 constant tokens and 5 of their own, answers of 4.
+
+    The first token is not predicted: 20 of 29 are constant, 69 %.
+    """
+    tokens = templated(tmp_path, 21, [5, 5, 5])
+    line = constant_prompt_line(tokens, "all")
+    assert line is not None
+    assert "69 % of the tokens in the NLL are the same in every row: the first 21 of " in line
+    assert "nll_scope=completion leaves prompts out" in line
+    assert constant_prompt_line(tokens, "completion") is None
+
+
+@pytest.mark.parametrize(
+    ("n_constant", "own"),
+    [
+        (15, [10, 9, 11]),  # 14 of 28 on average: half is not most
+        (0, [20, 20]),
+        (40, [2]),  # a single prompt
+    ],
+)
+def test_prompts_that_differ_are_not(tmp_path: Path, n_constant: int, own: list[int]) -> None:
+    assert constant_prompt_line(templated(tmp_path, n_constant, own), "all") is None
+
+
+def test_a_prompt_without_the_constant_tokens_ends_it(tmp_path: Path) -> None:
+    """In the last of 30 shards, of which not all are looked at."""
+    tokens = templated(tmp_path, 30, [2] * 30)
+    assert constant_prompt_line(tokens, "all") is not None
+    odd = PromptGroup(np.arange(9, dtype=np.int32), (np.ones(4, np.int32),) * 2, ((0, 1),), ())
+    last = write_shard(str(tmp_path / "odd.parquet"), [odd])
+    assert constant_prompt_line(replace(tokens, shards=(*tokens.shards, last)), "all") is None

@@ -20,7 +20,7 @@ LINE = {
     "epoch": 1.0,
     "loss": 1.1953,
     "rewards/accuracies": 0.875,
-    "rewards/margins": 0.6459,
+    "log_odds_chosen": 0.6459,
     "learning_rate": 2.48e-3,
     "pairs_per_s": 133.4,
     "tokens_per_s": 5317.0,
@@ -55,7 +55,7 @@ def test_step_time_left_and_loss_are_shown_at_every_width(width: int) -> None:
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue()).splitlines()
     assert lines[0].startswith("step 120/750  0:12:34 left  loss 1.1")
     assert max(map(len, lines)) <= width
-    assert [line.split()[0] for line in lines[2:]] == ["margin", "accuracy", "evaluation"]
+    assert [line.split()[0] for line in lines[2:]] == ["log", "accuracy", "evaluation"]
     assert ("5317 tokens/s" in lines[0]) == (width == 200)
 
 

@@ -33,12 +33,11 @@ LEARNED = (
     "nll_loss",
     "log_odds_chosen",
     "rewards/accuracies",
-    "rewards/margins",
     "logps/chosen",
     "logps/rejected",
 )
 TRAINED_ONLY = ("learning_rate", "grad_norm", "pairs_per_s", "tokens_per_s")
-N_CHARTS = 10  # both log-probabilities share one
+N_CHARTS = 9  # both log-probabilities share one
 LOGGED, EVALUATED = (10, 20, 30, 40, 50, 60), (0, 30, 60)
 
 
@@ -205,7 +204,13 @@ def test_samples_before_and_after_and_the_first_suspects(tmp_path: Path) -> None
         for row, mean in ((7, -0.5), (9, 0.125))
     ]
     (tmp_path / "suspects.jsonl").write_text("".join(json.dumps(s) + "\n" for s in suspects))
+    early = write_page(tmp_path)
+    assert "too early to tell" in early
+    assert "0.5 passes over the data" in early
+    assert "a.jsonl</td><td>7" not in early
+    files.margins(60, [0.5] * 20)
     page = write_page(tmp_path)
+    assert "too early to tell" not in page
     assert cells(page, "prompt") == ["&lt;p&gt;rompt"]
     assert cells(page, "before") == ["answer at 0"]
     assert cells(page, "after") == ["answer at 30"]
@@ -226,7 +231,7 @@ def test_the_card_has_data_figures_and_curves(tmp_path: Path) -> None:
     write_model_card(Folder.at(run), CONFIG.replace(model_name_or_path=str(tmp_path)), report)
     card = ModelCard.load(run / "final" / "README.md")
     assert "base_model" not in card.data.to_dict()
-    row = "| evaluation | 97 | 0.500 | 0.800 (0.710 to 0.880) | 0.000 | 1.000 | 0.000 | 0.250 | "
+    row = "| evaluation | 97 | 0.500 | 0.800 (0.710 to 0.880) | 0.000 | 1.000 | "
     assert row + "6.500 | 3.500 |" in card.text
     assert "100 rows read, 97 kept, 0 held out, 3 refused (2 same_answers, 1 empty_chosen); " in (
         card.text
@@ -261,9 +266,9 @@ def test_a_terminal_shows_progress_curves_and_the_last_evaluation(
         wait_for(text.getvalue, "60/60")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue())
     assert re.search(
-        r"step 60/60  0:00:00 left  loss 4\.0000 +accuracy 0\.800 +margin 0\.2500", shown
+        r"step 60/60  0:00:00 left  loss 4\.0000 +accuracy 0\.800 +log odds 1\.0000", shown
     )
-    assert "margin   ▁▂▄▅▇█ 0.2500" in shown
+    assert "log odds ▁▂▄▅▇█ 1.0000" in shown
     assert "accuracy ▁▂▄▅▇█ 0.800" in shown
     assert "evaluation at step 60: accuracy 0.800 " in shown
 

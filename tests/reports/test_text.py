@@ -8,19 +8,18 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.orchestration.evaluate import SetEvaluation, _tables
 from orpo_ray.reports.card import is_hub_id, write_model_card
+from orpo_ray.reports.evaluation import evaluation_tables
 from orpo_ray.reports.live import LiveView
 from orpo_ray.reports.live_sweep import leaderboard
 from orpo_ray.reports.page import as_markdown, fenced, render
 from orpo_ray.reports.status import _print_table
-from orpo_ray.runs.statistics import Estimate
+from orpo_ray.runs.statistics import STATISTICS, Estimate, SetEvaluation
 from orpo_ray.runs.sweep import Goal
 from orpo_ray.storage.folder import Folder
 
 MARKUP = ["[/red]", "[bold]x", "[link=http://h.example]click[/link]", "a [1] b", "[@click=x]y"]
 CONTROLS = ["\x1b[2J", "\x1b]0;title\x07", "a\rb", "\x9b31m", "x\u202ey"]
-NAMES = ("accuracy", "length_controlled_accuracy", "margin", "log_odds", "perplexity")
 
 
 def shown(*things: object) -> str:
@@ -33,7 +32,7 @@ def shown(*things: object) -> str:
 
 def everywhere(text: str) -> list[str]:
     """A text as a subset, the name of a set, an evaluation, a cell of a status and a setting."""
-    values = dict.fromkeys(NAMES, Estimate(0.5, 0.4, 0.6))
+    values = dict.fromkeys(STATISTICS, Estimate(0.5, 0.4, 0.6))
     part = SetEvaluation(2, values, {text: {"pairs": 2, "figures": values}}, {}, {}, "s")
     view = LiveView(10)
     view.add_evaluation("eval_", text)
@@ -41,8 +40,8 @@ def everywhere(text: str) -> list[str]:
     _print_table(Console(file=table, width=200), (text,), [(text, "b")])
     goal = Goal(f"eval_{text}", "eval_", "min", None)
     return [
-        shown(*_tables("eval", part)),
-        shown(*_tables(text, part)),
+        shown(*evaluation_tables("eval", part)),
+        shown(*evaluation_tables(text, part)),
         shown(view),
         table.getvalue(),
         shown(leaderboard([], goal)),

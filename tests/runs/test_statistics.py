@@ -93,6 +93,33 @@ def test_a_model_does_not_differ_from_itself() -> None:
         assert (found.value, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
+def test_length_controlled_accuracy_and_log_probabilities_are_compared_pair_by_pair() -> None:
+    """Nine pairs with a longer chosen answer, one with a shorter one; two answers change sides.
+
+    The model is right in one more long pair and in the short one: (1/9 + 1/1) / 2. Its chosen
+    answers gain a nat a token in each of those, of ten pairs.
+    """
+    lengths = [(5, 2)] * 9 + [(2, 5)]
+    base = scores([-1.0] * 8 + [-2.5, -2.5], [-2.0] * 10, lengths, list(range(10)))
+    better = scores([-1.0] * 8 + [-1.5, -1.5], [-2.0] * 10, lengths, list(range(10)))
+    found = differences(better, base)
+    assert found["accuracy"].value == pytest.approx(0.2)
+    controlled = found["length_controlled_accuracy"]
+    assert controlled.value == pytest.approx((1 / 9 + 1) / 2)
+    assert controlled.low <= controlled.value <= controlled.high
+    # Signs of two prompts: both the same way in half of all draws.
+    assert controlled.p_value == pytest.approx(0.5, abs=0.05)
+    assert found["logps_chosen"].value == pytest.approx(0.2)
+    assert found["logps_rejected"].value == 0.0
+    assert found["logps_rejected"].p_value == 1.0
+
+
+def test_without_pairs_of_one_kind_length_controlled_accuracy_is_not_compared() -> None:
+    sample = scores([-1.0, -2.0], [-2.0, -1.0], [(5, 2), (4, 3)], [0, 1])
+    assert "length_controlled_accuracy" not in differences(sample, sample)
+    assert "logps_chosen" in differences(sample, sample)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("n_prompts", "gain"), [(60, 0.8), (200, 0.5)], ids=["apart", "clusters"])
 def test_the_paired_test_is_right_about_chance_and_about_a_difference(

@@ -41,7 +41,7 @@ def write_run(run: Path, last_step: int = 30, **settings: Any) -> RunFiles:
     files = RunFiles(Folder.at(run), is_writer=True)
     for step in range(0, last_step + 1, 10):
         line: dict[str, Any] = {"step": step, "epoch": step / 120}
-        figures = {"loss": 5.0 - step / 10, "rewards/margins": 0.5, "rewards/accuracies": 0.75}
+        figures = {"loss": 5.0 - step / 10, "log_odds_chosen": 0.5, "rewards/accuracies": 0.75}
         if step:
             line |= figures | {"pairs_per_s": 4.0, "tokens_per_s": 100.0}
             line |= {"seconds/forward_backward": 15.0, "seconds/data_wait": 5.0}
@@ -110,7 +110,7 @@ def test_a_run_that_trains(tmp_path):
     assert status.training == {
         "loss": 2.0,
         "accuracy": 0.75,
-        "margin": 0.5,
+        "log_odds": 0.5,
         "pairs_per_s": 4.0,
         "tokens_per_s": 100.0,
     }
@@ -129,7 +129,6 @@ def test_the_last_evaluation_has_the_intervals_that_are_known(tmp_path):
         "figures": {
             "accuracy": [0.75, 0.5, 0.875],
             "log_odds": [1.5],
-            "margin": [0.5],
             "loss": [3.0],
         },
     }

@@ -11,7 +11,7 @@ import pytest
 from orpo_ray.preference.groups import RowId
 from orpo_ray.runs import suspects as reporting
 from orpo_ray.runs.files import RunFiles
-from orpo_ray.runs.suspects import write_suspects
+from orpo_ray.runs.suspects import too_early_to_tell, write_suspects
 from orpo_ray.storage import partitions
 from orpo_ray.storage.folder import Folder
 
@@ -112,3 +112,40 @@ def test_the_list_for_people_is_short_and_all_rows_are_in_a_table(tmp_path, monk
     near = [slice(max(0, step - 25), step + 26) for step in (1, 21, 41)]
     weights = [max(2 * right[part].mean() / 10 - 1, 0.01) ** 2 for part in near]
     assert row["margin_mean"] == pytest.approx(np.average(margins[:, 13], weights=weights))
+
+
+def margins(n_right: int, n: int) -> list[float]:
+    """That many of `n` margins positive, evenly spread."""
+    return [1.0 if i * n_right // n < (i + 1) * n_right // n else -1.0 for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "n_right", "low", "is_early"),
+    [
+        (0.03, 50, None, True),
+        (1.99, 50, 0.497, True),
+        (2.0, 50, None, False),
+        (0.03, 50, 0.503, False),
+        # Of 100 pairs 0.6 has an interval from 0.502 (0.600 +- 0.096, drawn to the middle).
+        (0.03, 59, None, True),
+        (0.03, 60, None, False),
+    ],
+)
+def test_no_label_is_called_wrong_before_the_model_tells_answers_apart(
+    tmp_path, epoch, n_right, low, is_early
+):
+    """By two passes, a held-out accuracy, or that of the last half of the trained pairs."""
+    files = RunFiles(Folder.at(tmp_path), is_writer=True)
+    for step, part in enumerate([margins(0, 100), margins(n_right, 100)], start=1):
+        files.margins(step, part)
+    files.metrics({"step": 2, "epoch": epoch, "loss": 1.0, "eval_rewards/accuracies": 0.55})
+    if low is not None:
+        files.evaluation(2, "eval_", 97, {"accuracy": (0.55, low, 0.6)})
+    reason = too_early_to_tell(tmp_path)
+    assert (reason is not None) == is_early
+    if reason:
+        assert reason.startswith(f"{epoch} passes over the data, of 2 that it takes")
+
+
+def test_a_run_of_no_step_is_too_early(tmp_path):
+    assert too_early_to_tell(tmp_path) is not None

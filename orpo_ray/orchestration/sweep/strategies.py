@@ -7,6 +7,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.start import Start
+from orpo_ray.orchestration.sweep.trial import trial_config
+from orpo_ray.runs.status import total_steps
 
 
 def concurrent_trials(config: ORPOConfig) -> int:
@@ -41,20 +43,53 @@ def search_algorithm(config: ORPOConfig, n_before: int) -> Any:
     return OptunaSearch(seed=seed)
 
 
+class _SparesLastStep:
+    """Mixin of a scheduler: a trial at its last step only has its model to write.
+
+    Args:
+        config: of the sweep; a searched batch size decides how many steps a trial has.
+        more: arguments of the scheduler.
+    """
+
+    def __init__(self, config: ORPOConfig, **more: Any) -> None:
+        super().__init__(**more)
+        self._config = config
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Called by Ray Tune with every report of a trial."""
+        n_steps = total_steps(trial_config(self._config, trial.config), [result])
+        if n_steps is not None and result["step"] >= n_steps:
+            return str(TrialScheduler.CONTINUE)
+        decision: str = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
+        return decision
+
+
+class _Asha(_SparesLastStep, ASHAScheduler):  # type: ignore[misc]  # Ray is not typed
+    pass
+
+
+class _Median(_SparesLastStep, MedianStoppingRule):  # type: ignore[misc]
+    pass
+
+
 def trial_scheduler(start: Start) -> TrialScheduler:
-    """What stops trials early, counted in steps: nothing before the first evaluation."""
+    """What stops the trials of a sweep early; see `early_stopping`."""
     config = start.config
     every = config.with_intervals(start.steps_per_epoch).train.eval_steps
-    grace = config.tune.grace_steps or int(every or 1)
+    return early_stopping(config, start.n_steps, config.tune.grace_steps or int(every or 1))
+
+
+def early_stopping(config: ORPOConfig, n_steps: int, grace_steps: int) -> TrialScheduler:
+    """What stops trials early, counted in steps: from `grace_steps` on, but not at the last one."""
     if config.tune.trial_scheduler == "asha":
-        n_steps = max(start.n_steps, grace)
-        return ASHAScheduler(
+        return _Asha(
+            config,
             time_attr="step",
-            max_t=n_steps,
-            grace_period=grace,
+            max_t=max(n_steps, grace_steps),
+            grace_period=grace_steps,
             reduction_factor=config.tune.reduction_factor,
             stop_last_trials=False,  # after its last evaluation a trial still writes its model
         )
     if config.tune.trial_scheduler == "median":
-        return MedianStoppingRule(time_attr="step", grace_period=grace, min_samples_required=2)
+        return _Median(config, time_attr="step", grace_period=grace_steps, min_samples_required=2)
     return FIFOScheduler()

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from orpo_ray.config import schema
 from orpo_ray.config.schema import ConfigError
-from orpo_ray.orchestration.evaluate import EvaluationResult, evaluate
+from orpo_ray.orchestration.evaluate import evaluate
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
 from orpo_ray.orchestration.start import run_directory_of, with_run_name
 from orpo_ray.orchestration.train import TrainResult, train
@@ -39,6 +39,7 @@ from orpo_ray.preference.errors import DataError
 from orpo_ray.pretrained import ModelSource, load_model, load_model_config, load_tokenizer
 from orpo_ray.runs.files import FINISH, REQUESTS, holds_run
 from orpo_ray.runs.lock import claimed
+from orpo_ray.runs.statistics import EvaluationResult
 from orpo_ray.storage.folder import Folder
 from orpo_ray.trl.arguments import ORPOConfig
 

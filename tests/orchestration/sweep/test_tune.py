@@ -217,7 +217,7 @@ def short_folder() -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_demos_sweep_ends_with_a_champion(run_command, tmp_path, short_folder, monkeypatch):
-    """Eight trials; the default config's held-out accuracy is 0.922 (README).
+    """Eight trials; the held-out accuracy with beta=1 is 0.922 (README).
 
     A Ray that somebody started here before, and that has ended since, is not taken for the sweep's.
     """
