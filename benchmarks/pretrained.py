@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     """Run what is not done yet, and write the results."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments = _arguments()
     plan = SHORT if arguments.short else FULL
     if arguments.pairs:

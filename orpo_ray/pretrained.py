@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     folder = on_this_node(source.tokenizer, light)
     try:
         with _as_refusals(source.tokenizer):
-            tokenizer = AutoTokenizer.from_pretrained(folder, **source.options)
+            tokenizer = AutoTokenizer.from_pretrained(**origin_of(folder), **source.options)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever transformers, tokenizers and JSON say of such files
@@ -102,7 +103,7 @@ def load_model_config(source: ModelSource) -> Any:
     folder = on_this_node(source.model, light)
     try:
         with _as_refusals(source.model):
-            return AutoConfig.from_pretrained(folder, **source.options)
+            return AutoConfig.from_pretrained(**origin_of(folder), **source.options)
     except UnsupportedModelError:
         raise
     except Exception as error:  # configs are checked by code of every family
@@ -321,6 +322,27 @@ def some_of(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_SHOWN_NAMES])
     more = len(names) - _SHOWN_NAMES
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def is_gguf(name: str | Folder) -> bool:
+    """Whether a model is a GGUF file, by its name."""
+    return isinstance(name, str) and name.lower().endswith(".gguf")
+
+
+def origin_of(name: str) -> dict[str, str]:
+    """The arguments of `from_pretrained` that name a folder, hub id or GGUF file.
+
+    Raises:
+        UnsupportedModelError: for a GGUF file without the package that reads it.
+    """
+    if not is_gguf(name):
+        return {"pretrained_model_name_or_path": name}
+    if find_spec("gguf") is None:
+        raise UnsupportedModelError(
+            f"{name}: a GGUF file needs the package gguf: pip install 'orpo_ray[gguf]'"
+        )
+    file = Path(name).expanduser()
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
 
 
 def on_this_node(model: str | Folder, wanted: Names) -> str:

@@ -137,8 +137,15 @@ class Runs:
         print(self._shown(command), file=sys.stderr, flush=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        with log.open("ab") as output:
-            code = subprocess.run(command, check=False, stdout=output, stderr=output).returncode
+        with (
+            log.open("ab") as output,
+            subprocess.Popen(command, stdout=output, stderr=output) as process,
+        ):
+            try:
+                code = process.wait()
+            except BaseException:  # a signal, on which the command ends in its own way
+                process.terminate()
+                raise
         if code:
             raise SystemExit(f"{log.stem}: its command ended with {code}; see {log}")
         return round(time.perf_counter() - started, 1)
