@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -30,8 +30,8 @@ from orpo_ray.runs.statistics import Scores, estimates
 from real_model import table
 from real_model.base import make_base
 from real_model.pairs import make_files, up_to
-from real_model.plan import FULL, MAX_LENGTH, SHORT, USUAL_RATE, Plan, settings_of_all
-from real_model.runs import Runs, minutes_left
+from real_model.plan import FULL, MAX_LENGTH, SHORT, USUAL_RATE, Plan, Side, settings_of_all
+from real_model.runs import CommandError, Runs, minutes_left
 from real_model.samples import answers
 from real_model.verdict import Comparison, compare, over_seeds, read_scores
 
@@ -54,11 +54,16 @@ def main() -> int:
     about = _about(counts, common, plan)
     _write(out, {**about, "done": False}, table.head(about))
     runs = Runs(out, common)
-    choice = runs.choose_rate(plan.rates, USUAL_RATE)
-    seconds = _train(runs, plan, choice["rate"])
-    scores = _score(runs, plan)
-    about |= {"choice": choice, "train_seconds": seconds, "commands": runs.commands(plan)}
-    _report(out, about, scores, _samples(runs, plan))
+    try:
+        choice = runs.choose_rate(plan.rates, USUAL_RATE)
+        seconds = _train(runs, plan, choice["rate"])
+        sides = [side for side in plan.sides() if side.name in seconds]
+        scores = _score(runs, sides)
+    except CommandError as error:
+        raise SystemExit(str(error)) from error
+    about |= {"choice": choice, "train_seconds": seconds, "commands": runs.commands(sides)}
+    about["failed"] = [side.name for side in plan.sides() if side not in sides]
+    _report(out, about, scores, _samples(runs, sides, plan.samples))
     print((out / "results.md").read_text())
     return 0
 
@@ -148,38 +153,45 @@ def _versions(*names: str) -> Iterable[str]:
 
 
 def _train(runs: Runs, plan: Plan, rate: float) -> dict[str, float]:
-    """Train every side; seconds of each."""
+    """Train every side; seconds of each that is trained.
+
+    Raises:
+        CommandError: when a side of this project fails; that of TRL is left out.
+    """
     seconds: dict[str, float] = {}
     for side in plan.sides():
-        seconds[side.name] = runs.train(side, rate)
+        try:
+            seconds[side.name] = runs.train(side, rate)
+        except CommandError as error:
+            if not side.by_trl:
+                raise
+            print(error, file=sys.stderr, flush=True)
         left = minutes_left(plan, seconds)
-        print(
-            f"{side.name}: {seconds[side.name]:.0f} s; about {left:.0f} minutes of training left",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"about {left:.0f} minutes of training left", file=sys.stderr, flush=True)
     return seconds
 
 
-def _score(runs: Runs, plan: Plan) -> dict[str, list[Scores]]:
+def _score(runs: Runs, sides: Sequence[Side]) -> dict[str, list[Scores]]:
     """Scores of the held-out pairs by kind of side, a seed each."""
     found = {"base": [read_scores(runs.evaluate("base", runs.out / "base"))]}
-    for side in plan.sides():
+    for side in sides:
         file = runs.evaluate(side.name, runs.folder(side) / "final")
         found.setdefault(side.kind, []).append(read_scores(file))
     return found
 
 
-def _samples(runs: Runs, plan: Plan) -> dict[str, list[dict[str, Any]]]:
+def _samples(
+    runs: Runs, sides: Sequence[Side], max_new_tokens: int
+) -> dict[str, list[dict[str, Any]]]:
     """Answers of the base and of the first seed of every kind of side."""
     folders = {"base": runs.out / "base"}
-    for side in plan.sides():
+    for side in sides:
         folders.setdefault(side.kind, runs.folder(side) / "final")
     file = runs.out / "samples.json"
     found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text()) if file.exists() else {}
     for name, folder in folders.items():
         if name not in found:
-            found[name] = answers(folder, runs.out / "base", plan.samples)
+            found[name] = answers(folder, runs.out / "base", max_new_tokens)
             file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found
 
@@ -210,6 +222,9 @@ def _report(
         table.rate_line(about["choice"]),
         "",
         table.verdict(found["orpo less sft"]),
+        "",
+        *table.second(found["orpo less sft"]),
+        *(f"- {name} failed, and is left out" for name in about["failed"]),
         "",
         "Held-out pairs, seeds in brackets, 95 % intervals by prompt:",
         "",

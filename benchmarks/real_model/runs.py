@@ -21,6 +21,10 @@ _TRL_SETTINGS = (
 _TRL_SLOWER = 4  # than a side of this project, for the time that is left only
 
 
+class CommandError(RuntimeError):
+    """A command that did not end with 0."""
+
+
 @dataclass(frozen=True)
 class Runs:
     """The runs of one benchmark.
@@ -62,7 +66,7 @@ class Runs:
         """Train a side unless its model is there; seconds that it took.
 
         Raises:
-            SystemExit: when its command fails.
+            CommandError: when its command fails.
         """
         run = self.folder(side)
         record = run.with_suffix(".json")
@@ -76,13 +80,15 @@ class Runs:
         measured = [] if side.by_trl else [m["tokens_per_s"] for m in _trained(run)]
         told = {"seconds": seconds, "tokens_per_s": measured[-1:], "command": self._shown(command)}
         record.write_text(json.dumps(told, indent=1) + "\n")
+        rate_text = "".join(f", {value:.0f} tokens/s" for value in measured[-1:])
+        print(f"{side.name}: {seconds:.0f} s{rate_text}", file=sys.stderr, flush=True)
         return seconds
 
     def evaluate(self, name: str, model: Path) -> Path:
         """Score the held-out pairs with a model, unless they are; the file of scores.
 
         Raises:
-            SystemExit: when its command fails.
+            CommandError: when its command fails.
         """
         run = self.out / "runs" / f"{name}-held-out"
         scores = run / "scores.parquet"
@@ -98,9 +104,9 @@ class Runs:
             self._call(_job("evaluate", settings), run.with_suffix(".log"))
         return scores
 
-    def commands(self, plan: Plan) -> dict[str, str]:
+    def commands(self, sides: Sequence[Side]) -> dict[str, str]:
         """The commands that trained the sides, by their names."""
-        records = {side.name: self.folder(side).with_suffix(".json") for side in plan.sides()}
+        records = {side.name: self.folder(side).with_suffix(".json") for side in sides}
         return {name: json.loads(file.read_text())["command"] for name, file in records.items()}
 
     def folder(self, side: Side) -> Path:
@@ -147,7 +153,7 @@ class Runs:
                 process.terminate()
                 raise
         if code:
-            raise SystemExit(f"{log.stem}: its command ended with {code}; see {log}")
+            raise CommandError(f"{log.stem}: its command ended with {code}; see {log}")
         return round(time.perf_counter() - started, 1)
 
     def _shown(self, command: Sequence[str]) -> str:

@@ -62,8 +62,7 @@ def comparisons(found: Mapping[str, Comparison]) -> Iterator[str]:
                 value = compared.others[column]
             if column == "log_odds":
                 seeds = ", ".join(f"{d:+.4f}" for d in compared.by_seed)
-            cell = f"{value.value:+.4f} ({value.low:+.4f} to {value.high:+.4f})"
-            yield f"| {name} | {column.replace('_', ' ')} | {cell} | {p} | {seeds} |"
+            yield f"| {name} | {column.replace('_', ' ')} | {_difference(value)} | {p} | {seeds} |"
 
 
 def verdict(compared: Comparison) -> str:
@@ -73,6 +72,22 @@ def verdict(compared: Comparison) -> str:
         for name, d in ((name, compared.tested[name]) for name in CLAIMED)
     )
     return f"**{'Shown' if compared.holds else 'NOT SHOWN'}: ORPO less SFT, {found}.**"
+
+
+def second(compared: Comparison) -> Iterator[str]:
+    """What else was expected of ORPO less SFT; shown where the interval is on that side of 0."""
+    expected = {
+        "accuracy": ("is higher", 1),
+        "length_controlled_accuracy": ("is higher", 1),
+        "logps_rejected": ("is lower", -1),
+    }
+    found = {**compared.others, **compared.tested}
+    for name, (says, sign) in expected.items():
+        value = found[name]
+        shown = min(sign * value.low, sign * value.high) > 0
+        text = f"{name.replace('_', ' ')} {says}: {_difference(value)}"
+        yield f"- {'shown' if shown else 'not shown'}: {text}"
+    yield f"- its price in NLL of chosen answers, nats a token: {_difference(found['nll'])}"
 
 
 def samples(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
@@ -105,6 +120,10 @@ def commands(found: Mapping[str, str]) -> Iterator[str]:
 def as_json(found: Mapping[str, Comparison]) -> dict[str, Any]:
     """The comparisons, and whether each meets what the claim asks for."""
     return {name: asdict(each) | {"holds": each.holds} for name, each in found.items()}
+
+
+def _difference(value: Difference | Estimate) -> str:
+    return f"{value.value:+.4f} ({value.low:+.4f} to {value.high:+.4f})"
 
 
 def _estimate(estimate: Estimate) -> str:

@@ -144,6 +144,10 @@ def test_the_table_says_what_came_out():
     better = compare([orpo], [sft])
     assert table.verdict(better).startswith("**Shown: ORPO less SFT, log odds +0.3000, p 0.0")
     assert table.verdict(compare([sft], [orpo])).startswith("**NOT SHOWN")
+    expected = list(table.second(better))
+    assert expected[2] == "- not shown: logps rejected is lower: +0.0000 (+0.0000 to +0.0000)"
+    assert expected[0].startswith("- ")
+    assert expected[3].endswith("nats a token: -0.1000 (-0.1000 to -0.1000)")
     rows = list(table.comparisons({"orpo less sft": better}))
     assert len(rows) == 2 + len(table.COLUMNS)
     assert len({row.count("|") for row in rows}) == 1

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 
-from orpo_ray.config.schema import ORPOConfig
+from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.demo.model import make_demo_model
 from orpo_ray.models.outline import outline, unused_weights
 from orpo_ray.models.quantized import refuse_unreadable
 from orpo_ray.orchestration.inputs import find_inputs
+from orpo_ray.orchestration.preflight import check_model
 from orpo_ray.preference.errors import DataError
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError
 
@@ -131,3 +132,12 @@ def test_an_evaluation_names_the_package_that_is_missing(folder):
         refuse_unreadable("m", model_config, on_gpu=False)
     quantize(folder, FP8)  # which CPUs compute dequantized
     refuse_unreadable("m", AutoConfig.from_pretrained(folder / "model"), on_gpu=False)
+
+
+def test_an_evaluation_is_refused_before_workers_start(folder):
+    quantize(folder, {"quant_method": "of-next-year"})
+    source = inputs(folder, only_evals=True).model
+    with pytest.raises(ConfigError) as found:
+        check_model(ORPOConfig(use_gpu=False), source, {})
+    (line,) = found.value.lines
+    assert line.startswith(f"model_name_or_path: {folder}/model is stored quantized and cannot be")
