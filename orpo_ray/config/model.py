@@ -15,8 +15,8 @@ class ModelSection(Section):
 
     model_name_or_path: str | None = setting(
         None,
-        "Folder, URL or hub id of the base model and its tokenizer. Default: the demo's small "
-        "decoder, trained from scratch.",
+        "Folder, URL or hub id of the base model and its tokenizer, or a GGUF file with both. "
+        "Default: the demo's small decoder, trained from scratch.",
         decides="tokens",
     )
     model_revision: str | None = setting(

@@ -24,6 +24,7 @@ from orpo_ray.pretrained import (
     empty_model,
     load_model_config,
     refuse_incomplete,
+    some_of,
     weight_files,
 )
 from orpo_ray.storage.folder import Folder
@@ -118,10 +119,15 @@ def _header(source: ModelSource, file: Path) -> dict[str, Tensor]:
         raise UnsupportedModelError(f"{source.model} has no {file.name}: download the model again")
     try:
         with safe_open(file, framework="pt") as content:
-            return {
-                name: torch.empty(content.get_slice(name).get_shape(), device="meta")
-                for name in content.keys()  # noqa: SIM118 (it is no mapping)
-            }
+            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+            packed = [name for name in slices if slices[name].get_dtype().startswith("F8")]
+            if packed and any("scale" in name for name in slices):
+                raise UnsupportedModelError(
+                    f"{source.model}: weights are stored in 8 bits ({some_of(packed)}), and its "
+                    "config.json has no quantization_config that says how: name the model that it "
+                    "was quantized from, or save this one with save_original_format=False"
+                )
+            return {n: torch.empty(s.get_shape(), device="meta") for n, s in slices.items()}
     except SafetensorError as error:
         raise UnsupportedModelError(
             f"{source.model}: {file.name} is damaged ({error}): download the model again"

@@ -1,13 +1,28 @@
-"""A frozen base model in 4 bits (QLoRA), as bitsandbytes holds it; in training workers."""
+"""A frozen base model in 4 bits (QLoRA), as bitsandbytes holds it; bases that are stored quantized.
 
+Weights are quantized in training workers; what is stored quantized is looked at on the driver.
+"""
+
+import copy
+import os
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_model
+from orpo_ray.storage.files import first_line
+
+# Methods of which transformers computes the weights again, and the class that asks for it. In its
+# original format a model would be quantized again when it is saved.
+_DEQUANTIZED_BY = {
+    "fp8": "FineGrainedFP8Config",
+    "mxfp4": "Mxfp4Config",
+    "compressed-tensors": "CompressedTensorsConfig",
+}
 
 
 def refuse_quantization(device: torch.device) -> None:
@@ -25,6 +40,56 @@ def refuse_quantization(device: torch.device) -> None:
         raise UnsupportedModelError(
             "load_in_4bit: needs the package bitsandbytes: pip install 'orpo_ray[qlora]'"
         )
+
+
+def refuse_stored_quantized(source: ModelSource) -> None:
+    """Refuse to train a base model that is stored quantized; reads its config.json only.
+
+    Raises:
+        UnsupportedModelError: with the method and what to do.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(os.fspath(source.model), revision=source.revision)
+    parts = (values, values.get("text_config") or {})
+    names = ("quantization_config", "compression_config")
+    stored = next((part[name] for part in parts for name in names if part.get(name)), None)
+    if stored is None:
+        return
+    method = stored.get("quant_method") or "by a method that its config.json does not name"
+    advice = "name the model that it was quantized from"
+    if method in ("awq", "bitsandbytes", "gptq"):
+        advice += ", and set load_in_4bit=true and lora_r to hold that in 4 bits"
+    elif method in _DEQUANTIZED_BY:
+        config = f"{_DEQUANTIZED_BY[method]}(dequantize=True)"
+        advice += (
+            ", or the folder of AutoModelForCausalLM.from_pretrained(..., "
+            f"quantization_config={config}).save_pretrained(..., save_original_format=False)"
+        )
+    raise UnsupportedModelError(
+        f"{source.model} is stored quantized ({method}), and such weights are not trained: {advice}"
+    )
+
+
+def refuse_unreadable(name: object, model_config: PreTrainedConfig, on_gpu: bool) -> None:
+    """Refuse a model stored in a way that transformers does not read here.
+
+    Args:
+        name: of the model.
+        model_config: of it.
+        on_gpu: whether workers have GPUs; where this process has none it cannot know.
+
+    Raises:
+        UnsupportedModelError: with the package that is missing, for one.
+    """
+    stored = getattr(model_config, "quantization_config", None)
+    if stored is None or (on_gpu and not torch.cuda.is_available()):
+        return
+    try:
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(stored), pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{name} is stored quantized and cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def load_quantized(

@@ -19,7 +19,7 @@ from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.finding import PassedOver, merge_passed_over, search_files
 from orpo_ray.preference.reading.splits import TRAIN_SPLIT
 from orpo_ray.preference.templates import template_text
-from orpo_ray.pretrained import ModelSource, refuse_unsafe
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError, is_gguf, refuse_unsafe, some_of
 from orpo_ray.storage.bucket import URLS
 from orpo_ray.storage.files import first_line, locked, one_line, read_json, read_lines
 from orpo_ray.storage.folder import Folder, FolderLike, light
@@ -151,8 +151,11 @@ def _base_model(config: ORPOConfig, problems: list[str], trains: bool) -> ModelS
     name = config.model.model_name_or_path
     if name is None:
         return None
+    n_problems = len(problems)
     source = named_model("model_name_or_path", name, config, problems)
-    if trains and Path(source.model, "adapter_config.json").is_file():
+    if not trains or len(problems) > n_problems:
+        return source
+    if Path(source.model, "adapter_config.json").is_file():
         adapters = read_json(Path(source.model, "adapter_config.json"))
         base = adapters.get("base_model_name_or_path")
         problems.append(
@@ -160,6 +163,13 @@ def _base_model(config: ORPOConfig, problems: list[str], trains: bool) -> ModelS
             f"trained further: name their base model ({base}), or one with the adapters merged "
             "into it (merge_adapter=true)"
         )
+        return source
+    from orpo_ray.models.quantized import refuse_stored_quantized
+
+    try:
+        refuse_stored_quantized(source)
+    except (OSError, ValueError) as error:
+        problems.append(f"model_name_or_path: {first_line(error)}")
     return source
 
 
@@ -169,6 +179,8 @@ def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]
     A folder is given by its absolute path, as actors have working folders of their own; one that
     holds no model, or a model that would run code, is added to `problems`.
     """
+    if is_gguf(name):
+        return _from_gguf(setting, name, config, problems)
     is_url = "://" in name
     folder = None
     if is_url:
@@ -181,6 +193,11 @@ def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]
     found = str(path.resolve()) if path.is_dir() else name
     source = ModelSource.from_config(config.model, folder or found)
     if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if files and not any(path.glob("*.safetensors")):
+            names = some_of([str(file) for file in files])
+            problems.append(f"{setting}: {name} holds GGUF files only; name one of them: {names}")
+            return source
         if not any((path / kind).is_file() for kind in ("config.json", "adapter_config.json")):
             problems.append(f"{setting}: {name} holds no config.json")
             return source
@@ -192,6 +209,19 @@ def named_model(setting: str, name: str, config: ORPOConfig, problems: list[str]
     except (OSError, ValueError) as error:  # also what transformers says of ids that are none
         problems.append(f"{setting}: {first_line(error)}")
     return source
+
+
+def _from_gguf(setting: str, name: str, config: ORPOConfig, problems: list[str]) -> ModelSource:
+    """A model in a GGUF file, as the folder that it is converted to below the output directory."""
+    from orpo_ray.models.gguf import convert_gguf
+
+    try:
+        folder, said = convert_gguf(name, Folder.at(config.output.output_dir) / "gguf")
+    except (OSError, UnsupportedModelError) as error:
+        problems.append(f"{setting}: {first_line(error)}")
+        return ModelSource.from_config(config.model, name)
+    _log.info("%s: %s", setting, said)
+    return ModelSource.from_config(config.model, folder)
 
 
 def _fetched(url: str) -> Folder:

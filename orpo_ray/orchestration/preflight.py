@@ -41,10 +41,12 @@ def check_model(
     from orpo_ray.models.adapters import add_adapters, base_of
     from orpo_ray.models.outline import outline, unused_weights
     from orpo_ray.models.packing_check import refuse_unknown
+    from orpo_ray.models.quantized import refuse_unreadable
 
     try:
         base, _ = base_of(source)
         model = outline(base)
+        refuse_unreadable(base.model, model.config, bool(config.ray.use_gpu))
         unused = unused_weights(base, model)
         refuse_unknown(model)
     except (OSError, ValueError, KeyError) as error:  # also what transformers says of a config

@@ -77,6 +77,10 @@ def test_held_out_lines_carry_their_interval(tmp_path):
 def test_the_line_about_labels_waits_for_evidence(tmp_path):
     files = RunFiles(Folder.at(tmp_path), is_writer=True)
     files.metrics(trained(5, 1.0))
+    assert label_noise_line(tmp_path) == (
+        "labels: none can be called wrong, as no rejected answer was computed"
+    )
+    files.margins(5, [0.1])
     early = label_noise_line(tmp_path)
     assert early.startswith("labels: too early to tell which are wrong: 0.05 passes over the data")
     files.metrics(trained(200, 1.0))
