@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     folder = on_this_node(source.tokenizer, light)
     try:
         with _as_refusals(source.tokenizer):
-            tokenizer = AutoTokenizer.from_pretrained(**origin_of(folder), **source.options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **source.options)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever transformers, tokenizers and JSON say of such files
@@ -103,7 +102,7 @@ def load_model_config(source: ModelSource) -> Any:
     folder = on_this_node(source.model, light)
     try:
         with _as_refusals(source.model):
-            return AutoConfig.from_pretrained(**origin_of(folder), **source.options)
+            return AutoConfig.from_pretrained(folder, **source.options)
     except UnsupportedModelError:
         raise
     except Exception as error:  # configs are checked by code of every family
@@ -339,27 +338,6 @@ def _refuse_not_finite(name: str | Folder, model: Any) -> None:
             f"{name}: {len(bad)} of the model's weights are not finite (NaN or infinite): "
             f"{some_of(bad)}; save or download the model again"
         )
-
-
-def is_gguf(name: str | Folder) -> bool:
-    """Whether a model is a GGUF file, by its name."""
-    return isinstance(name, str) and name.lower().endswith(".gguf")
-
-
-def origin_of(name: str) -> dict[str, str]:
-    """The arguments of `from_pretrained` that name a folder, hub id or GGUF file.
-
-    Raises:
-        UnsupportedModelError: for a GGUF file without the package that reads it.
-    """
-    if not is_gguf(name):
-        return {"pretrained_model_name_or_path": name}
-    if find_spec("gguf") is None:
-        raise UnsupportedModelError(
-            f"{name}: a GGUF file needs the package gguf: pip install 'orpo_ray[gguf]'"
-        )
-    file = Path(name).expanduser()
-    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
 
 
 def on_this_node(model: str | Folder, wanted: Names) -> str:

@@ -17,7 +17,7 @@ SEEDS = (0, 1, 2)
 BETA, SMALL_BETA = 1.0, 0.25
 BATCH, PASSES = 8, 2
 WARMUP_SHARE = 0.1
-SFT: Mapping[str, Any] = {"beta": 0}
+SFT: Mapping[str, Any] = {"objective": "sft"}
 SIGNIFICANCE = 0.05
 CLAIM = (
     "On held-out pairs a model trained with ORPO (beta 1) separates chosen from rejected answers "

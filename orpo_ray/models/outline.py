@@ -24,9 +24,9 @@ from orpo_ray.pretrained import (
     empty_model,
     load_model_config,
     refuse_incomplete,
-    some_of,
     weight_files,
 )
+from orpo_ray.storage.files import some_of
 from orpo_ray.storage.folder import Folder
 
 _POSITIONS = re.compile(r"(^|_)(wpe|pos|positions?)(_|$)")

@@ -19,10 +19,11 @@ from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.reading.finding import PassedOver, merge_passed_over, search_files
 from orpo_ray.preference.reading.splits import TRAIN_SPLIT
 from orpo_ray.preference.templates import template_text
-from orpo_ray.pretrained import ModelSource, UnsupportedModelError, is_gguf, refuse_unsafe, some_of
+from orpo_ray.pretrained import ModelSource, UnsupportedModelError, refuse_unsafe
 from orpo_ray.storage.bucket import URLS
-from orpo_ray.storage.files import first_line, locked, one_line, read_json, read_lines
+from orpo_ray.storage.files import first_line, locked, one_line, read_json, read_lines, some_of
 from orpo_ray.storage.folder import Folder, FolderLike, light
+from orpo_ray.storage.names import is_gguf
 
 DEMO_TRAIN_PAIRS, DEMO_EVAL_PAIRS = 4000, 400
 _log = logging.getLogger(__name__)

@@ -78,3 +78,8 @@ def refuse_unsafe_file_url(url: str) -> None:
                 f"{url!r} has an empty part, `.`, `..` or a control character: write its path "
                 "without"
             )
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model is a GGUF file, by its name."""
+    return name.lower().endswith(".gguf")

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
+from orpo_ray.models.gguf import gguf_config
 from orpo_ray.preference.reading.finding import find_files
 from orpo_ray.preference.reading.readers import count_rows
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError, empty_model, load_model_config
+from orpo_ray.storage.names import is_gguf
 
 _GIB = 2**30
 # fp32 master weight, gradient, and AdamW's two moments.
@@ -86,7 +88,8 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
 
     source = ModelSource.from_config(config.model, model_path)
     try:
-        model_config = load_model_config(source)
+        gguf = is_gguf(model_path)
+        model_config = gguf_config(model_path) if gguf else load_model_config(source)
         with torch.device("meta"):
             model = empty_model(source, model_config)
     except UnsupportedModelError as error:
