@@ -32,6 +32,7 @@ def main(file: str) -> int:
         args=ORPOConfig(
             output_dir=given["output"],
             train_sampling_strategy="sequential",
+            use_cpu=not torch.cuda.is_available(),
             gradient_checkpointing=False,
             save_strategy="no",
             report_to="none",
