@@ -103,7 +103,7 @@ class CheckpointSaver:
         nothing.
         """
         if self._staging.keeps_memory and self._allocation is None:
-            tensors = _tensors(model, optimizer)
+            tensors = _plain(_tensors(model, optimizer), optimizer)
             self._allocation = self._thread.submit(self._staging.allocate, tensors)
 
     def start(
@@ -131,7 +131,7 @@ class CheckpointSaver:
         try:
             if self._allocation is not None:
                 wait([self._allocation])  # if it failed, the copy tries once more
-            staged = self._staging.copy(_tensors(model, optimizer))
+            staged = self._staging.copy(_plain(_tensors(model, optimizer), optimizer))
         except RuntimeError as error:  # no memory left on the host, or none to be pinned
             problem = problem or _reason(error)
         keep = partial(keep_newest, self._run, self._keep, tuple(ranking))
@@ -240,7 +240,7 @@ def load_checkpoint(
         for group in optimizer.param_groups
     ]
     tensors = _tensors(model, optimizer)
-    state_dict_loader.load(tensors, checkpoint_id=str(directory))
+    state_dict_loader.load(_plain(tensors, optimizer), checkpoint_id=str(directory))
     set_state_dict(
         model,
         optimizer,
@@ -294,6 +294,12 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     """Sharded state dicts by parameter names, which any world size can load."""
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     return {"model": _trained(model, model_state), "optimizer": optimizer_state}
+
+
+def _plain(tensors: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The same tensors as a checkpoint has them, in the same memory."""
+    plain_state = getattr(optimizer, "plain_state", None)  # of AdamW8bit
+    return tensors | {"optimizer": plain_state(tensors["optimizer"])} if plain_state else tensors
 
 
 def _trained(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
