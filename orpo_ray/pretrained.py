@@ -15,7 +15,7 @@ from typing import Any
 from orpo_ray.config.model import ModelSection
 from orpo_ray.storage.files import first_line, one_line, read_json, some_of
 from orpo_ray.storage.folder import Folder, Names, everything, light
-from orpo_ray.storage.names import is_plain
+from orpo_ray.storage.names import is_plain, origin_of
 from orpo_ray.storage.relocation import find_base
 
 
@@ -75,7 +75,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     folder = on_this_node(source.tokenizer, light)
     try:
         with _as_refusals(source.tokenizer):
-            tokenizer = AutoTokenizer.from_pretrained(folder, **source.options)
+            tokenizer = AutoTokenizer.from_pretrained(**origin_of(folder), **source.options)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever transformers, tokenizers and JSON say of such files
@@ -102,7 +102,7 @@ def load_model_config(source: ModelSource) -> Any:
     folder = on_this_node(source.model, light)
     try:
         with _as_refusals(source.model):
-            return AutoConfig.from_pretrained(folder, **source.options)
+            return AutoConfig.from_pretrained(**origin_of(folder), **source.options)
     except UnsupportedModelError:
         raise
     except Exception as error:  # configs are checked by code of every family

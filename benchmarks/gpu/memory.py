@@ -15,6 +15,7 @@ from orpo_ray.storage.folder import Folder
 from orpo_ray.training.budget import with_token_budget
 from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress
 from orpo_ray.training.job import TrainingJob
+from orpo_ray.training.step import TrainState
 from rank import N_PAIRS, built, folder_of, losses, start_rank, stream
 from results import CUDA, DRY, attempt, peak_gib, record, seconds_left, wait
 
@@ -52,12 +53,28 @@ def budget(size: str) -> None:
 
 
 def saving(size: str) -> None:
-    """How long a step waits for a checkpoint: the first, for which memory is pinned, and others."""
+    """How long a step waits for a checkpoint, once host memory for it is allocated beside steps."""
     folder = folder_of(size)
     state, _ = built(folder)
     batches = list(stream(folder, 4 if DRY else 32).batches(0, 4))
     losses(state, batches[:2])
-    saver = CheckpointSaver(Folder.at(folder), keep=1)
+    saver = CheckpointSaver(Folder.at(folder), keep=1, keeps_memory=True)
+    wait()
+    started = time.perf_counter()
+    saver.prepare(state.model, state.optimizer)
+    prepare_s = time.perf_counter() - started
+    beside: list[float] = []
+    while not saver.is_prepared or not beside:
+        beside.append(_step_s(state, batches[2:3]))
+    record(
+        "saving",
+        size=size,
+        prepare_stalled_s=prepare_s,
+        allocated_after_s=time.perf_counter() - started,
+        steps_beside=len(beside),
+        slowest_step_beside_s=max(beside),
+        step_s=min(_step_s(state, batches[2:3]) for _ in range(3)),
+    )
     for number in range(1, 4):
         if seconds_left() < 15:
             break
@@ -67,8 +84,7 @@ def saving(size: str) -> None:
         saver.start(state.model, state.optimizer, progress, {"step": number})
         stalled = time.perf_counter() - started
         started = time.perf_counter()
-        losses(state, batches[2:3])
-        step_s = time.perf_counter() - started
+        step_s = _step_s(state, batches[2:3])
         problem = saver.finish()
         record(
             "saving",
@@ -79,6 +95,13 @@ def saving(size: str) -> None:
             written_after_s=time.perf_counter() - started,
             problem=problem,
         )
+
+
+def _step_s(state: TrainState, batches: list[StepBatch]) -> float:
+    """Seconds of steps, which read their loss back."""
+    started = time.perf_counter()
+    losses(state, batches)
+    return time.perf_counter() - started
 
 
 def long(size: str) -> None:

@@ -143,9 +143,15 @@ class TrainSection(Section):
         decides="weights",
         ge=0,
     )
+    optim: Literal["adamw", "adamw_8bit", "adafactor"] = setting(
+        "adamw",
+        "Optimizer. adamw: its state has 8 bytes a weight; adamw_8bit: 2, with the package "
+        "torchao; adafactor: next to none, and no adam_ settings.",
+        decides="weights",
+    )
     weight_decay: float = setting(
         0.0,
-        "AdamW's weight decay, which norms and biases are exempt from.",
+        "The optimizer's weight decay, which norms and biases are exempt from.",
         decides="weights",
         ge=0.0,
         le=10.0,
@@ -330,6 +336,15 @@ class TrainSection(Section):
         if self.head_chunk_tokens is not None:
             return self.head_chunk_tokens
         return max(1024, min(4096, 2**28 // max(1, vocab_size))) if on_gpu else 1024
+
+    @model_validator(mode="after")
+    def _state_in_one_place(self) -> Self:
+        if self.cpu_offload and self.optim == "adamw_8bit":
+            raise ValueError(
+                "optim: adamw_8bit is not offloaded to host memory: set cpu_offload=false or "
+                "optim=adamw"
+            )
+        return self
 
     @model_validator(mode="after")
     def _best_of_some(self) -> Self:

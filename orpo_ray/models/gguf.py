@@ -2,9 +2,7 @@
 
 import re
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -14,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from orpo_ray.pretrained import UnsupportedModelError, refuse_incomplete
 from orpo_ray.storage.files import locked, one_line
 from orpo_ray.storage.folder import Folder, light
+from orpo_ray.storage.names import origin_of
 
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -44,7 +43,10 @@ def convert_gguf(name: str, place: Folder) -> tuple[Folder, str]:
         raise UnsupportedModelError(
             f"{name} is one of several parts: put them together with llama-gguf-split --merge"
         )
-    _origin_of(str(file))  # which refuses it without the package
+    try:
+        origin_of(str(file))
+    except ValueError as error:  # the package is missing
+        raise UnsupportedModelError(str(error)) from error
     kind, dtype = _stored_as(file)
     folder = place.make() / f"{file.stem}-{_digest(file)}"
     with locked(place.path / ".lock"):
@@ -64,33 +66,6 @@ def convert_gguf(name: str, place: Folder) -> tuple[Folder, str]:
             names = {path.name for path in folder.path.iterdir()} - {"config.json"}
             folder.publish(*sorted(names), "config.json")  # by which it is known to be whole
     return folder, f"{name} ({kind}) is dequantized to {dtype}, in {folder}".replace("torch.", "")
-
-
-def _origin_of(name: str) -> dict[str, str]:
-    """The arguments of `from_pretrained` that name a GGUF file.
-
-    Raises:
-        UnsupportedModelError: for a GGUF file without the package that reads it.
-    """
-    if find_spec("gguf") is None:
-        raise UnsupportedModelError(
-            f"{name}: a GGUF file needs the package gguf: pip install 'orpo_ray[gguf]'"
-        )
-    file = Path(name).expanduser()
-    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-
-
-def gguf_config(name: str) -> Any:
-    """The config of a model in a GGUF file, of its header alone.
-
-    Raises:
-        UnsupportedModelError: for a file that transformers cannot read.
-    """
-    origin = _origin_of(name)
-    try:
-        return AutoConfig.from_pretrained(**origin)
-    except Exception as error:  # whatever transformers, numpy and struct say of such a file
-        raise UnsupportedModelError(f"{name}: {one_line(error)}") from error
 
 
 def _digest(file: Path) -> str:
@@ -123,7 +98,7 @@ def _stored_as(file: Path) -> tuple[str, torch.dtype]:
 
 def _convert(file: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write what is loaded from a GGUF, which cannot be saved, by a model of the same config."""
-    origin = _origin_of(str(file))
+    origin = origin_of(str(file))
     config = AutoConfig.from_pretrained(**origin)
     tokenizer = AutoTokenizer.from_pretrained(**origin)
     loaded, found = AutoModelForCausalLM.from_pretrained(

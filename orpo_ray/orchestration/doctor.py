@@ -31,7 +31,7 @@ from orpo_ray.version import __version__
 
 _PACKAGES = (
     *("torch", "ray", "transformers", "tokenizers", "accelerate", "datasets", "pyarrow", "numpy"),
-    *("safetensors", "peft", "liger-kernel", "bitsandbytes", "flash-attn"),
+    *("safetensors", "peft", "liger-kernel", "bitsandbytes", "torchao", "flash-attn"),
 )
 _VARIABLES = (
     "RAY_ADDRESS",

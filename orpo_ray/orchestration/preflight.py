@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
@@ -84,6 +85,21 @@ def check_schedule(config: ORPOConfig) -> None:
         build_scheduler(optimizer, config.train, n_steps=10)
     except (TypeError, ValueError) as error:
         raise ConfigError([f"train.lr_scheduler_kwargs: {first_line(error)}"]) from error
+
+
+def check_optimizer(config: ORPOConfig) -> None:
+    """Refuse an optimizer whose package is not installed.
+
+    Raises:
+        ConfigError: with the extra that has it.
+    """
+    if config.train.optim == "adamw_8bit" and find_spec("torchao") is None:
+        raise ConfigError(
+            [
+                "train.optim: adamw_8bit needs the package torchao: "
+                "pip install 'orpo_ray[adamw-8bit]'"
+            ]
+        )
 
 
 def _tokens_without_embedding(

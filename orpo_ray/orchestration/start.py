@@ -23,7 +23,7 @@ from orpo_ray.orchestration.cluster import connection
 from orpo_ray.orchestration.cluster.exposure import exposure_warning
 from orpo_ray.orchestration.feed import FeedPlan, eval_plan, train_plan
 from orpo_ray.orchestration.inputs import RunInputs, find_inputs
-from orpo_ray.orchestration.preflight import check_model, check_schedule
+from orpo_ray.orchestration.preflight import check_model, check_optimizer, check_schedule
 from orpo_ray.orchestration.tasks import map_tasks
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
@@ -152,6 +152,7 @@ def start_run(
     if trains:
         _refuse_unknown_metric(config, eval_names(config, inputs))
         check_schedule(config)
+        check_optimizer(config)
     for name in config.orpo.unused():
         _log.warning("orpo.%s does nothing with objective=%s", name, config.orpo.objective)
     connection.connect()

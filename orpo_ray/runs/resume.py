@@ -63,7 +63,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 def refuse_changes(
     run: Folder, manifest: Mapping[str, Any], config: ORPOConfig, data_digest: str | None = None
 ) -> None:
-    """Refuse to resume with other settings or data; with `resume_changed`, with another batch.
+    """Refuse to resume with other settings or data; with `resume_changed`, another batch or optim.
 
     Args:
         run: the run directory.
@@ -82,7 +82,14 @@ def refuse_changes(
             f"{made} counts {before} pairs a step, this config {now}; set "
             f"global_batch_size={before}, or another run_name"
         )
+    optim = manifest["settings"].get("optim", "adamw")  # an earlier version had no other
+    if optim != config.train.optim:
+        lines.append(
+            f"{made} has the state of optim={optim}, not of {config.train.optim}: set "
+            f"optim={optim}, or another run_name"
+        )
     settings = decisive_settings(config, data_digest or "")
+    del settings["optim"]
     if data_digest is None:
         del settings["train_data"]
     changed = changed_settings(manifest["settings"], settings)

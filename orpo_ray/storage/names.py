@@ -1,6 +1,8 @@
-"""Names in buckets and URLs, and which of them may become a path on a disk."""
+"""Names of models, and in buckets and URLs, and which of them may become a path on a disk."""
 
 import re
+from importlib.util import find_spec
+from pathlib import Path
 from urllib.parse import unquote
 
 # Without credentials, query or fragment; `anonymous@` asks for access without credentials.
@@ -83,3 +85,19 @@ def refuse_unsafe_file_url(url: str) -> None:
 def is_gguf(name: str) -> bool:
     """Whether a model is a GGUF file, by its name."""
     return name.lower().endswith(".gguf")
+
+
+def origin_of(name: str) -> dict[str, str]:
+    """The arguments of `from_pretrained` that name a folder, hub id or GGUF file.
+
+    Raises:
+        ValueError: for a GGUF file without the package that reads it.
+    """
+    if not is_gguf(name):
+        return {"pretrained_model_name_or_path": name}
+    if find_spec("gguf") is None:
+        raise ValueError(
+            f"{name}: a GGUF file needs the package gguf: pip install 'orpo_ray[gguf]'"
+        )
+    file = Path(name).expanduser()
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}

@@ -1,6 +1,7 @@
 """The token budget of a microbatch, by measurement on the GPU; in training workers."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.preference.groups import PromptGroup
 from orpo_ray.training.job import TrainingJob
+from orpo_ray.training.optimizers.memory import is_whole_everywhere, state_bytes
 from orpo_ray.training.step import TrainState, forward_backward
 
 _GIB = 2**30
@@ -73,7 +75,7 @@ def with_token_budget(
             f"{job.train.plan.budget_tokens} tokens, as unset"
         )
         return job
-    budget, text = _measured_budget(job.train, state)
+    budget, text = _measured_budget(job.train, state, job.config.train.optim)
     notice(f"max_tokens_per_microbatch: auto is {budget} tokens; {text}")
     return _with_plan(job, budget_tokens=budget)
 
@@ -114,11 +116,20 @@ def rounded_down(n_tokens: int) -> int:
     return n_tokens - n_tokens % step
 
 
-def optimizer_bytes(model: nn.Module) -> int:
-    """Memory of AdamW's two moments on this rank's GPU, allocated in the first step."""
-    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-    trained = (p for p in local if p.requires_grad and p.is_cuda)
-    return 2 * sum(p.numel() * p.element_size() for p in trained)
+def optimizer_bytes(model: nn.Module, optim: str = "adamw") -> int:
+    """Memory of an optimizer's state on this rank's GPU, allocated in the first step.
+
+    Args:
+        model: with its shards of this rank.
+        optim: the setting.
+    """
+    found = 0.0
+    for parameter in model.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if parameter.requires_grad and local.is_cuda:
+            share = 1.0 if is_whole_everywhere(optim) else local.numel() / parameter.numel()
+            found += share * state_bytes(optim, parameter.shape)
+    return math.ceil(found)
 
 
 def agreed(n_tokens: int, device: torch.device) -> int:
@@ -128,7 +139,7 @@ def agreed(n_tokens: int, device: torch.device) -> int:
     return int(fewest.item())
 
 
-def _measured_budget(stream: TokenStream, state: TrainState) -> tuple[int, str]:
+def _measured_budget(stream: TokenStream, state: TrainState, optim: str) -> tuple[int, str]:
     """The budget, and a text with its measurements.
 
     Rows of one and two head chunks give a first estimate (shorter rows have fewer logits than a
@@ -136,7 +147,7 @@ def _measured_budget(stream: TokenStream, state: TrainState) -> tuple[int, str]:
     """
     group = max(stream.first_groups(_N_CANDIDATES), key=lambda group: group.n_tokens)
     most = -(-stream.plan.batch_groups // stream.world_size) * group.n_tokens
-    later, device = optimizer_bytes(state.model), state.device
+    later, device = optimizer_bytes(state.model, optim), state.device
     chunk = -(-stream.plan.chunk_tokens // group.n_tokens)
     measured = [_measure(state, stream, [group] * n) for n in (chunk, 2 * chunk)]
     room = _room_bytes(device)

@@ -4,15 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
-from orpo_ray.models.gguf import gguf_config
 from orpo_ray.preference.reading.finding import find_files
 from orpo_ray.preference.reading.readers import count_rows
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError, empty_model, load_model_config
-from orpo_ray.storage.names import is_gguf
+from orpo_ray.training.optimizers.memory import is_whole_everywhere, state_bytes
 
 _GIB = 2**30
-# fp32 master weight, gradient, and AdamW's two moments.
-_BYTES_PER_PARAMETER = 16
+# fp32 master weight and gradient.
+_BYTES_PER_PARAMETER = 8
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adamw_8bit": "AdamW in 8 bits",
+    "adafactor": "Adafactor's factors",
+}
 # NF4 has half a byte and a constant a 64 weights, itself in 8 bits; what is no linear layer bf16.
 _BYTES_IN_4_BITS, _BYTES_BESIDE = 0.516, 2
 # Per token and layer, in units of the hidden width: inputs of norms, q, k, v, attention output,
@@ -88,8 +92,7 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
 
     source = ModelSource.from_config(config.model, model_path)
     try:
-        gguf = is_gguf(model_path)
-        model_config = gguf_config(model_path) if gguf else load_model_config(source)
+        model_config = load_model_config(source)
         with torch.device("meta"):
             model = empty_model(source, model_config)
     except UnsupportedModelError as error:
@@ -161,8 +164,13 @@ def _state(config: ORPOConfig, model: Any, value_bytes: int) -> tuple[float, str
             f"weights ({n_parameters:,} parameters x {value_bytes} bytes / {workers} workers; "
             "no adapters)",
         )
+    optim = config.train.optim
+    held = sum(state_bytes(optim, p.shape) for p in model.parameters())
+    if is_whole_everywhere(optim):
+        held *= workers
+    each = _BYTES_PER_PARAMETER + held / n_parameters
     return (
-        n_parameters * _BYTES_PER_PARAMETER / workers,
-        f"weights, gradients and AdamW ({n_parameters:,} parameters x 16 bytes / {workers} "
-        "workers)",
+        n_parameters * each / workers,
+        f"weights, gradients and {_OPTIMIZERS[optim]} ({n_parameters:,} parameters x {each:.4g} "
+        f"bytes / {workers} workers)",
     )

@@ -171,7 +171,7 @@ class _Loop:
             self.log.add_time("data_wait", time.perf_counter() - started)
             if batch.step != self.step:
                 raise AssertionError(f"the feed gave step {batch.step}, not {self.step}")
-            rate = self.state.scheduler.get_last_lr()[0]
+            rate = float(self.state.scheduler.get_last_lr()[0])
             self._step(batch, started)
             self._after_step(rate)
             if self.step == self.n_steps:

@@ -15,6 +15,7 @@ from orpo_ray.trl.names import Name, names
 Settings = dict[str, Any]
 Given = Mapping[str, Any]
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+_IN_8_BITS = ("adamw_8bit", "adamw_torch_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 _KERNELS = {"sdpa": "sdpa", "flex_attention": "flex", "flash_attention_2": "auto"}
 # Values of refused names that ask for what happens anyway.
 _ACCEPTED: Mapping[str, tuple[Any, ...]] = {
@@ -164,9 +165,14 @@ def _logging_strategy(value: Any, given: Given) -> Settings:
 
 
 def _optim(value: Any, given: Given) -> Settings:
+    if value == "adafactor" or value in _IN_8_BITS:
+        return {"optim": "adafactor" if value == "adafactor" else "adamw_8bit"}
     if "adamw" not in str(value):
-        raise ValueError("the optimizer is AdamW in float32; lora_r trains in little memory")
-    return {}
+        raise ValueError(
+            "the optimizer is AdamW in float32 or 8 bits, or Adafactor; lora_r trains in little "
+            "memory"
+        )
+    return {"optim": "adamw"}
 
 
 def _sampling(value: Any, given: Given) -> Settings:
@@ -210,6 +216,7 @@ _TRANSLATED: Mapping[str, Callable[[Any, Given], Settings]] = {
     "save_strategy": _save_strategy,
     "logging_strategy": _logging_strategy,
     "optim": _optim,
+    "adafactor": lambda value, given: {"optim": "adafactor"} if value else {},
     "train_sampling_strategy": _sampling,
     "save_safetensors": _safetensors,
     "model_init_kwargs": _model_arguments,

@@ -151,12 +151,12 @@ def test_intervals_in_steps():
 
 def test_all_findings_come_at_once():
     lines = refusals(
-        "bta=1", "train.lr=3", "orpo=3", "beta=-1", "num_workers=x", "optim.x=1", "max_steps=0"
+        "bta=1", "train.lr=3", "orpo=3", "beta=-1", "num_workers=x", "optimize.x=1", "max_steps=0"
     )
     assert lines[0] == "orpo: is a section; set orpo.<setting> (got 3)"
     assert sorted(lines[1:]) == [
         "bta: no such setting; did you mean orpo.beta?",
-        "optim: no such setting; --help lists all of them",
+        "optimize: no such setting; did you mean train.optim?",
         "orpo.beta: input should be greater than or equal to 0 (got -1)",
         "ray.num_workers: give a number of workers from 1, or [min, max] of them (got 'x')",
         "train.lr: no such setting; did you mean train.learning_rate?",

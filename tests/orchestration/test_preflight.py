@@ -1,6 +1,7 @@
 """A model that cannot be trained on the data is refused on the driver, with every finding."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -18,7 +19,7 @@ from orpo_ray.dataset.pair_index import PairStats
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.orchestration.cluster import connection
-from orpo_ray.orchestration.preflight import check_model, check_schedule
+from orpo_ray.orchestration.preflight import check_model, check_optimizer, check_schedule
 from orpo_ray.preference.tokenization import Limits
 from orpo_ray.pretrained import ModelSource
 from orpo_ray.training.optimizer import build_scheduler, move_to_step
@@ -239,6 +240,18 @@ def test_every_schedule_resumes_where_it_was(name):
             scheduler.step()
         rates.append(seen)
     assert rates[1] == pytest.approx(rates[0][5:])
+
+
+def test_an_optimizer_without_its_package_is_refused_with_the_extra(monkeypatch):
+    """No folder is searched: every package is missing, as far as it is not imported."""
+    monkeypatch.setattr("sys.path", [])
+    monkeypatch.delitem(sys.modules, "torchao", raising=False)
+    with pytest.raises(ConfigError) as refused:
+        check_optimizer(ORPOConfig(optim="adamw_8bit"))
+    assert str(refused.value) == (
+        "train.optim: adamw_8bit needs the package torchao: pip install 'orpo_ray[adamw-8bit]'"
+    )
+    check_optimizer(ORPOConfig(optim="adafactor"))
 
 
 def test_arguments_that_a_schedule_does_not_take_or_lacks_are_refused():

@@ -29,6 +29,7 @@ DECISIVE = {
     *(
         "router_aux_loss_coef",
         "learning_rate",
+        "optim",
         "lr_scheduler_type",
         "lr_scheduler_kwargs",
         "data_seed",
@@ -107,6 +108,17 @@ def test_every_difference_is_said_with_the_checkpoint_that_has_it(tmp_path):
     with pytest.raises(ResumeError, match=r"^.* this config 4; .*$"):
         refuse_changes(run, manifest(), ORPOConfig(**other, resume_changed=True), "other")
     refuse_changes(run, manifest(), ORPOConfig(resume_changed=True, beta=0.2), "other")
+
+
+def test_the_state_of_another_optimizer_is_refused_whatever_is_wanted(tmp_path):
+    """Nor does a checkpoint of a version that had AdamW only fit another one."""
+    found, run = manifest(), Folder.at(tmp_path)
+    config = ORPOConfig(optim="adafactor", resume_changed=True)
+    for _ in range(2):
+        with pytest.raises(ResumeError, match="has the state of optim=adamw, not of adafactor"):
+            refuse_changes(run, found, config)
+        found["settings"].pop("optim", None)
+    refuse_changes(run, found, ORPOConfig(resume_changed=True, seed=7))
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,12 @@ def test_another_value_is_refused_in_one_line(row):
         ({"ddp_timeout": 1800}, {"process_group_timeout_s": 1800.0}),
         ({"model_init_kwargs": {"revision": "main", "dtype": "auto"}}, {"model_revision": "main"}),
         ({"run_name": "..a/b"}, {"run_name": "a-b"}),
+        ({"optim": "adamw_torch_fused"}, {"optim": "adamw"}),
+        ({"optim": "paged_adamw_32bit"}, {"optim": "adamw"}),
+        ({"optim": "adamw_torch_8bit"}, {"optim": "adamw_8bit"}),
+        ({"optim": "paged_adamw_8bit"}, {"optim": "adamw_8bit"}),
+        ({"optim": "adafactor"}, {"optim": "adafactor"}),
+        ({"adafactor": True}, {"optim": "adafactor"}),
     ],
 )
 def test_what_values_become(given, settings):

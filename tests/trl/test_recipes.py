@@ -187,6 +187,7 @@ def test_axolotl(tmp_path):
         warmup_steps=10,
         eval_steps=0.25,
         save_steps="epoch",
+        optim="adamw_8bit",
     )
     assert left_of(AXOLOTL, tmp_path).keys() == {
         *("model_type", "tokenizer_type", "chat_template", "pad_to_sequence_len"),
@@ -247,7 +248,8 @@ def test_alignment_handbook(tmp_path):
     """recipes/zephyr-141b-A35b/orpo/config_full.yaml, at its commit 19f0345."""
     found = convert(HANDBOOK, tmp_path)
     same = {name: value for name, value in HANDBOOK.items() if name in found.leaves}
-    assert found.config == ORPOConfig(**same | {"save_steps": None, "attention_kernel": "auto"})
+    same |= {"save_steps": None, "attention_kernel": "auto", "optim": "adamw_8bit"}
+    assert found.config == ORPOConfig(**same)
     assert left_of(HANDBOOK, tmp_path).keys() == {
         *("torch_dtype", "model_init_kwargs", "optim", "gradient_checkpointing_kwargs"),
         *("log_level", "dataset_num_proc", "save_strategy", "push_to_hub", "hub_model_id"),

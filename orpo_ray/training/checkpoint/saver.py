@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -35,6 +34,7 @@ from orpo_ray.runs.manifest import (
 )
 from orpo_ray.storage.files import first_line, one_line, read_json, write_atomic
 from orpo_ray.storage.folder import Folder
+from orpo_ray.training.checkpoint.staging import Staging
 
 # Frozen weights are loaded from the base model again.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -68,15 +68,16 @@ class CheckpointSaver:
     Args:
         run: the run directory.
         keep: number of committed checkpoints to keep; None: all.
+        keeps_memory: of `Staging`; None: on GPUs.
     """
 
-    def __init__(self, run: Folder, keep: int | None) -> None:
+    def __init__(self, run: Folder, keep: int | None, keeps_memory: bool | None = None) -> None:
         self._run = run
         self._keep = keep
         self._group = dist.new_group(backend="gloo")
-        # On GPUs into pinned memory that is reused by every save: a step waits for the copy only.
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self._staging = Staging(torch.cuda.is_available() if keeps_memory is None else keeps_memory)
         self._thread = ThreadPoolExecutor(1, "orpo-save", initializer=_on_this_gpu())
+        self._allocation: Future[None] | None = None
         self._pending: Future[str | None] | None = None
 
     @property
@@ -88,6 +89,22 @@ class CheckpointSaver:
     def is_ready(self) -> bool:
         """Whether `finish` would return at once on this rank."""
         return self._pending is None or self._pending.done()
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether what `prepare` began is done on this rank."""
+        return self._allocation is None or self._allocation.done()
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Allocate the host memory of all saves in the background, where it is kept.
+
+        Pinning gigabytes takes seconds, for which the first save would stall a step. The memory is
+        known once the optimizer has a state: call this after the first step. Later calls do
+        nothing.
+        """
+        if self._staging.keeps_memory and self._allocation is None:
+            tensors = _plain(_tensors(model, optimizer), optimizer)
+            self._allocation = self._thread.submit(self._staging.allocate, tensors)
 
     def start(
         self,
@@ -110,7 +127,13 @@ class CheckpointSaver:
         """
         if self._pending is not None:
             raise AssertionError("a save is in progress")
-        staged = self._stager.stage(_tensors(model, optimizer))
+        staged: dict[str, Any] = {}
+        try:
+            if self._allocation is not None:
+                wait([self._allocation])  # if it failed, the copy tries once more
+            staged = self._staging.copy(_plain(_tensors(model, optimizer), optimizer))
+        except RuntimeError as error:  # no memory left on the host, or none to be pinned
+            problem = problem or _reason(error)
         keep = partial(keep_newest, self._run, self._keep, tuple(ranking))
         self._pending = self._thread.submit(
             self._write, staged, progress, dict(about), problem, keep
@@ -217,7 +240,7 @@ def load_checkpoint(
         for group in optimizer.param_groups
     ]
     tensors = _tensors(model, optimizer)
-    state_dict_loader.load(tensors, checkpoint_id=str(directory))
+    state_dict_loader.load(_plain(tensors, optimizer), checkpoint_id=str(directory))
     set_state_dict(
         model,
         optimizer,
@@ -271,6 +294,12 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     """Sharded state dicts by parameter names, which any world size can load."""
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     return {"model": _trained(model, model_state), "optimizer": optimizer_state}
+
+
+def _plain(tensors: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The same tensors as a checkpoint has them, in the same memory."""
+    plain_state = getattr(optimizer, "plain_state", None)  # of AdamW8bit
+    return tensors | {"optimizer": plain_state(tensors["optimizer"])} if plain_state else tensors
 
 
 def _trained(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:

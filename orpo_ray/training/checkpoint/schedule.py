@@ -116,6 +116,7 @@ class CheckpointSchedule:
             step: optimizer steps done.
             last: whether there is none after it.
         """
+        self._saver.prepare(self._state.model, self._state.optimizer)
         self._must_wait = self._poll(step) or last
         every = self._config.train.save_steps
         due = step == self._retry_at or (every is not None and step % int(every) == 0)

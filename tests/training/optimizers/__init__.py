@@ -1,0 +1,1 @@
+"""Tests of `orpo_ray.training.checkpoint`."""
