@@ -281,10 +281,6 @@ def constant_prompt_line(tokens: TokenSet, nll_scope: str) -> str | None:
     """A line where most of the NLL is of tokens that begin every prompt, such as a system prompt.
 
     Of many shards only some are looked at, from the first to the last.
-
-    Args:
-        tokens: of the training data.
-        nll_scope: of the run.
     """
     if nll_scope != "all":
         return None

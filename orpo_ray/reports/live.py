@@ -235,7 +235,8 @@ class LiveView:
         if left_s is not None:
             self._left = str(timedelta(seconds=round(left_s)))
         for name, curve in self._curves.items():
-            curve.add(line[name])
+            if name in line:
+                curve.add(line[name])
 
     def add_evaluation(self, prefix: str, text: str) -> None:
         """Set the text of a set's last evaluation."""
@@ -338,8 +339,9 @@ def try_report(write_report: Callable[[], object]) -> None:
 
 
 def training_text(line: Mapping[str, Any]) -> str:
-    """The metrics of a logged step on one line."""
-    return "  ".join(metric.text(line[metric.name]) for metric in TRAINING_SUMMARY)
+    """The metrics of a logged step on one line; of two answers, where both were computed."""
+    known = (metric for metric in TRAINING_SUMMARY if metric.name in line)
+    return "  ".join(metric.text(line[metric.name]) for metric in known)
 
 
 def evaluation_text(line: Mapping[str, Any], prefix: str) -> str:

@@ -27,6 +27,9 @@ LINE = {
 }
 
 
+PAIRED = ("rewards/accuracies", "log_odds_chosen")
+
+
 class Terminal(io.StringIO):
     """Text that claims to go to a terminal."""
 
@@ -57,6 +60,17 @@ def test_step_time_left_and_loss_are_shown_at_every_width(width: int) -> None:
     assert max(map(len, lines)) <= width
     assert [line.split()[0] for line in lines[2:]] == ["log", "accuracy", "evaluation"]
     assert ("5317 tokens/s" in lines[0]) == (width == 200)
+
+
+def test_a_step_without_rejected_answers_has_no_metrics_of_two() -> None:
+    """As of training on chosen answers alone."""
+    line = {name: value for name, value in LINE.items() if name not in PAIRED}
+    view = LiveView(750)
+    view.add(line, left_s=1.0)
+    text = Terminal()
+    Console(file=text, width=200, color_system=None).print(view)
+    assert "loss 1.1953  learning rate 2.48e-03  133.4 pairs/s" in text.getvalue()
+    assert "accuracy" not in text.getvalue()
 
 
 @pytest.mark.parametrize(
