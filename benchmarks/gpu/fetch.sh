@@ -26,7 +26,7 @@ download() {
         --platform manylinux2014_x86_64 --platform manylinux1_x86_64 --dest "$@"
 }
 download "$to/whl" $(for name in transformers pydantic pydantic_core annotated-types \
-    typing-inspection typing_extensions omegaconf trl datasets dill multiprocess rich detect-secrets; do
+    typing-inspection typing_extensions omegaconf trl datasets dill multiprocess rich detect-secrets torchao; do
     pinned "$name"
 done) "$(pinned liger-kernel 0.8.5)"
 

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"use_liger_kernel": False},
     {"load_in_4bit": True, "lora_r": 8},
     {"bf16": False},
+    {"optim": "adafactor"},
     {"attention_kernel": "flex"},
+    {"optim": "adamw_8bit"},
     {"torch_compile": True},
 )
 ON_GPUS_ONLY = (
@@ -44,6 +47,8 @@ def main() -> None:
     for setting in SETTINGS:
         if DRY and any(name in setting for name in ON_GPUS_ONLY):
             continue
+        if DRY and setting.get("optim") == "adamw_8bit" and find_spec("torchao") is None:
+            continue
         with attempt("smoke", setting=str(setting)):
             started = time.perf_counter()
             state, _ = built(folder, **setting)
@@ -57,7 +62,8 @@ def main() -> None:
             )
             if not setting:
                 _synchronizations(state, batches[0])
-                _checkpoint(state, folder)
+            if not setting or "optim" in setting:
+                _checkpoint(state, folder, setting)
     dist.destroy_process_group()
 
 
@@ -75,7 +81,7 @@ def _synchronizations(state: TrainState, batch: StepBatch) -> None:
     record("waits", places={place: places.count(place) for place in sorted(set(places))})
 
 
-def _checkpoint(state: TrainState, folder: Path) -> None:
+def _checkpoint(state: TrainState, folder: Path, setting: dict[str, Any]) -> None:
     saver = CheckpointSaver(Folder.at(folder), keep=2)
     progress = Progress(1, 32, ((0.0,),), 0, 0)
     saver.start(state.model, state.optimizer, progress, {"step": 1})
@@ -87,7 +93,7 @@ def _checkpoint(state: TrainState, folder: Path) -> None:
     load_checkpoint(Folder.at(folder), 1, state.model, state.optimizer)
     after = [p.to_local() for p in state.model.parameters()]
     equal = all(map(torch.equal, before, after))
-    record("smoke", setting="checkpoint", problem=problem, bytes_equal=equal)
+    record("smoke", setting=f"checkpoint {setting}", problem=problem, bytes_equal=equal)
 
 
 if __name__ == "__main__":
