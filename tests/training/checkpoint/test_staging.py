@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.models.build import build_model
+from orpo_ray.objective.metrics import N_SUMS
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.runs.manifest import read_manifest
 from orpo_ray.storage.folder import Folder
 from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress, load_checkpoint
@@ -26,13 +28,13 @@ class Training:
         model = build_model(config, str(folder / "model"), device)
         optimizer = build_optimizer(model, config.train)
         scheduler = build_scheduler(optimizer, config.train, 20)
-        self.state = TrainState(model, optimizer, scheduler, 0.1, 1.0, 0, device)
+        self.state = TrainState(model, optimizer, scheduler, orpo(0.1), 1.0, 0, device)
         stream = token_stream(folder, dist.get_rank(), dist.get_world_size())
         self.batches = stream.batches(0, 20)
 
     def step(self) -> None:
         """Update the weights with the next batch."""
-        train_step(self.state, next(self.batches), torch.zeros(10, dtype=torch.float64))
+        train_step(self.state, next(self.batches), torch.zeros(N_SUMS, dtype=torch.float64))
 
     def tensors(self) -> dict[str, Any]:
         """A state dict of weights, moments, and a number that differs from step to step."""

@@ -16,6 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.config.train import TrainSection
 from orpo_ray.models.build import build_model
+from orpo_ray.objective.metrics import N_SUMS
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.storage.folder import Folder
 from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress, load_checkpoint
 from orpo_ray.training.errors import NonFiniteError
@@ -164,10 +166,10 @@ def not_finite(folder: Path, optim: str) -> bool:
     model = build_model(config, str(folder / "model"), device)
     optimizer = build_optimizer(model, config.train)
     state = TrainState(
-        model, optimizer, build_scheduler(optimizer, config.train, 9), 0.1, 1.0, 0, device
+        model, optimizer, build_scheduler(optimizer, config.train, 9), orpo(0.1), 1.0, 0, device
     )
     batches = token_stream(folder, dist.get_rank(), dist.get_world_size()).batches(0, 3)
-    sums = torch.zeros(10, dtype=torch.float64)
+    sums = torch.zeros(N_SUMS, dtype=torch.float64)
     train_step(state, next(batches), sums)
     with torch.no_grad():
         next(model.parameters()).mul_(1e21)
