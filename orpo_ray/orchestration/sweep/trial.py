@@ -76,7 +76,13 @@ def _start(sweep: Start, folder: Folder, values: Mapping[str, Any]) -> Start:
 
 
 def trial_config(config: ORPOConfig, values: Mapping[str, Any]) -> ORPOConfig:
-    """The sweep's config with a trial's values; a searched batch size counts."""
+    """The sweep's config with a trial's values; a searched batch size counts.
+
+    Args:
+        config: of the sweep.
+        values: as Ray Tune drew them, or as the trial's record has them.
+    """
+    values = trial_values(config, values)
     shares = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     if shares & values.keys() and "global_batch_size" not in values:
         config = config.replace(global_batch_size=None)

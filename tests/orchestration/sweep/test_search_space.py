@@ -86,6 +86,8 @@ def test_every_objective_has_its_own_leaves():
     assert of("simpo") == simpo
     assert of("sft") == {"objective": "sft", "max_grad_norm": 1.0}
     assert trial_values(ORPOConfig(objective="cpo"), {"beta": 0.1}) == {"beta": 0.1}
+    config = trial_config(ORPOConfig(), {"objective": "simpo"} | drawn)
+    assert (config.orpo.objective, config.orpo.beta) == ("simpo", 2.2)
 
 
 @pytest.mark.parametrize(
