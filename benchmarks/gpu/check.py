@@ -86,7 +86,7 @@ def stages(call: str, dry: bool, pairs: Path) -> list[list[Part]]:
     first = [
         [Part("environment", 75, 15, script("environment"))],
         [
-            Part("smoke", 170, 40, script("smoke")),
+            Part("smoke", 200, 40, script("smoke")),
             Part("attention", 150, 40, script("attention")),
             Part("tests", 150, 40, tests("-k", "not flex")),
             Part("tests-flex", 180, 60, tests("-k", "flex", *workers)),

@@ -56,8 +56,9 @@ def test_three_steps_without_ray(tmp_path):
     assert set(differences) >= {"{}", "{'gradient_checkpointing': True}", "{'lora_r': 8}"}
     assert differences["{'gradient_checkpointing': True}"] < 1e-6
     assert max(differences.values()) < 2e-2  # LoRA trains other weights
-    (checkpoint,) = (line for line in lines if line.get("setting") == "checkpoint")
-    assert checkpoint["bytes_equal"]
+    checkpoints = [line for line in lines if line.get("setting", "").startswith("checkpoint")]
+    assert len(checkpoints) >= 2  # of AdamW and of Adafactor
+    assert all(line["bytes_equal"] for line in checkpoints)
     assert not [line for line in lines if "error" in line]
 
 

@@ -115,9 +115,9 @@ def test_the_claim_holds_only_where_both_statistics_are_higher():
     assert found.tested["log_odds"].value == pytest.approx(0.2)
     assert found.tested["margin"].value == pytest.approx(0.1)
     assert found.by_seed == pytest.approx([0.2, 0.2])
-    assert found.others["logps_chosen"].value == pytest.approx(0.1)
+    assert found.tested["logps_chosen"].value == pytest.approx(0.1)
     assert found.others["nll"].value == pytest.approx(-0.1)
-    assert found.others["logps_rejected"].low == found.others["logps_rejected"].high == 0.0
+    assert found.tested["logps_rejected"].low == found.tested["logps_rejected"].high == 0.0
     lower = [scores(one.log_odds + 0.2, base - 0.1) for one in sft]
     assert not compare(lower, sft).holds
     noise = [scores(one.log_odds + rng.choice([-0.2, 0.2], 80), base + 0.1) for one in sft]

@@ -11,6 +11,7 @@ from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.models.packing_check import Verdict
 from orpo_ray.objective.head import LossScale
+from orpo_ray.objective.objectives import orpo
 from orpo_ray.preference.groups import PromptGroup
 
 BETA = 0.3
@@ -84,12 +85,12 @@ def _logits(model: PreTrainedModel, rows: list[list[int]], padded: bool) -> list
 
 def ours(model: PreTrainedModel, groups: list[PromptGroup], verdict: Verdict) -> Figures:
     """By the rows and the head that were found for the model."""
-    orpo = OrpoModel(model, verdict.path, None)
-    orpo.head = verdict.head
-    orpo.eval()
+    packed = OrpoModel(model, verdict.path, None)
+    packed.head = verdict.head
+    packed.eval()
     row = pack(groups, chunk_tokens=16, prompt_counts=True)
     scale = LossScale(1 / row.n_nll_tokens, 1 / row.n_pairs, orpo(BETA))
-    output = orpo(Microbatch(row, torch.device("cpu")), scale)
+    output = packed(Microbatch(row, torch.device("cpu")), scale)
     output.loss.backward()
     model.set_attn_implementation("eager")
     return Figures(output.loss.item(), gradients(model))
