@@ -293,7 +293,7 @@ def end_text(result: TrainResult, config: ORPOConfig, command: str) -> str:
         label_noise_line(directory),
         f"model: {result.model_directory}",
     ]
-    if config.data.train_files is None:
+    if config.data.train_files is None and config.orpo.objective == "orpo":
         lines.append(
             f"next: {command} beta=0 run_name=without-odds-ratio   "
             "(the same without the odds-ratio term)"

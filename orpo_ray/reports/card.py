@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,46 @@ _PLACES = {
 }
 
 
+@dataclass(frozen=True)
+class _Paper:
+    """Where an objective is from."""
+
+    key: str
+    title: str
+    authors: str
+    arxiv: str
+
+
+_PAPERS = {
+    "orpo": _Paper(
+        "hong2024orpo",
+        "ORPO: Monolithic Preference Optimization without Reference Model",
+        "Hong, Jiwoo and Lee, Noah and Thorne, James",
+        "2403.07691",
+    ),
+    "simpo": _Paper(
+        "meng2024simpo",
+        "SimPO: Simple Preference Optimization with a Reference-Free Reward",
+        "Meng, Yu and Xia, Mengzhou and Chen, Danqi",
+        "2405.14734",
+    ),
+    "cpo": _Paper(
+        "xu2024cpo",
+        "Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in "
+        "Machine Translation",
+        "Xu, Haoran and Sharaf, Amr and Chen, Yunmo and Tan, Weiting and Shen, Lingfeng and "
+        "Van Durme, Benjamin and Murray, Kenton and Kim, Young Jin",
+        "2401.08417",
+    ),
+}
+_METHODS = {
+    "orpo": "ORPO (Odds Ratio Preference Optimization",
+    "simpo": "SimPO (Simple Preference Optimization",
+    "cpo": "CPO (Contrastive Preference Optimization",
+    "sft": "supervised fine-tuning on the chosen answers",
+}
+
+
 def write_model_card(run: Folder, config: ORPOConfig, data_report: Mapping[str, Any]) -> Path:
     """Write the card of `final/`, with the curves of the run if they were drawn.
 
@@ -57,6 +98,8 @@ def write_model_card(run: Folder, config: ORPOConfig, data_report: Mapping[str, 
         card_data=_metadata(config).to_yaml(),
         base=f"`{shown}`" if shown else "a small random decoder",
         is_here=name is not None and shown != name,
+        method=_METHODS[config.orpo.objective],
+        paper=_PAPERS.get(config.orpo.objective),
         run_name=run_directory.name,
         version=__version__,
         facts=facts(public, _without_places_of_data(data_report), lines),
@@ -83,7 +126,7 @@ def _metadata(config: ORPOConfig) -> ModelCardData:
         license=_license_of(base, config.model.model_revision),
         base_model=base if is_hub_id(base) else None,
         datasets=[data] if data and is_hub_id(data) else None,
-        tags=["orpo", "preference", "orpo_ray"],
+        tags=[config.orpo.objective, "preference", "orpo_ray"],
     )
 
 

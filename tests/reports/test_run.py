@@ -243,6 +243,27 @@ def test_the_card_has_data_figures_and_curves(tmp_path: Path) -> None:
     assert ModelCard.load(run / "final" / "README.md").data.base_model == "org/model"
 
 
+@pytest.mark.parametrize(
+    ("objective", "method", "cited"),
+    [("simpo", "with SimPO (", "2405.14734"), ("sft", "with supervised fine-tuning", None)],
+)
+def test_the_card_and_the_page_name_the_objective(tmp_path: Path, objective, method, cited) -> None:
+    run = tmp_path / "a-run"
+    (run / "final").mkdir(parents=True)
+    (run / "final" / "orpo_ray.json").write_text('{"step": 60}')
+    write_lines(run, ("eval_",))
+    report = {"train": data_set(), "eval": {"rows_kept": 97, "pairs": 97}}
+    config = CONFIG.replace(objective=objective, beta=2.0)
+    write_model_card(Folder.at(run), config, report)
+    card = ModelCard.load(run / "final" / "README.md")
+    assert method in card.text
+    assert "with ORPO" not in card.text
+    assert objective in card.data.tags
+    assert ("bibtex" in card.text) == (cited is not None)
+    assert cited is None or f"arXiv:{cited}" in card.text
+    assert config.orpo.text in card.text
+
+
 def test_a_line_of_blocks_goes_from_the_least_to_the_greatest() -> None:
     """Four values in two characters are averaged: 0.5 and 6.5; what is not finite is blank."""
     assert sparkline([0.0, 7.0, 1.0, None], 8) == "▁█▂ "
