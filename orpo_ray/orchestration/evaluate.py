@@ -254,6 +254,8 @@ def _baseline(config: ORPOConfig) -> ModelSource | dict[str, pa.Table] | None:
 def _length_groups(scores: Scores) -> tuple[Any, list[str]]:
     """For every pair the range of answer tokens that it falls into, four of about equal number."""
     lengths = scores.chosen_tokens + scores.rejected_tokens
+    if not len(lengths):  # no row has two answers
+        return np.zeros(0, np.int64), []
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, _LENGTH_GROUPS + 1)))
     places = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, max(0, len(edges) - 2))
     width = len(str(int(edges[-1])))

@@ -3,16 +3,19 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orpo_ray.orchestration.evaluate import _statistics
 from orpo_ray.orchestration.score_tables import (
     finished_evaluation,
     read_finished,
     why_not_comparable,
 )
 from orpo_ray.preference.errors import DataError
+from orpo_ray.training.evaluation import SCHEMA
 
 
 def table(keys: list[int], file: str = "/data/a.jsonl") -> pa.Table:
@@ -71,3 +74,10 @@ def test_rows_that_were_changed_since_are_not_compared(
     baseline: pa.Table, reason: str | None
 ) -> None:
     assert why_not_comparable(table([7, 8, 9]), baseline) == reason
+
+
+def test_a_set_without_two_answers_has_no_figures_of_pairs():
+    scores = SCHEMA.empty_table().append_column("subset", pa.array([], pa.string()))
+    found = _statistics(scores, None, "scores.parquet")
+    assert (found.pairs, found.subsets, found.lengths) == (0, {}, {})
+    assert all(np.isnan(estimate.value) for estimate in found.figures.values())
