@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="pairs to train on, such as hh-rlhf's")
     parser.add_argument("--eval", required=True, help="held-out pairs, never used to choose")
-    parser.add_argument("--short", action="store_true", help="about 20 minutes on 2 cores")
+    parser.add_argument("--short", action="store_true", help="about 25 minutes on 2 cores")
     parser.add_argument("--pairs", type=int, help="at most so many of each, to try the script")
     parser.add_argument("--out", default=str(ROOT / "runs" / "pretrained"))
     arguments = parser.parse_args()
