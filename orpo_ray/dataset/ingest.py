@@ -290,11 +290,12 @@ def _length_statistics(
             counts[pairs] &= ~next(masks)
             summary["tokens"] = int(stats.lengths[pairs][counts[pairs]].sum())
         prompt, chosen, rejected = stats.lengths[counts].T
-        columns = (prompt, chosen, rejected, prompt + np.maximum(chosen, rejected))
+        has_both = rejected > 0
+        columns = (prompt, chosen, rejected[has_both], prompt + np.maximum(chosen, rejected))
         for name, column in zip(names, columns, strict=True):
             tallies[name] += np.bincount(column, minlength=max_length + 1)
-        longer += int((chosen > rejected).sum())
-        equal += int((chosen == rejected).sum())
+        longer += int((has_both & (chosen > rejected)).sum())
+        equal += int((~has_both | (chosen == rejected)).sum())
     with tokens.replacing(LENGTHS) as path, path.open("wb") as file:
         np.savez(file, allow_pickle=False, **tallies)
     return {"pairs_chosen_longer": longer, "pairs_equally_long": equal}

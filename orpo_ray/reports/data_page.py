@@ -30,6 +30,8 @@ def budget_lines(counts: Mapping[str, Any]) -> list[str]:
         return []
     lines = []
     for kind, spread in counts.get("lengths", {}).items():
+        if not spread:  # no row has such a part
+            continue
         name = "longer side with its prompt" if kind == "longest" else kind
         lines.append(
             f"{name}: mean {spread['mean']} tokens, median {spread['p50']}, "

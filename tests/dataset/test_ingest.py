@@ -27,9 +27,10 @@ from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.pairing import normalise
 from orpo_ray.preference.reading.readers import split_file
 from orpo_ray.preference.records import Reason, Record
+from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.templates import render
 from orpo_ray.preference.tokenization import Limits, PairTokenizer, TokenizedPair
-from orpo_ray.reports.data import write_data_report
+from orpo_ray.reports.data import length_tallies, write_data_report
 from tests.reference.ingest import (
     BEFORE,
     LIMITS,
@@ -160,6 +161,28 @@ def test_shards_are_in_the_order_of_the_files(ingested: Ingested) -> None:
         groups = read_shard(f"{ingested.tokens.folder.path}/{shard.name}")
         assert len(groups) == shard.n_groups == shard.n_pairs <= SHARD_ROWS
         assert sum(group.n_tokens for group in groups) == shard.n_tokens
+
+
+def test_rows_with_one_answer_have_no_rejected_one(
+    ingested: Ingested, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    """For fine-tuning; they count neither as contradicted nor in the bias of lengths."""
+    rows = [{"prompt": f"p {i}", "completion": f" c {i}"} for i in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, text_row(9)]))
+    request = replace(ingested.request, files=(str(path),), cache_directory=str(tmp_path / "cache"))
+    tokens = ingest(replace(request, reader=RowReader(takes_one_answer=True)), map_tasks)
+    assert [len(group.completions) for group in groups_of(tokens)] == [1, 1, 1, 2]
+    assert [group.pairs for group in groups_of(tokens)] == [((0, 0),)] * 3 + [((0, 1),)]
+    report = tokens.report
+    assert report["rows_kept"] == 4
+    assert report["contradicting_pairs"] == 0
+    assert report["pairs_equally_long"] >= 3
+    tallies = length_tallies(tokens)
+    assert (tallies["rejected"].sum(), tallies["chosen"].sum()) == (1, 4)
+    refused = ingest(request, map_tasks)
+    assert refused.report["rows_kept"] == 1
+    assert refused.folder != tokens.folder
 
 
 def test_tokens_are_those_of_the_row(ingested: Ingested) -> None:
