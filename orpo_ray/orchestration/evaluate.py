@@ -193,6 +193,10 @@ def _score(start: Start, suffix: str, console: Console | None) -> _Scored:
     tables, files = {}, {}
     for name, tokens in start.token_sets.items():
         scores = pq.read_table(folder.path / scores_file(name))
+        if len(scores) < tokens.n_pairs:
+            n_alone = tokens.n_pairs - len(scores)
+            text = "%s data: %s rows have one answer, and are in the mean NLL only"
+            _log.info(text, _shown(name), n_alone)
         tables[name] = with_places(scores, tokens, start.config)
         part = "" if _shown(name) == "eval" else f"-{_shown(name)}"
         file_name = f"scores{part}{suffix}.parquet"

@@ -264,7 +264,8 @@ def first_pair_lines(tokens: TokenSet, tokenizer: Any, orpo: OrpoSection) -> lis
     (row_id, *_), ((chosen, rejected), *_) = group.row_ids, group.pairs
     in_nll = "in the NLL" if orpo.prompt_counts else "not trained (nll_scope=completion)"
     term = "the odds ratio" if orpo.objective == "orpo" else "the margin"
-    of_both = f"in the NLL and {term}", f"in {term}"
+    has_nll = orpo.objective == "orpo" or orpo.cpo_alpha > 0
+    of_both = f"in the NLL and {term}" if has_nll else f"in {term}", f"in {term}"
     of_chosen, of_rejected = ("in the NLL", "not used") if orpo.objective == "sft" else of_both
     parts = [("prompt", group.prompt, in_nll), ("chosen", group.completions[chosen], of_chosen)]
     if rejected != chosen:
