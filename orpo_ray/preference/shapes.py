@@ -111,7 +111,7 @@ class RowReader:
         named = alone or named
         found = decode_messages(named, SIDES) or self._found(named, is_alone=alone is not None)
         if isinstance(found, Refusal):
-            return found
+            return found if self.takes_one_answer else _with_hint(found, named)
         used, records = found.used, found.records
         template = _template_arguments(named)
         if isinstance(template, Refusal):
@@ -223,6 +223,15 @@ class RowReader:
             text = f"no two of {len(scored.answers)} {name} differ enough in their scores"
             return problem or Refusal(reason, text)
         return _Found(Shape.RANKING, frozenset(used), tuple(records), left_out)
+
+
+def _with_hint(refusal: Refusal, row: Mapping[str, Any]) -> Refusal:
+    """The refusal, and which objective would take the row if it has one answer."""
+    if refusal.reason not in (Reason.MISSING_FIELD, Reason.NULL_FIELD):
+        return refusal
+    if with_one_answer(row) is None:
+        return refusal
+    return replace(refusal, detail=f"{refusal.detail}; objective=sft takes rows of one answer")
 
 
 def _with_notes(found: _Found, notes: frozenset[Note] | Refusal) -> _Found | Refusal:

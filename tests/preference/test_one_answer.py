@@ -48,6 +48,10 @@ def test_other_objectives_refuse_it(name):
     found = RowReader().read(ROWS[name][0])
     assert isinstance(found, Refusal)
     assert found.reason in (Reason.MISSING_FIELD, Reason.NULL_FIELD)
+    assert found.detail.endswith("; objective=sft takes rows of one answer")
+    empty = RowReader().read({"prompt": "Q?", "note": "no answer"})
+    assert isinstance(empty, Refusal)
+    assert "sft" not in empty.detail
 
 
 def test_two_answers_stay_two():
