@@ -10,11 +10,11 @@ _HOST_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(10**9),
     "MALLOC_TOP_PAD_": str(10**8),
     "MALLOC_TRIM_THRESHOLD_": str(2 * 10**9),
-    # oneDNN, which multiplies bfloat16, and torch's layer above it each keep 1,024 kernels, one for
-    # every shape; packed rows are of any length, so most are never asked for again. Those of a few
-    # rows are enough: the layers of one row share them.
+    # torch keeps up to 1,024 matrix products in bfloat16, one for every shape; packed rows are of any
+    # length, so most are never asked for again. The kernels themselves are oneDNN's, which keeps
+    # 1,024: a row of eight pairs has more than 64 shapes, and compiling them anew in every layer
+    # takes as long as computing (benchmarks/RESULTS.md).
     "LRU_CACHE_CAPACITY": "64",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 # On a GPU no two packed rows are of one length: segments that grow serve them all, where those of
 # fixed sizes leave holes. By its old name, which every torch reads.
