@@ -1,8 +1,10 @@
 """Running a function on several gloo processes, as training workers do, without Ray."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import secrets
 import socket
 import traceback
 from collections.abc import Callable
@@ -95,9 +97,7 @@ def _answers(
     ranks: list[_Rank], backend: str, function: Callable[..., Any], args: Any
 ) -> list[Any]:
     """What each rank returned, or its failure."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     for number, rank in enumerate(ranks):
         place = {
             "RANK": str(number),
@@ -116,6 +116,15 @@ def _answers(
             code = rank.process.exitcode
             answers.append(_Failure(f"rank {number} ended with exit code {code}"))
     return answers
+
+
+def _free_port() -> int:
+    """A free port below those that connections get, so that none takes it before the ranks do."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _serve(pipe: Connection) -> None:
