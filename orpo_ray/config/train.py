@@ -84,6 +84,11 @@ class OrpoSection(Section):
         return self.in_nll == "all"
 
     @property
+    def chosen_alone(self) -> bool:
+        """Whether rejected answers are neither needed nor computed."""
+        return self.objective == "sft"
+
+    @property
     def in_nll(self) -> Literal["all", "completion"]:
         """`nll_scope`, or its default for the objective."""
         return self.nll_scope or ("all" if self.objective == "orpo" else "completion")

@@ -1,5 +1,6 @@
 """A base model in a GGUF file: dequantized once into an ordinary folder; on the driver."""
 
+import hashlib
 import re
 import shutil
 from pathlib import Path
@@ -69,11 +70,8 @@ def convert_gguf(name: str, place: Folder) -> tuple[Folder, str]:
 
 
 def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_64()
     with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(content, xxhash.xxh3_64).hexdigest()
 
 
 def _stored_as(file: Path) -> tuple[str, torch.dtype]:

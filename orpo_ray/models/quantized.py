@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from orpo_ray.pretrained import ModelSource, UnsupportedModelError, load_model
 from orpo_ray.storage.files import first_line
@@ -83,6 +82,8 @@ def refuse_unreadable(name: object, model_config: PreTrainedConfig, on_gpu: bool
     stored = getattr(model_config, "quantization_config", None)
     if stored is None or (on_gpu and not torch.cuda.is_available()):
         return
+    from transformers.quantizers.auto import AutoHfQuantizer  # it imports every method's package
+
     try:
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(stored), pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)

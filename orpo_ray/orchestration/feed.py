@@ -77,7 +77,7 @@ def train_plan(
         order=order,
         plan=dataclasses.replace(
             _batches(config, config.pairs_per_step, config.microbatch_tokens),
-            chosen_alone=config.orpo.objective == "sft",
+            chosen_alone=config.orpo.chosen_alone,
         ),
     )
 

@@ -315,7 +315,7 @@ def _request(
         reader=RowReader(
             tuple((data.column_mapping or {}).items()),
             data.min_score_gap,
-            takes_one_answer=config.orpo.objective == "sft",
+            takes_one_answer=config.orpo.chosen_alone,
         ),
         chat_template=inputs.model.chat_template,
         special_tokens=data.special_tokens_in_text,

@@ -266,7 +266,7 @@ def first_pair_lines(tokens: TokenSet, tokenizer: Any, orpo: OrpoSection) -> lis
     term = "the odds ratio" if orpo.objective == "orpo" else "the margin"
     has_nll = orpo.objective == "orpo" or orpo.cpo_alpha > 0
     of_both = f"in the NLL and {term}" if has_nll else f"in {term}", f"in {term}"
-    of_chosen, of_rejected = ("in the NLL", "not used") if orpo.objective == "sft" else of_both
+    of_chosen, of_rejected = ("in the NLL", "not used") if orpo.chosen_alone else of_both
     parts = [("prompt", group.prompt, in_nll), ("chosen", group.completions[chosen], of_chosen)]
     if rejected != chosen:
         parts.append(("rejected", group.completions[rejected], of_rejected))

@@ -102,7 +102,7 @@ def train_small(folder: Path, run: FolderLike, changes: dict[str, Any]) -> dict[
     plan = dataclasses.replace(stream.plan, prompt_counts=config.orpo.prompt_counts)
     order = dataclasses.replace(stream.order, shuffle=False)
     evaluation = dataclasses.replace(stream, order=order, plan=plan)
-    plan = dataclasses.replace(plan, chosen_alone=config.orpo.objective == "sft")
+    plan = dataclasses.replace(plan, chosen_alone=config.orpo.chosen_alone)
     job = TrainingJob(
         config=config,
         model=ModelSource(str(folder / "model"), str(folder / "model")),

@@ -68,7 +68,7 @@ def _start(sweep: Start, folder: Folder, values: Mapping[str, Any]) -> Start:
         token_cache_dir=sweep.config.data.token_cache_dir
         or (sweep.folder.parent / "token_cache").address,
     )
-    takes_one = [c.orpo.objective == "sft" for c in (sweep.config, config)]
+    takes_one = [c.orpo.chosen_alone for c in (sweep.config, config)]
     if settings_that_decide("tokens") & values.keys() or takes_one == [True, False]:
         return start_run(_with_found_inputs(config, sweep, values))
     folder.write_text(CONFIG, to_yaml(config))
