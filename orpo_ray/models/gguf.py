@@ -1,16 +1,15 @@
 """A base model in a GGUF file: dequantized once into an ordinary folder; on the driver."""
 
-import hashlib
 import re
 import shutil
 from pathlib import Path
 
 import torch
-import xxhash
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from orpo_ray.pretrained import UnsupportedModelError, refuse_incomplete
+from orpo_ray.runs.manifest import fingerprint
 from orpo_ray.storage.files import locked, one_line
 from orpo_ray.storage.folder import Folder, light
 from orpo_ray.storage.names import origin_of
@@ -49,7 +48,7 @@ def convert_gguf(name: str, place: Folder) -> tuple[Folder, str]:
     except ValueError as error:  # the package is missing
         raise UnsupportedModelError(str(error)) from error
     kind, dtype = _stored_as(file)
-    folder = place.make() / f"{file.stem}-{_digest(file)}"
+    folder = place.make() / f"{file.stem}-{fingerprint(file)['xxh3_128']}"
     with locked(place.path / ".lock"):
         if not (folder.fetch(light).path / "config.json").exists():
             beside = folder.path.with_name(f"{folder.path.name}.tmp")
@@ -67,11 +66,6 @@ def convert_gguf(name: str, place: Folder) -> tuple[Folder, str]:
             names = {path.name for path in folder.path.iterdir()} - {"config.json"}
             folder.publish(*sorted(names), "config.json")  # by which it is known to be whole
     return folder, f"{name} ({kind}) is dequantized to {dtype}, in {folder}".replace("torch.", "")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, xxhash.xxh3_64).hexdigest()
 
 
 def _stored_as(file: Path) -> tuple[str, torch.dtype]:
