@@ -10,10 +10,10 @@ _HOST_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(10**9),
     "MALLOC_TOP_PAD_": str(10**8),
     "MALLOC_TRIM_THRESHOLD_": str(2 * 10**9),
-    # torch keeps up to 1,024 products in bfloat16, one for every shape; packed rows are of any
-    # length, so most are never asked for again. The kernels themselves are oneDNN's, which keeps
-    # 1,024, too: a row of eight pairs has more than 64 shapes, and compiling them anew in every
-    # layer takes as long as computing (benchmarks/RESULTS.md).
+    # oneDNN keeps up to 1,024 kernels that multiply in bfloat16, one for every shape, and torch as
+    # many layers above them: packed rows are of any length, so most are never asked for again. A
+    # step of one row has some thirty shapes (benchmarks/RESULTS.md).
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
 }
 # On a GPU no two packed rows are of one length: segments that grow serve them all, where those of

@@ -291,6 +291,23 @@ def test_a_compiled_layer_is_traced_once_for_rows_of_any_length(kernel, varlen_o
     assert len(traced) == 1
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_cpus_half_precision_is_attended_in_fp32(dtype, window):
+    """Short segments; those of a thousand tokens stay in their dtype, near to fp32."""
+    for spans, is_exact in ((SPANS, True), ((GroupSpan(1_100, (3, 1_050)),), False)):
+        layout = PackedLayout(spans, torch.device("cpu"))
+        scores = Scores(scaling=0.3, window=window, softcap=None)
+        inputs = heads(layout, 4, 2, dtype)
+        found = with_gradients(by_segment, layout, scores, inputs)
+        wanted = with_gradients(by_segment, layout, scores, [t.float() for t in inputs])
+        assert {t.dtype for t in found} == {dtype}
+        assert torch.equal(found[0], wanted[0].to(dtype)) == is_exact
+        for one, other in zip(found, wanted, strict=True):
+            largest = other.abs().max().item()
+            torch.testing.assert_close(one.float(), other, rtol=2e-2, atol=2e-2 * largest)
+
+
 @pytest.mark.needs_gpu
 @pytest.mark.usefixtures("traced_again")
 @pytest.mark.parametrize("kernel", [varlen, flex], ids=lambda kernel: kernel.__name__)

@@ -98,9 +98,21 @@ def by_segment(
         elif n_prompt:
             own_key = torch.cat([prompt_key[:, :, :n_prompt], own_key], dim=2)
             own_value = torch.cat([prompt_value[:, :, :n_prompt], own_value], dim=2)
-        outputs.append(_attend(own_query, own_key, own_value, layout, segment, scores))
+        states = own_query, own_key, own_value
+        if _is_slow(own_query):
+            states = own_query.float(), own_key.float(), own_value.float()
+        outputs.append(_attend(*states, layout, segment, scores).to(query.dtype))
     # Some models take a view of it.
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _is_slow(query: Tensor) -> bool:
+    """Whether torch attends faster in fp32 to so few queries; on CPUs, backward up to 26 times.
+
+    From a thousand queries on it does not (torch 2.13, benchmarks/RESULTS.md).
+    """
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.device.type == "cpu" and query.shape[2] < _QUERIES
 
 
 def _attend(
