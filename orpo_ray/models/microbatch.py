@@ -79,6 +79,7 @@ class PaddedRows:
     Args:
         token_ids: one row a completion.
         attention_mask: 1 for tokens, 0 for padding.
+        source: for each token of the rows, its index in the packed row; 0 for padding.
         where: for each token of the packed row, its index in the flattened rows; a prompt is
             read from its first completion's row.
         lengths: tokens of each row, on the host.
@@ -86,6 +87,7 @@ class PaddedRows:
 
     token_ids: Int[Tensor, "rows width"]
     attention_mask: Int[Tensor, "rows width"]
+    source: Int[Tensor, "rows width"]
     where: Int[Tensor, " tokens"]
     lengths: tuple[int, ...]
 
@@ -118,4 +120,4 @@ def pad_rows(batch: Microbatch) -> PaddedRows:
     device = batch.token_ids.device
     source, mask, where = (to_device(t, device) for t in (source, mask, where))
     lengths = tuple(len(prompt) + len(completion) for prompt, completion in sequences)
-    return PaddedRows(batch.token_ids[source] * mask, mask, where, lengths)
+    return PaddedRows(batch.token_ids[source] * mask, mask, source, where, lengths)

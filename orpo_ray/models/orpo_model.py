@@ -13,6 +13,7 @@ from orpo_ray.models.attention.kernels import Kernel, sliding_windows
 from orpo_ray.models.layer_config import setting
 from orpo_ray.models.lm_head import LMHead, last_hidden_states
 from orpo_ray.models.microbatch import Microbatch, PaddedRows, pad_rows
+from orpo_ray.models.mixers import Mixers
 from orpo_ray.objective.head import HeadOutput, LossScale, orpo_head
 from orpo_ray.objective.metrics import N_SUMS, batch_sums
 from orpo_ray.objective.router import router_loss
@@ -62,6 +63,7 @@ class OrpoModel(nn.Module):
         self.has_liger = False
         config = causal_lm.config.get_text_config()
         self.windows = sliding_windows(causal_lm.config)
+        self.mixers = Mixers(causal_lm)
         # Until the model's own head is compared, see `packing_check`.
         self.head = LMHead(
             softcap=setting(config, "final_logit_softcapping"),
@@ -94,6 +96,7 @@ class OrpoModel(nn.Module):
             implementation = "sdpa" if sdpa else "eager"
         self.attention_text = f"{attention} ({self.kernel if packed else implementation})"
         self.causal_lm.set_attn_implementation(implementation)
+        self.mixers.by_sequence(packed)
 
     def forward(self, batch: Microbatch, scale: LossScale) -> OrpoOutput:
         """The loss of one packed row, divided by the global batch's counts."""
@@ -117,6 +120,7 @@ class OrpoModel(nn.Module):
         """
         if self.attention == "packed":
             prepare(batch.layout, self.kernel, self.windows)
+            self.mixers.rows = pad_rows(batch) if self.mixers else None
             hidden, router_logits = self._run(
                 input_ids=batch.token_ids[None],
                 position_ids=batch.position_ids[None],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from orpo_ray.dataset.packing import PackedRow, pack
@@ -21,6 +21,7 @@ from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.models.attention.interface import PackingNotSupportedError
 from orpo_ray.models.lm_head import LMHead, confirms, find_head, probe_ids, refusing
 from orpo_ray.models.microbatch import Microbatch, pad_rows
+from orpo_ray.models.mixers import MIXED, find_mixers, is_convolution
 from orpo_ray.models.orpo_model import ASKED, AttentionPath, OrpoModel
 from orpo_ray.models.small_copy import WINDOW, decoder_layers, small_copy
 from orpo_ray.models.whole_root import whole_root
@@ -53,7 +54,8 @@ _PAIRS = _LONG[:4]
 _SHORT = ((3, (2, 4)), (1, (1, 5)), (0, (6, 2)))
 _N_GROUPS = 16
 # By what transformers calls them: kinds of layers in which a segment sees more than its own tokens.
-_KINDS = ("linear", "conv", "mamba", "recurrent", "chunked", "compressed", "indexed", "sparse")
+_WITH_STATE = ("linear", "conv", "mamba", "recurrent")
+_KINDS = (*_WITH_STATE, "chunked", "compressed", "indexed", "sparse")
 
 
 @dataclass(frozen=True)
@@ -166,15 +168,18 @@ def check_packing(
     model.use_attention(path)
     if path == asked == "padded" and model.padded_because == ASKED:
         return
+    costs = _times_the_tokens(stream.sample(_N_GROUPS)) if path != "packed" or model.mixers else 1.0
     if path != "packed":
-        costs = _times_the_tokens(stream.sample(_N_GROUPS))
         rows = "padded rows" if path == "padded" else "rows one by one, without padding,"
         notice(
             f"warning: {family}: {rows} with {costs:.1f} times the tokens of packed ones: "
             f"{reason or 'another worker found packed ones to differ'}"
         )
     elif family not in COMPARED:
-        notice(f"{family}: packed rows equal rows alone, token by token")
+        text = f"{family}: packed rows equal rows alone, token by token"
+        if model.mixers:
+            text += f"; {MIXED}, with {costs:.1f} times the tokens"
+        notice(text)
 
 
 def _slowest(
@@ -281,18 +286,26 @@ def _why(model: OrpoModel, device: torch.device, difference: float, tolerance: T
 
 
 def unpackable(causal_lm: PreTrainedModel) -> str | None:
-    """Why no numbers could show that a model's layers keep to a segment; None if they might."""
-    if getattr(causal_lm, "_is_stateful", False):
+    """Why no numbers could show that a model's layers keep to a segment; None if they might.
+
+    Layers with a state do where a convolution shows which module it is in, see `mixers`.
+    """
+    has_mixers = bool(find_mixers(causal_lm))
+    if getattr(causal_lm, "_is_stateful", False) and not has_mixers:
         return "its layers carry a recurrent state from token to token"
+    layers = decoder_layers(causal_lm)
     kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None) or ()
-    for kind in dict.fromkeys(kinds):
-        if any(part in kind for part in _KINDS):
+    with_mixers = [bool(find_mixers(layer)) for layer in layers] or [False] * len(kinds)
+    for kind, has_mixer in zip(kinds, with_mixers, strict=False):
+        if any(part in kind for part in _KINDS) and not (
+            has_mixer and any(part in kind for part in _WITH_STATE)
+        ):
             return f"it has layers of the kind {kind}"
-    for layer in decoder_layers(causal_lm):
-        for module in layer.modules():
-            if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
-                return "its convolutions reach over several tokens"
-    if not getattr(causal_lm, "_supports_attention_backend", False):
+    convolutions = sum(map(is_convolution, causal_lm.modules()))
+    inside = sum(is_convolution(c) for m in find_mixers(causal_lm) for c in m.children())
+    if convolutions > inside:
+        return "its convolutions reach over several tokens"
+    if not has_mixers and not getattr(causal_lm, "_supports_attention_backend", False):
         return "it does not use transformers' attention interface"
     return None
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from orpo_ray.models.mixers import MIXED, find_mixers
 from orpo_ray.models.packing_check import examine
 from orpo_ray.models.small_copy import small_copy
 from orpo_ray.preference.groups import PromptGroup, RowId
@@ -66,8 +67,9 @@ def find(family: str) -> tuple[Row, float, float]:
         verdict = examine(model if small is None else small, torch.device("cpu"))
     except UnsupportedModelError as error:
         return Row("refused", _line(error)), 0.0, 0.0
+    mixed = MIXED if verdict.path == "packed" and find_mixers(model) else ""
     # How much is rounding's, and a release of torch's.
-    row = Row(verdict.path, re.sub(r" \(by [^)]*\)", "", verdict.reason or ""))
+    row = Row(verdict.path, re.sub(r" \(by [^)]*\)", "", verdict.reason or mixed))
     differences = (0.0, 0.0)
     for dtype in (torch.float64, torch.float32):
         model.to(dtype).set_attn_implementation("eager")

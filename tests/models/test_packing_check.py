@@ -1,5 +1,6 @@
 """Models of families that nobody tried: packed where that is exact, padded where it is not."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def settled_models(folder: Path, names: list[str]) -> list[tuple[str, list[str]]
 def answers(run_ranks, tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
     folder = tmp_path_factory.mktemp("models")
     make_inputs(folder)
-    names = ["smollm3", "lfm2", "gpt-oss", "llama"]
+    names = ["smollm3", "lfm2", "bloom", "gpt-oss", "llama"]
     for name in names:
         tiny_model(name, torch.float32).save_pretrained(folder / name)
     found = run_ranks(2, settled_models, folder, names)
@@ -50,12 +51,21 @@ def test_an_unknown_family_that_agrees_goes_on_packed(answers):
     assert notice == "smollm3: packed rows equal rows alone, token by token"
 
 
-def test_convolutions_over_the_row_are_found_by_their_kind(answers):
-    """LFM2 says that it takes any attention, but its convolutions run from answer to answer."""
+def test_convolutions_take_padded_rows_and_that_is_said(answers):
     attention, (notice,) = answers["lfm2"]
+    assert attention == "packed"
+    assert re.fullmatch(
+        "lfm2: packed rows equal rows alone, token by token; its convolutions and recurrences are "
+        r"given padded rows, with [1-9]\.\d times the tokens",
+        notice,
+    )
+
+
+def test_attention_of_a_models_own_is_found_by_its_kind(answers):
+    attention, (notice,) = answers["bloom"]
     assert attention == "padded"
-    assert notice.startswith("warning: lfm2: padded rows with ")
-    assert notice.endswith(" times the tokens of packed ones: it has layers of the kind conv")
+    assert notice.startswith("warning: bloom: padded rows with ")
+    assert notice.endswith(" packed ones: it does not use transformers' attention interface")
 
 
 def test_an_option_that_is_not_known_is_not_ignored():

@@ -72,9 +72,13 @@ def _config(name: str) -> Any:
         )
     if name == "qwen3-moe":
         return families.qwen3_moe.Qwen3MoeConfig(**experts, moe_intermediate_size=24, head_dim=8)
-    if name == "lfm2":  # short convolutions between tokens: cannot be packed
+    if name == "lfm2":  # short convolutions between tokens
         return families.lfm2.Lfm2Config(**_LLAMA_LIKE, layer_types=["conv", "full_attention"])
-    if name == "gpt-oss":  # attention sinks, which the packed attention does not know
+    if name == "bloom":  # attention of its own: cannot be packed
+        return families.bloom.BloomConfig(
+            vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4
+        )
+    if name == "gpt-oss":  # attention sinks
         return families.gpt_oss.GptOssConfig(
             **experts, head_dim=8, layer_types=["full_attention"] * 2
         )
