@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from ray.train import Checkpoint, CheckpointUploadMode, UserCallback
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.stream import TokenStream
+from orpo_ray.orchestration.answer import WorkerAnswer
 from orpo_ray.orchestration.cluster import connection
 from orpo_ray.orchestration.cluster.controller import Trainer, fit
 from orpo_ray.orchestration.cluster.failures import (
@@ -52,25 +52,6 @@ PROGRESS = "progress.jsonl"
 _PROGRESS_S = 1.0
 _CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WorkerAnswer:
-    """How the workers ended, by rank 0; or why another attempt would end the same way.
-
-    Args:
-        metrics: of an evaluation.
-        notices: lines that an evaluation has for the user.
-        refusal: a message for whoever wrote the config.
-        failure: a message about the training itself.
-        stopped: where it stopped, when it was asked to.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    notices: tuple[str, ...] = ()
-    refusal: str | None = None
-    failure: str | None = None
-    stopped: str | None = None
 
 
 def train_worker(
