@@ -52,6 +52,23 @@ def test_nothing_heavy_is_imported_before_it_is_needed(arguments, code):
     assert not modules & {"torch", "ray", "transformers", "pyarrow", "datasets"}
 
 
+def test_missing_files_are_refused_before_torch_is_imported(tmp_path):
+    """It is imported while Ray starts."""
+    files, model = f"train_files={tmp_path}/none", f"model_name_or_path={tmp_path}"
+    got, modules = imported_by(TRAIN, files, model, f"output_dir={tmp_path}/runs")
+    assert got == 2
+    assert "ray" in modules
+    assert not modules & {"torch", "transformers", "accelerate", "matplotlib"}
+
+
+def test_what_the_controller_hands_on_imports_no_more_for_it():
+    script = "import sys, orpo_ray.orchestration.answer; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert not set(done.stdout.split()) & {"ray", "torch", "orpo_ray.orchestration.workers"}
+
+
 def test_help_names_every_command(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out

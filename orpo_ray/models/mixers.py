@@ -87,4 +87,5 @@ class Mixers:
                 options.pop(name, None)
             return tree_map(put_back, forward(*tree_map(spread, args), **tree_map(spread, options)))
 
-        return torch.compiler.disable(by_sequence)
+        wrapped: Callable[..., Any] = torch.compiler.disable(by_sequence)
+        return wrapped

@@ -16,6 +16,8 @@ from orpo_ray.storage.files import first_line, some_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Schedules that need no argument.
+_WITHOUT_ARGUMENTS = ("linear", "cosine", "constant", "constant_with_warmup")
 _log = logging.getLogger(__name__)
 
 
@@ -76,6 +78,11 @@ def check_schedule(config: ORPOConfig) -> None:
     Raises:
         ConfigError: with what transformers says of them.
     """
+    if (
+        config.train.lr_scheduler_type in _WITHOUT_ARGUMENTS
+        and not config.train.lr_scheduler_kwargs
+    ):
+        return
     import torch
 
     from orpo_ray.training.optimizer import build_scheduler

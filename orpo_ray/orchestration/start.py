@@ -39,7 +39,7 @@ from orpo_ray.runs.files import CONFIG, holds_run
 from orpo_ray.runs.manifest import NewerCheckpointError
 from orpo_ray.runs.resume import ResumeError, newest_manifest, refuse_changes, with_batch_size
 from orpo_ray.storage.folder import Folder
-from orpo_ray.training.checkpoint.best import Evaluations
+from orpo_ray.training.checkpoint.evaluations import Evaluations
 from orpo_ray.training.errors import EvaluationError
 
 _EVALUATED_GROUPS = 256

@@ -13,16 +13,16 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from accelerate import PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from typing import TYPE_CHECKING, Any
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.reports.page import fenced
 from orpo_ray.runs.files import read_metrics
 from orpo_ray.storage.files import one_line, read_json, write_json
 from orpo_ray.storage.hiding import hide
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 PROJECT = "orpo_ray"
 _STATE, _STEPS = "trackers.json", "steps"
@@ -58,8 +58,12 @@ class Trackers:
         refuse_missing(config.output.report_to)
         for variable, value in _PATIENCE.items():
             os.environ.setdefault(variable, value)
-        if config.output.report_to:
-            PartialState(cpu=True)  # accelerate's own logging wants it; of this one process
+        if not config.output.report_to:
+            return
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        PartialState(cpu=True)  # its own logging wants it; of this one process
         for name in config.output.report_to:
             tracker = LOGGER_TYPE_TO_CLASS[name](**self._arguments(name))
             # There is no process group here, and no other process that logs.
@@ -75,8 +79,7 @@ class Trackers:
             self._trackers[name] = tracker
             self._steps[name] = self._step_of(name)
             self._state[name] = self._mlflow_run if name == "mlflow" else run_directory.name
-        if self._trackers:
-            write_json(run_directory / _STATE, self._state)
+        write_json(run_directory / _STATE, self._state)
 
     def close(self) -> None:
         """End what is tracked."""
@@ -93,7 +96,7 @@ class Trackers:
             if name not in _NOT_LOGGED and value is not None and math.isfinite(value)
         }
 
-        def log(name: str, tracker: GeneralTracker) -> None:
+        def log(name: str, tracker: "GeneralTracker") -> None:
             if line["step"] <= self._steps[name]:
                 return
             # MLflow's run is that of a thread, and this may be another one.
@@ -111,7 +114,7 @@ class Trackers:
         """Log documents by name: resolved config, data report, final tables; without secrets."""
         texts = {title: hide(text) for title, text in texts.items()}
 
-        def log(name: str, tracker: GeneralTracker) -> None:
+        def log(name: str, tracker: "GeneralTracker") -> None:
             if name == "mlflow":
                 import mlflow
 
@@ -155,7 +158,7 @@ class Trackers:
             return {"run_name": PROJECT, "name": run, **more}
         return {"run_name": PROJECT, "name": run, "resume": "allow"}
 
-    def _each(self, act: Callable[[str, GeneralTracker], None]) -> None:
+    def _each(self, act: Callable[[str, "GeneralTracker"], None]) -> None:
         """Do something with every tracker, and give up those where it fails."""
         for name, tracker in list(self._trackers.items()):
             try:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.train
-import ray.train.torch
 from ray.train import Checkpoint, CheckpointUploadMode, UserCallback
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
@@ -19,12 +18,10 @@ from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.stream import TokenStream
 from orpo_ray.orchestration.answer import WorkerAnswer
 from orpo_ray.orchestration.cluster import connection
-from orpo_ray.orchestration.cluster.controller import Trainer, fit
 from orpo_ray.orchestration.cluster.failures import (
     naming_missing_packages,
     out_of_memory_text,
 )
-from orpo_ray.orchestration.cluster.loopback import torch_config
 from orpo_ray.orchestration.feed import PlannedFeed
 from orpo_ray.orchestration.gauges import RunGauges
 from orpo_ray.orchestration.start import Start
@@ -153,9 +150,10 @@ def _streams(evals: Sequence[str]) -> dict[str, TokenStream]:
 def _device(config: ORPOConfig) -> "torch.device":
     """This rank's device."""
     import torch
+    from ray.train.torch import get_device
 
     if config.ray.use_gpu:
-        device: torch.device = ray.train.torch.get_device()
+        device: torch.device = get_device()
         return device
     return torch.device("cpu")
 
@@ -221,6 +219,9 @@ def run_workers(work: Work, start: Start, callbacks: Sequence[UserCallback] = ()
             was not saved, and when Ray Train's controller keeps dying.
         ray.train.TrainingFailedError: when workers keep failing.
     """
+    from orpo_ray.orchestration.cluster.controller import Trainer, fit
+    from orpo_ray.orchestration.cluster.process_group import torch_config
+
     config, folder, plans = start.config, start.folder, start.plans()
     # Ray Train's list of checkpoints, of an attempt that ended: it does not start where one of
     # them is gone, or where the file is torn.

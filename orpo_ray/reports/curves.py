@@ -88,16 +88,13 @@ def _png(figure: Any) -> bytes:
 
 def picture(lines: Lines) -> Any:
     """All charts as one matplotlib figure, which notebooks show; None before the first metrics."""
-    from matplotlib.figure import Figure
-
     prefixes = all_prefixes(lines)
     charts = _with_points((*LEARNING, *THROUGHPUT), lines, prefixes)
     if not charts:
         return None
     n_rows = math.ceil(len(charts) / _COLUMNS)
     size = (_COLUMNS * _WIDTH, n_rows * _HEIGHT)
-    figure: Any = Figure(figsize=size, layout="constrained")
-    axes = list(figure.subplots(n_rows, _COLUMNS, squeeze=False).flat)
+    figure, axes = make_axes(_COLUMNS, *size, n_rows)
     for axis in axes[len(charts) :]:
         axis.set_axis_off()
     for axis, chart in zip(axes, charts, strict=False):

@@ -14,6 +14,10 @@ from orpo_ray.storage.hiding import hide, printable
 # An underscore within a word is no markup.
 _MARKDOWN = re.compile(r"[\\`*\[\]#|!~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
+# Inches between axes, and of these what is left of and below each: for ticks and their numbers.
+_MARGIN_X, _LEFT = 0.75, 0.6
+_MARGIN_Y, _BOTTOM = 0.8, 0.45
+
 
 @cache
 def _environment() -> Environment:
@@ -61,10 +65,24 @@ def svg_of(figure: Any) -> str:
     return whole[whole.index("<svg") :]
 
 
-def make_axes(n_columns: int, width: float = 9.0, height: float = 3.0) -> tuple[Any, list[Any]]:
-    """A figure with so many axes beside one another; sizes are in inches."""
+def make_axes(
+    n_columns: int, width: float = 9.0, height: float = 3.0, n_rows: int = 1
+) -> tuple[Any, list[Any]]:
+    """A figure with so many axes beside one another, row by row; sizes are in inches.
+
+    Margins are fixed: what matplotlib finds out for them takes longer than drawing.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    grid = figure.subplots(1, n_columns, squeeze=False)
-    return figure, list(grid[0])
+    figure = Figure(figsize=(width, height))
+    grid = figure.subplots(n_rows, n_columns, squeeze=False)
+    across, along = width / n_columns - _MARGIN_X, height / n_rows - _MARGIN_Y
+    figure.subplots_adjust(
+        left=_LEFT / width,
+        right=1 - (_MARGIN_X - _LEFT) / width,
+        bottom=_BOTTOM / height,
+        top=1 - (_MARGIN_Y - _BOTTOM) / height,
+        wspace=_MARGIN_X / across,
+        hspace=_MARGIN_Y / along,
+    )
+    return figure, list(grid.flat)

@@ -211,7 +211,7 @@ def _importance(trials: Sequence[Trial], goal: Goal) -> list[tuple[str, str, str
     if len(evaluated) < _LEAST_FOR_IMPORTANCE or not varied or len(outcomes) < 2:
         return []
     shares = _shares(evaluated, varied, goal)
-    figure, (axis,) = make_axes(1, width=6.0, height=0.6 + 0.4 * len(varied))
+    figure, (axis,) = make_axes(1, width=6.0, height=0.9 + 0.4 * len(varied))
     axis.barh(list(shares), list(shares.values()))
     axis.set_xlabel(f"share in {goal.metric}")
     text = f"PED-ANOVA over {len(evaluated)} trials; with few trials no more than a hint."

@@ -34,7 +34,8 @@ from orpo_ray.runs.resume import decisive_settings
 from orpo_ray.runs.statistics import Scores, estimates
 from orpo_ray.storage.folder import Folder, light
 from orpo_ray.training.budget import with_head_chunk, with_token_budget
-from orpo_ray.training.checkpoint.best import Evaluations, write_final
+from orpo_ray.training.checkpoint.best import write_final
+from orpo_ray.training.checkpoint.evaluations import Evaluations
 from orpo_ray.training.checkpoint.saver import Progress
 from orpo_ray.training.checkpoint.schedule import CheckpointSchedule, Snapshot
 from orpo_ray.training.errors import NonFiniteError, NotSavedError, StoppedError

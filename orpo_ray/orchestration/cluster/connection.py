@@ -1,5 +1,6 @@
 """Starting or joining Ray, and asking it for workers; on the driver."""
 
+import importlib
 import logging
 import math
 import os
@@ -7,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
 from ray.train import (
@@ -18,7 +19,6 @@ from ray.train import (
     UserCallback,
 )
 from ray.util import placement_group_table
-from transformers.utils.logging import disable_progress_bar
 
 from orpo_ray.config.schema import ConfigError, ORPOConfig
 from orpo_ray.orchestration.cluster.address import LOCAL, cluster_address
@@ -49,6 +49,8 @@ _RAY_SETTINGS = {
 _TRAIN_PAGE = ("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
 # Ray copies a job's working directory here on every node, and deletes the copies.
 _JOB_COPIES = "working_dir_files"
+# With torch and transformers.
+_MODELS = ("orpo_ray.orchestration.cluster.process_group", "orpo_ray.models.packing_check")
 _log = logging.getLogger(__name__)
 
 
@@ -64,31 +66,54 @@ def connect(dashboard: bool = False) -> None:
     """
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    disable_progress_bar()
     for logger in ("ray", "ray.data"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     # Of a trial that fails, or is stopped with its sweep, the sweep tells by itself.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        with kept_handlers(), _no_hangup(), _importing():
+            _join(dashboard)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+def _join(dashboard: bool) -> None:
+    """Join a cluster or start Ray; see `connect`."""
     address = cluster_address()
     is_local = address == LOCAL
     local = {"include_dashboard": dashboard} if is_local else {}
     if is_local:
         keep_to_this_machine()
         keep_token_private()
-    with kept_handlers(), _no_hangup():
-        try:
-            context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
-        except SystemExit as end:  # by the handler of SIGTERM that Ray installs
-            raise interrupted_by(signal.SIGTERM) from end
-        except Exception as error:  # a plain one of Ray's is a node that does not start in time
-            what = "started on this machine" if is_local else f"joined at {address}"
-            hint = "; set RAY_TMPDIR to a short path that can be written" if is_local else ""
-            raise ConfigError([f"Ray cannot be {what}: {one_line(error)}{hint}"]) from error
+    try:
+        context = ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except SystemExit as end:  # by the handler of SIGTERM that Ray installs
+        raise interrupted_by(signal.SIGTERM) from end
+    except Exception as error:  # a plain one of Ray's is a node that does not start in time
+        what = "started on this machine" if is_local else f"joined at {address}"
+        hint = "; set RAY_TMPDIR to a short path that can be written" if is_local else ""
+        raise ConfigError([f"Ray cannot be {what}: {one_line(error)}{hint}"]) from error
     _connected.append(context)
     if not is_local and context.dashboard_url:
         os.environ.setdefault(*_TRAIN_PAGE)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Import meanwhile what comes next, which takes as long as Ray takes to start."""
+    thread = threading.Thread(target=_import_models, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _import_models() -> None:
+    with suppress(Exception):  # whoever needs them meets it again
+        for name in _MODELS:
+            importlib.import_module(name)
 
 
 @contextmanager

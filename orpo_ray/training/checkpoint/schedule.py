@@ -12,7 +12,7 @@ from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.runs.files import RunFiles
 from orpo_ray.runs.manifest import checkpoint_directory, newest_checkpoint, read_manifest
 from orpo_ray.runs.resume import changed_settings, refuse_changes, settings_hash
-from orpo_ray.training.checkpoint.best import Evaluations
+from orpo_ray.training.checkpoint.evaluations import Evaluations
 from orpo_ray.training.checkpoint.saver import CheckpointSaver, Progress, load_checkpoint
 from orpo_ray.training.step import TrainState
 

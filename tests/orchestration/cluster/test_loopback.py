@@ -16,7 +16,7 @@ LISTENS = """
 import json, os, psutil, ray
 from orpo_ray.orchestration.cluster import connection
 from orpo_ray.orchestration.cluster.loopback import interface_settings, is_loopback_only
-from orpo_ray.orchestration.cluster.loopback import torch_config
+from orpo_ray.orchestration.cluster.process_group import torch_config
 
 connection.connect()
 mine = [psutil.Process(), *psutil.Process().children(recursive=True)]

@@ -9,7 +9,7 @@ import pytest
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.runs.files import count_events, exported_step, summary
-from orpo_ray.training.checkpoint.best import Evaluations
+from orpo_ray.training.checkpoint.evaluations import Evaluations
 from orpo_ray.training.errors import EvaluationError
 from tests.reference.small_run import metrics_without_times, train_small
 from tests.training.test_loop import interrupted_copy, weights_digest
