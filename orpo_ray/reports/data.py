@@ -94,6 +94,9 @@ def write_data_report(
         _list_refused(run_directory, shown, tokens)
     if train is not None:
         report[TRAIN]["overlapping_pairs"] = _overlaps(token_sets)
+        if config.orpo.chosen_alone:
+            rejected = length_tallies(train)["rejected"]
+            report[TRAIN]["unused_tokens"] = int(rejected @ np.arange(len(rejected)))
     save_report(run_directory, report)
     return report
 
@@ -235,6 +238,10 @@ def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
         (
             counts.get("overlapping_pairs", 0),
             "pairs with a prompt of an evaluation set (drop_overlap)",
+        ),
+        (
+            counts.get("unused_tokens", 0),
+            "tokens of rejected answers that this objective does not use",
         ),
     ]
     notes = [f"{count} {what}" for count, what in found if count]

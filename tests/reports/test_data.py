@@ -239,6 +239,14 @@ def test_the_ledger_says_what_of_every_file_was_trained(tmp_path: Path) -> None:
         assert part["rows_read"] == sum(part[f"rows_{end}"] for end in ends)
 
 
+def test_tokens_of_rejected_answers_that_are_not_trained_are_counted(tmp_path: Path) -> None:
+    tokens = token_set(tmp_path / "set", counts(3, 3, 0), counts(3, 3, 0))
+    for objective, n_unused in (("sft", 4 + 1 + 2), ("orpo", None)):
+        config = CONFIG.replace(objective=objective)
+        figures = write_data_report(tmp_path, {"train": tokens}, config, {})["train"]
+        assert figures.get("unused_tokens") == n_unused
+
+
 def test_the_lines_of_a_data_set() -> None:
     figures = counts(10, 7, 2) | {
         "rows_held_out": 1,
@@ -248,12 +256,14 @@ def test_the_lines_of_a_data_set() -> None:
         "pairs_left_out": 0,
         "duplicate_pairs": 2,
         "contradicting_pairs": 4,
+        "unused_tokens": 9,
         "ignored_columns": ["id"],
     }
     assert data_lines("train", figures) == [
         "train data: 10 rows read, 7 kept, 1 held out, 2 refused (2 empty_chosen); texts",
         "train data: 3 prompts truncated; 2 duplicate pairs (drop_duplicates); 4 pairs that "
-        "another pair contradicts (chosen and rejected swapped); columns ignored: id",
+        "another pair contradicts (chosen and rejected swapped); 9 tokens of rejected answers that "
+        "this objective does not use; columns ignored: id",
     ]
 
 
