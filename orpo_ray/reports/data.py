@@ -95,8 +95,7 @@ def write_data_report(
     if train is not None:
         report[TRAIN]["overlapping_pairs"] = _overlaps(token_sets)
         if config.orpo.chosen_alone:
-            rejected = length_tallies(train)["rejected"]
-            report[TRAIN]["unused_tokens"] = int(rejected @ np.arange(len(rejected)))
+            report[TRAIN]["unused_tokens"] = _n_tokens(length_tallies(train)["rejected"])
     save_report(run_directory, report)
     return report
 
@@ -191,8 +190,11 @@ def _spread(tally: Tally) -> dict[str, float]:
         return {}
     below = tally.cumsum()
     quantiles = {f"p{q}": int(np.searchsorted(below, n_pairs * q / 100)) for q in (5, 50, 95)}
-    mean = float((tally * np.arange(len(tally))).sum() / n_pairs)
-    return {"mean": round(mean, 1)} | quantiles | {"max": int(tally.nonzero()[0][-1])}
+    return {"mean": round(_n_tokens(tally) / n_pairs, 1)} | quantiles | {"max": int(tally.nonzero()[0][-1])}
+
+
+def _n_tokens(tally: Tally) -> int:
+    return int(tally @ np.arange(len(tally)))
 
 
 def _padded_tokens(longest: Tally, batch_pairs: int) -> float:
@@ -239,10 +241,7 @@ def data_lines(name: str, counts: Mapping[str, Any]) -> list[str]:
             counts.get("overlapping_pairs", 0),
             "pairs with a prompt of an evaluation set (drop_overlap)",
         ),
-        (
-            counts.get("unused_tokens", 0),
-            "tokens of rejected answers that this objective does not use",
-        ),
+        (counts.get("unused_tokens", 0), "tokens of rejected answers that are not used"),
     ]
     notes = [f"{count} {what}" for count, what in found if count]
     if counts["ignored_columns"]:
@@ -294,8 +293,8 @@ def constant_prompt_line(tokens: TokenSet, nll_scope: str) -> str | None:
         return None
     tallies = length_tallies(tokens)
     n_pairs = int(tallies["prompt"].sum())
-    lengths = [tallies[kind] @ np.arange(len(tallies[kind])) for kind in ("prompt", "chosen")]
-    n_predicted = int(sum(lengths)) - n_pairs  # nothing predicts the first token of a prompt
+    # Nothing predicts the first token of a prompt.
+    n_predicted = _n_tokens(tallies["prompt"]) + _n_tokens(tallies["chosen"]) - n_pairs
     places = np.linspace(0, len(tokens.shards) - 1, _LOOKED_AT_SHARDS)
     shards = (tokens.shards[place] for place in sorted({round(place) for place in places}))
     prompts = (group.prompt for shard in shards for group in tokens.groups(shard))

@@ -263,7 +263,7 @@ def test_the_lines_of_a_data_set() -> None:
         "train data: 10 rows read, 7 kept, 1 held out, 2 refused (2 empty_chosen); texts",
         "train data: 3 prompts truncated; 2 duplicate pairs (drop_duplicates); 4 pairs that "
         "another pair contradicts (chosen and rejected swapped); 9 tokens of rejected answers that "
-        "this objective does not use; columns ignored: id",
+        "are not used; columns ignored: id",
     ]
 
 
