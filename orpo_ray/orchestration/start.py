@@ -28,13 +28,8 @@ from orpo_ray.orchestration.tasks import map_tasks
 from orpo_ray.preference.errors import DataError
 from orpo_ray.preference.shapes import RowReader
 from orpo_ray.preference.tokenization import Limits
-from orpo_ray.reports.data import (
-    constant_prompt_line,
-    data_lines,
-    first_pair_lines,
-    refuse_bad_data,
-    write_data_report,
-)
+from orpo_ray.reports.data import data_lines, refuse_bad_data, write_data_report
+from orpo_ray.reports.data_page import constant_prompt_line, first_pair_lines
 from orpo_ray.runs.files import CONFIG, holds_run
 from orpo_ray.runs.manifest import NewerCheckpointError
 from orpo_ray.runs.resume import ResumeError, newest_manifest, refuse_changes, with_batch_size

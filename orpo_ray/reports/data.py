@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orpo_ray.config.schema import ORPOConfig
-from orpo_ray.config.train import OrpoSection
 from orpo_ray.dataset.ingest import LENGTHS, first_refused, nothing_usable
 from orpo_ray.dataset.pair_index import are_among, iter_columns, load_keys
 from orpo_ray.dataset.request import TRAIN
@@ -34,9 +33,8 @@ from orpo_ray.storage.folder import Folder
 
 QUARANTINE = "quarantine"
 _KINDS = ("prompt", "chosen", "rejected", "longest")
-_SHOWN_ROWS, _SHOWN_TEXT = 3, 200
+_SHOWN_ROWS = 3
 _LISTED_ROWS = 10_000
-_LOOKED_AT_SHARDS, _MOST_OF_NLL = 8, 0.5
 _REFUSED = pa.schema(
     {
         "file": pa.string(),
@@ -47,7 +45,6 @@ _REFUSED = pa.schema(
     }
 )
 Tally = npt.NDArray[np.int64]
-Tokens = npt.NDArray[np.int32]
 
 
 def write_data_report(
@@ -95,7 +92,7 @@ def write_data_report(
     if train is not None:
         report[TRAIN]["overlapping_pairs"] = _overlaps(token_sets)
         if config.orpo.chosen_alone:
-            report[TRAIN]["unused_tokens"] = _n_tokens(length_tallies(train)["rejected"])
+            report[TRAIN]["unused_tokens"] = n_tokens(length_tallies(train)["rejected"])
     save_report(run_directory, report)
     return report
 
@@ -190,10 +187,12 @@ def _spread(tally: Tally) -> dict[str, float]:
         return {}
     below = tally.cumsum()
     quantiles = {f"p{q}": int(np.searchsorted(below, n_pairs * q / 100)) for q in (5, 50, 95)}
-    return {"mean": round(_n_tokens(tally) / n_pairs, 1)} | quantiles | {"max": int(tally.nonzero()[0][-1])}
+    mean, largest = n_tokens(tally) / n_pairs, int(tally.nonzero()[0][-1])
+    return {"mean": round(mean, 1)} | quantiles | {"max": largest}
 
 
-def _n_tokens(tally: Tally) -> int:
+def n_tokens(tally: Tally) -> int:
+    """The sum of tallied lengths."""
     return int(tally @ np.arange(len(tally)))
 
 
@@ -262,61 +261,6 @@ def passed_over_line(counts: Mapping[str, Any]) -> str:
         reason: (part["files"], part["first"]) for reason, part in counts["passed_over"].items()
     }
     return f"passed over: {passed_over_text(passed_over)}"
-
-
-def first_pair_lines(tokens: TokenSet, tokenizer: Any, orpo: OrpoSection) -> list[str]:
-    """The first pair as the model receives it, and which parts are trained."""
-    group = tokens.groups(tokens.shards[0])[0]
-    (row_id, *_), ((chosen, rejected), *_) = group.row_ids, group.pairs
-    in_nll = "in the NLL" if orpo.prompt_counts else "not trained (nll_scope=completion)"
-    term = "the odds ratio" if orpo.objective == "orpo" else "the margin"
-    has_nll = orpo.objective == "orpo" or orpo.cpo_alpha > 0
-    of_both = f"in the NLL and {term}" if has_nll else f"in {term}", f"in {term}"
-    of_chosen, of_rejected = ("in the NLL", "not used") if orpo.chosen_alone else of_both
-    parts = [("prompt", group.prompt, in_nll), ("chosen", group.completions[chosen], of_chosen)]
-    if rejected != chosen:
-        parts.append(("rejected", group.completions[rejected], of_rejected))
-    lines = [f"first pair, {tokens.sources[row_id.source]}:{row_id.row + 1}:"]
-    for name, ids, use in parts:
-        text = repr(tokenizer.decode(ids))
-        shown = text if len(text) <= _SHOWN_TEXT else f"{text[:90]} ... {text[-90:]}"
-        lines.append(f"  {name}, {len(ids)} tokens, {use}: {shown}")
-    return lines
-
-
-def constant_prompt_line(tokens: TokenSet, nll_scope: str) -> str | None:
-    """A line where most of the NLL is of tokens that begin every prompt, such as a system prompt.
-
-    Of many shards only some are looked at, from the first to the last.
-    """
-    if nll_scope != "all":
-        return None
-    tallies = length_tallies(tokens)
-    n_pairs = int(tallies["prompt"].sum())
-    # Nothing predicts the first token of a prompt.
-    n_predicted = _n_tokens(tallies["prompt"]) + _n_tokens(tallies["chosen"]) - n_pairs
-    places = np.linspace(0, len(tokens.shards) - 1, _LOOKED_AT_SHARDS)
-    shards = (tokens.shards[place] for place in sorted({round(place) for place in places}))
-    prompts = (group.prompt for shard in shards for group in tokens.groups(shard))
-    common, share = next(prompts), 0.0
-    for prompt in prompts:
-        common = _common_prefix(common, prompt)
-        share = (len(common) - 1) * n_pairs / max(1, n_predicted)
-        if share <= _MOST_OF_NLL:
-            break
-    if share <= _MOST_OF_NLL:
-        return None
-    return (
-        f"{TRAIN} data: {100 * share:.0f} % of the tokens in the NLL are the same in every row: "
-        f"the first {len(common)} of every prompt, such as a template's system prompt; "
-        "nll_scope=completion leaves prompts out of the NLL"
-    )
-
-
-def _common_prefix(one: Tokens, other: Tokens) -> Tokens:
-    n = min(len(one), len(other))
-    apart = np.flatnonzero(one[:n] != other[:n])
-    return one[: apart[0] if len(apart) else n]
 
 
 def refuse_bad_data(run: Folder, token_sets: Mapping[str, TokenSet], config: ORPOConfig) -> None:

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from orpo_ray.config.train import OrpoSection
+from orpo_ray.dataset.request import TRAIN
 from orpo_ray.dataset.shards import TokenSet
 from orpo_ray.reports.data import (
     QUARANTINE,
     Tally,
     length_tallies,
+    n_tokens,
     passed_over_line,
     source_label,
 )
@@ -21,7 +25,10 @@ from orpo_ray.storage.files import write_atomic
 
 PAGE = "data_report.html"
 _EXAMPLES, _BINS = 3, 30
+_SHOWN_TEXT = 200
+_LOOKED_AT_SHARDS, _MOST_OF_NLL = 8, 0.5
 _COLUMNS = ("rows_read", "rows_kept", "rows_held_out", "rows_refused", "truncated_pairs", "tokens")
+Tokens = npt.NDArray[np.int32]
 
 
 def budget_lines(counts: Mapping[str, Any]) -> list[str]:
@@ -135,3 +142,58 @@ def _histograms(tallies: Mapping[str, Tally]) -> str:
         axis.legend(fontsize=8)
     axes[0].set_ylabel("pairs")
     return svg_of(figure)
+
+
+def first_pair_lines(tokens: TokenSet, tokenizer: Any, orpo: OrpoSection) -> list[str]:
+    """The first pair as the model receives it, and which parts are trained."""
+    group = tokens.groups(tokens.shards[0])[0]
+    (row_id, *_), ((chosen, rejected), *_) = group.row_ids, group.pairs
+    in_nll = "in the NLL" if orpo.prompt_counts else "not trained (nll_scope=completion)"
+    term = "the odds ratio" if orpo.objective == "orpo" else "the margin"
+    has_nll = orpo.objective == "orpo" or orpo.cpo_alpha > 0
+    of_both = f"in the NLL and {term}" if has_nll else f"in {term}", f"in {term}"
+    of_chosen, of_rejected = ("in the NLL", "not used") if orpo.chosen_alone else of_both
+    parts = [("prompt", group.prompt, in_nll), ("chosen", group.completions[chosen], of_chosen)]
+    if rejected != chosen:
+        parts.append(("rejected", group.completions[rejected], of_rejected))
+    lines = [f"first pair, {tokens.sources[row_id.source]}:{row_id.row + 1}:"]
+    for name, ids, use in parts:
+        text = repr(tokenizer.decode(ids))
+        shown = text if len(text) <= _SHOWN_TEXT else f"{text[:90]} ... {text[-90:]}"
+        lines.append(f"  {name}, {len(ids)} tokens, {use}: {shown}")
+    return lines
+
+
+def constant_prompt_line(tokens: TokenSet, nll_scope: str) -> str | None:
+    """A line where most of the NLL is of tokens that begin every prompt, such as a system prompt.
+
+    Of many shards only some are looked at, from the first to the last.
+    """
+    if nll_scope != "all":
+        return None
+    tallies = length_tallies(tokens)
+    n_pairs = int(tallies["prompt"].sum())
+    # Nothing predicts the first token of a prompt.
+    n_predicted = n_tokens(tallies["prompt"]) + n_tokens(tallies["chosen"]) - n_pairs
+    places = np.linspace(0, len(tokens.shards) - 1, _LOOKED_AT_SHARDS)
+    shards = (tokens.shards[place] for place in sorted({round(place) for place in places}))
+    prompts = (group.prompt for shard in shards for group in tokens.groups(shard))
+    common, share = next(prompts), 0.0
+    for prompt in prompts:
+        common = _common_prefix(common, prompt)
+        share = (len(common) - 1) * n_pairs / max(1, n_predicted)
+        if share <= _MOST_OF_NLL:
+            break
+    if share <= _MOST_OF_NLL:
+        return None
+    return (
+        f"{TRAIN} data: {100 * share:.0f} % of the tokens in the NLL are the same in every row: "
+        f"the first {len(common)} of every prompt, such as a template's system prompt; "
+        "nll_scope=completion leaves prompts out of the NLL"
+    )
+
+
+def _common_prefix(one: Tokens, other: Tokens) -> Tokens:
+    n = min(len(one), len(other))
+    apart = np.flatnonzero(one[:n] != other[:n])
+    return one[: apart[0] if len(apart) else n]

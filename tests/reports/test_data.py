@@ -18,12 +18,12 @@ from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.preference.templates import PairText
 from orpo_ray.reports import data
 from orpo_ray.reports.data import (
-    constant_prompt_line,
     count_trained,
     data_lines,
     refuse_bad_data,
     write_data_report,
 )
+from orpo_ray.reports.data_page import constant_prompt_line
 from orpo_ray.storage.folder import Folder
 
 CONFIG = ORPOConfig(per_device_train_batch_size=2, max_bad_fraction=0.3)
