@@ -37,7 +37,7 @@ def settled_models(folder: Path, names: list[str]) -> list[tuple[str, list[str]]
 def answers(run_ranks, tmp_path_factory) -> dict[str, tuple[str, list[str]]]:
     folder = tmp_path_factory.mktemp("models")
     make_inputs(folder)
-    names = ["smollm3", "lfm2", "bloom", "gpt-oss", "llama"]
+    names = ["smollm3", "lfm2", "falcon", "gpt-oss", "llama"]
     for name in names:
         tiny_model(name, torch.float32).save_pretrained(folder / name)
     found = run_ranks(2, settled_models, folder, names)
@@ -62,9 +62,9 @@ def test_convolutions_take_padded_rows_and_that_is_said(answers):
 
 
 def test_attention_of_a_models_own_is_found_by_its_kind(answers):
-    attention, (notice,) = answers["bloom"]
+    attention, (notice,) = answers["falcon"]
     assert attention == "padded"
-    assert notice.startswith("warning: bloom: padded rows with ")
+    assert notice.startswith("warning: falcon: padded rows with ")
     assert notice.endswith(" packed ones: it does not use transformers' attention interface")
 
 

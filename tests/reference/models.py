@@ -74,10 +74,9 @@ def _config(name: str) -> Any:
         return families.qwen3_moe.Qwen3MoeConfig(**experts, moe_intermediate_size=24, head_dim=8)
     if name == "lfm2":  # short convolutions between tokens
         return families.lfm2.Lfm2Config(**_LLAMA_LIKE, layer_types=["conv", "full_attention"])
-    if name == "bloom":  # attention of its own: cannot be packed
-        return families.bloom.BloomConfig(
-            vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4
-        )
+    if name == "falcon":  # attention of its own: cannot be packed
+        wanted = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        return families.falcon.FalconConfig(**{k: _LLAMA_LIKE[k] for k in wanted})
     if name == "gpt-oss":  # attention sinks
         return families.gpt_oss.GptOssConfig(
             **experts, head_dim=8, layer_types=["full_attention"] * 2

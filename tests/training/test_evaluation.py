@@ -63,7 +63,7 @@ def single_pairs(groups: list[PromptGroup]) -> list[PromptGroup]:
     ]
 
 
-@pytest.mark.parametrize(("name", "attention"), [("llama", "packed"), ("bloom", "padded")])
+@pytest.mark.parametrize(("name", "attention"), [("llama", "packed"), ("falcon", "padded")])
 @pytest.mark.parametrize(("n_ranks", "budget"), [(1, 30), (1, 1000), (2, 30)])
 def test_every_pair_has_its_own_score(
     run_ranks: Callable[..., Any],
@@ -73,7 +73,7 @@ def test_every_pair_has_its_own_score(
     budget: int,
     tmp_path: Path,
 ) -> None:
-    """In the order of rows, whatever rank and microbatch it was in; BLOOM falls back and says so.
+    """In the order of rows, whatever rank and microbatch it was in; Falcon falls back and says so.
 
     All pairs of one prompt are of one row, as those of a ranking are: they stay in their order.
     """
@@ -87,7 +87,7 @@ def test_every_pair_has_its_own_score(
     answers = run_ranks(n_ranks, evaluated, tokens, str(tmp_path / "model"), changes)
     table, metrics, notices = answers[0]
     assert all(answer[0] is None for answer in answers[1:])
-    said = [text for text in notices if text.startswith("warning: bloom: padded rows")]
+    said = [text for text in notices if text.startswith("warning: falcon: padded rows")]
     assert len(said) == (attention == "padded")
     assert table.schema == SCHEMA
     pairs = single_pairs(groups)
