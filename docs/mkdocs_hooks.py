@@ -17,6 +17,7 @@ BESIDE_DOCS = (
     "benchmarks/RESULTS.md",
     "benchmarks/demo_curves.png",
     "benchmarks/gpu/README.md",
+    "benchmarks/real_model/curves.png",
     "cluster/README.md",
     "docs/site.css",
 )
