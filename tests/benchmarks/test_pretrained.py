@@ -176,6 +176,6 @@ def test_the_plan_and_the_time_that_is_left():
     assert len(set(names)) == len(names) == 10
     assert [side.name for side in SHORT.sides()] == ["orpo-seed-0", "sft-seed-0"]
     assert minutes_left(SHORT, {"orpo-seed-0": 120.0}) == pytest.approx(2.0)
-    # Eight sides of a minute each, and TRL's of four.
+    # Eight sides of a minute each, and TRL's of two.
     done = {"orpo-seed-0": 60.0}
-    assert minutes_left(FULL, done) == pytest.approx(8 + 4)
+    assert minutes_left(FULL, done) == pytest.approx(8 + 2)
