@@ -5,7 +5,7 @@ completion with its own prompt as a padded row of its own, and its output is put
 around the module (dense layers, experts, attention, the head) has the packed row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def find_mixers(module: nn.Module) -> list[nn.Module]:
     """The modules that own a convolution over several tokens: Mamba, gated delta nets, RG-LRU, ...
 
     Args:
-        module: a model or a layer.
+        module: a layer of a decoder.
     """
     return [part for part in module.modules() if _has_convolution(part)]
 
@@ -40,17 +40,18 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 class Mixers:
-    """The mixers of a model.
+    """The mixers of a decoder.
 
     Args:
-        model: that has them, or has none.
+        layers: that have them, or have none.
 
     Attributes:
         rows: the completions of the microbatch that is computed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = find_mixers(model)
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        found = (module for layer in layers for module in find_mixers(layer))
+        self._modules = list(dict.fromkeys(found))  # layers may share one
         self.rows: PaddedRows | None = None
 
     def __bool__(self) -> bool:

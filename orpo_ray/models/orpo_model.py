@@ -14,6 +14,7 @@ from orpo_ray.models.layer_config import setting
 from orpo_ray.models.lm_head import LMHead, last_hidden_states
 from orpo_ray.models.microbatch import Microbatch, PaddedRows, pad_rows
 from orpo_ray.models.mixers import Mixers
+from orpo_ray.models.small_copy import decoder_layers
 from orpo_ray.objective.head import HeadOutput, LossScale, orpo_head
 from orpo_ray.objective.metrics import N_SUMS, batch_sums
 from orpo_ray.objective.router import router_loss
@@ -63,7 +64,7 @@ class OrpoModel(nn.Module):
         self.has_liger = False
         config = causal_lm.config.get_text_config()
         self.windows = sliding_windows(causal_lm.config)
-        self.mixers = Mixers(causal_lm)
+        self.mixers = Mixers(decoder_layers(causal_lm))
         # Until the model's own head is compared, see `packing_check`.
         self.head = LMHead(
             softcap=setting(config, "final_logit_softcapping"),

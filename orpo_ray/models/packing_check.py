@@ -290,21 +290,21 @@ def unpackable(causal_lm: PreTrainedModel) -> str | None:
 
     Layers with a state do where a convolution shows which module it is in, see `mixers`.
     """
-    has_mixers = bool(find_mixers(causal_lm))
+    layers = decoder_layers(causal_lm)
+    with_mixers = [bool(find_mixers(layer)) for layer in layers]
+    has_mixers = any(with_mixers)
     if getattr(causal_lm, "_is_stateful", False) and not has_mixers:
         return "its layers carry a recurrent state from token to token"
-    layers = decoder_layers(causal_lm)
     kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None) or ()
-    with_mixers = [bool(find_mixers(layer)) for layer in layers] or [False] * len(kinds)
-    for kind, has_mixer in zip(kinds, with_mixers, strict=False):
+    for kind, has_mixer in zip(kinds, with_mixers or [False] * len(kinds), strict=False):
         if any(part in kind for part in _KINDS) and not (
             has_mixer and any(part in kind for part in _WITH_STATE)
         ):
             return f"it has layers of the kind {kind}"
-    convolutions = sum(map(is_convolution, causal_lm.modules()))
-    inside = sum(is_convolution(c) for m in find_mixers(causal_lm) for c in m.children())
-    if convolutions > inside:
-        return "its convolutions reach over several tokens"
+    for layer in layers:
+        inside = {id(child) for mixer in find_mixers(layer) for child in mixer.children()}
+        if any(is_convolution(m) and id(m) not in inside for m in layer.modules()):
+            return "its convolutions reach over several tokens"
     if not has_mixers and not getattr(causal_lm, "_supports_attention_backend", False):
         return "it does not use transformers' attention interface"
     return None

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from orpo_ray.models.mixers import MIXED, find_mixers
 from orpo_ray.models.packing_check import examine
-from orpo_ray.models.small_copy import small_copy
+from orpo_ray.models.small_copy import decoder_layers, small_copy
 from orpo_ray.preference.groups import PromptGroup, RowId
 from orpo_ray.pretrained import UnsupportedModelError
 from tests.families.exactness import ours, plain
@@ -67,9 +67,9 @@ def find(family: str) -> tuple[Row, float, float]:
         verdict = examine(model if small is None else small, torch.device("cpu"))
     except UnsupportedModelError as error:
         return Row("refused", _line(error)), 0.0, 0.0
-    mixed = MIXED if verdict.path == "packed" and find_mixers(model) else ""
+    is_mixed = verdict.path == "packed" and any(map(find_mixers, decoder_layers(model)))
     # How much is rounding's, and a release of torch's.
-    row = Row(verdict.path, re.sub(r" \(by [^)]*\)", "", verdict.reason or mixed))
+    row = Row(verdict.path, re.sub(r" \(by [^)]*\)", "", verdict.reason or MIXED * is_mixed))
     differences = (0.0, 0.0)
     for dtype in (torch.float64, torch.float32):
         model.to(dtype).set_attn_implementation("eager")
