@@ -296,7 +296,9 @@ def unpackable(causal_lm: PreTrainedModel) -> str | None:
     if getattr(causal_lm, "_is_stateful", False) and not has_mixers:
         return "its layers carry a recurrent state from token to token"
     kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None) or ()
-    for kind, has_mixer in zip(kinds, with_mixers or [False] * len(kinds), strict=False):
+    if len(with_mixers) != len(kinds):  # which layer a kind is of is not known
+        with_mixers = [False] * len(kinds)
+    for kind, has_mixer in zip(kinds, with_mixers, strict=True):
         if any(part in kind for part in _KINDS) and not (
             has_mixer and any(part in kind for part in _WITH_STATE)
         ):
