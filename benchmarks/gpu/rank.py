@@ -28,7 +28,7 @@ from workload import make_folder
 
 N_PAIRS = 48 if DRY else 960
 BETA = 0.1
-_IS_ONE_UNIT = sharding.is_one_unit
+_IS_UNSHARDED = sharding.is_unsharded
 
 
 def start_rank() -> None:
@@ -72,7 +72,7 @@ def built(folder: Path, by_layer: bool = False, **settings: Any) -> tuple[TrainS
         settings: of the config, besides those that all runs here have.
     """
     config = ORPOConfig(**({"learning_rate": 1e-5, "max_steps": 100, "bf16": CUDA} | settings))
-    sharding.is_one_unit = (lambda *_: False) if by_layer else _IS_ONE_UNIT
+    sharding.is_unsharded = (lambda *_: False) if by_layer else _IS_UNSHARDED
     return _train_state(build_model(config, str(folder / "model"), DEVICE), config), config
 
 

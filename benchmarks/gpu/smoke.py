@@ -86,12 +86,12 @@ def _checkpoint(state: TrainState, folder: Path, setting: dict[str, Any]) -> Non
     progress = Progress(1, 32, ((0.0,),), 0, 0)
     saver.start(state.model, state.optimizer, progress, {"step": 1})
     problem = saver.finish()
-    before = [p.to_local().clone() for p in state.model.parameters()]
+    before = [p.detach().clone() for p in state.model.parameters()]
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.zero_()
     load_checkpoint(Folder.at(folder), 1, state.model, state.optimizer)
-    after = [p.to_local() for p in state.model.parameters()]
+    after = [p.detach() for p in state.model.parameters()]
     equal = all(map(torch.equal, before, after))
     record("smoke", setting=f"checkpoint {setting}", problem=problem, bytes_equal=equal)
 

@@ -53,9 +53,6 @@ PLAIN = (
     Variant("as it is"),
     Variant("as it is, again"),  # the first also warms caches that later ones find warm
     Variant("128 pairs", batch=128),
-    Variant("chunks of 1024", chunk_tokens=1024),
-    Variant("deterministic", deterministic=True),
-    Variant("without Liger", {"use_liger_kernel": False}),
     Variant("units by layer", by_layer=True),
 )
 COMPILE = (
@@ -250,8 +247,8 @@ def _profile(
     )
     for key, ms in _falling(times)[:10]:
         record("kernel", size=size, variant=name, kernel=key[:80], ms=ms, calls=calls[key])
-    if name == "as it is" and size == "1b":
-        _write_trace(profiled, size)
+    if name in ("as it is", "compiled") and size == "1b":
+        _write_trace(profiled, f"{size}-compiled" if name == "compiled" else size)
 
 
 def _kind(kernel: str) -> str:
@@ -263,13 +260,13 @@ def _falling(times: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(times.items(), key=lambda item: -item[1])
 
 
-def _write_trace(profiled: torch.profiler.profile, size: str) -> None:
+def _write_trace(profiled: torch.profiler.profile, name: str) -> None:
     """A timeline of two steps, where it is not too large to be fetched."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiled.export_chrome_trace(file.name)
         packed = gzip.compress(Path(file.name).read_bytes(), 6)
     if len(packed) < 15 << 20:
-        (OUT / f"trace-{size}.json.gz").write_bytes(packed)
+        (OUT / f"trace-{name}.json.gz").write_bytes(packed)
 
 
 if __name__ == "__main__":

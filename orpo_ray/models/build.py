@@ -25,6 +25,7 @@ from orpo_ray.models.adapters import add_adapters, base_of, inject_adapters
 from orpo_ray.models.attention.kernels import Kernel, choose_kernel, kernel_support
 from orpo_ray.models.layer_config import is_dropout, without_dropout
 from orpo_ray.models.liger import use_liger_kernels
+from orpo_ray.models.mixed_precision import MixedPrecision
 from orpo_ray.models.orpo_model import ASKED, AttentionPath, OrpoModel
 from orpo_ray.models.quantized import load_quantized, refuse_quantization
 from orpo_ray.pretrained import (
@@ -285,10 +286,17 @@ def _shard(
 ) -> None:
     """FSDP2: every decoder layer a unit, embeddings and head in the root.
 
-    One rank has nothing to gather: there the root is the only unit, see `is_one_unit`. With
-    `shard_size` the weights are sharded among so many neighbouring ranks, and the groups of them
-    hold copies: gradients are averaged over both, so over all ranks as without.
+    One rank has nothing to gather, see `is_unsharded`. With `shard_size` the weights are sharded
+    among so many neighbouring ranks, and the groups of them hold copies: gradients are averaged
+    over both, so over all ranks as without.
     """
+    blocks, bf16 = _blocks(model.causal_lm), use_bf16(config, device)
+    if config.model.torch_compile:
+        for block in blocks:
+            block.compile(dynamic=True)
+    if is_unsharded(model, device, config):
+        model.mixed_precision = MixedPrecision(model, torch.bfloat16) if bf16 else None
+        return
     world_size = dist.get_world_size()
     shard_size = config.ray.shard_size or world_size
     if shard_size == world_size:
@@ -297,36 +305,31 @@ def _shard(
         shape = (world_size // shard_size, shard_size)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy()
-    if use_bf16(config, device):
+    if bf16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options: dict[str, Any] = {
         "mesh": mesh,
         "offload_policy": CPUOffloadPolicy() if _offloads(config, device) else OffloadPolicy(),
         "ignored_params": ignored,
     }
-    one_unit = is_one_unit(model, device, config)
-    for block in _blocks(model.causal_lm):
-        if config.model.torch_compile:
-            block.compile(dynamic=True)
-        if not one_unit:
-            fully_shard(block, mp_policy=policy, **options)
+    for block in blocks:
+        fully_shard(block, mp_policy=policy, **options)
     # Inputs of the root include counts and weights, which must not be cast to bfloat16.
     root_policy = dataclasses.replace(policy, cast_forward_inputs=False)
     fully_shard(model, mp_policy=root_policy, **options)
 
 
-def is_one_unit(model: OrpoModel, device: torch.device, config: ORPOConfig) -> bool:
-    """Whether FSDP treats the whole model as one unit, which saves a fifth of a step's launches.
+def is_unsharded(model: OrpoModel, device: torch.device, config: ORPOConfig) -> bool:
+    """Whether the model is left as it is, on one rank, without FSDP.
 
-    On one rank only: copies of a model reduce a layer's gradients while others are computed. The
-    weights and gradients of all layers then exist at once in the dtype of computation (20 bytes a
-    parameter instead of 16), so on GPUs only where half of the memory holds them.
+    The weights and gradients of all layers then exist at once in the dtype of computation too (20
+    bytes a trained parameter instead of 16), so on GPUs only where half of the memory holds them.
     """
-    if dist.get_world_size() > 1 or _offloads(config, device) or config.model.lora_r:
+    if dist.get_world_size() > 1 or _offloads(config, device):
         return False
     if device.type != "cuda":
         return True
-    n_bytes = 20 * sum(p.numel() for p in model.parameters())
+    n_bytes = 20 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     return n_bytes < torch.cuda.get_device_properties(device).total_memory // 2
 
 

@@ -13,6 +13,7 @@ from orpo_ray.models.attention.kernels import Kernel, sliding_windows
 from orpo_ray.models.layer_config import setting
 from orpo_ray.models.lm_head import LMHead, last_hidden_states
 from orpo_ray.models.microbatch import Microbatch, PaddedRows, pad_rows
+from orpo_ray.models.mixed_precision import MixedPrecision
 from orpo_ray.models.mixers import Mixers
 from orpo_ray.models.small_copy import decoder_layers
 from orpo_ray.objective.head import HeadOutput, LossScale, orpo_head
@@ -62,6 +63,7 @@ class OrpoModel(nn.Module):
         self.causal_lm = causal_lm
         self.kernel = kernel
         self.has_liger = False
+        self.mixed_precision: MixedPrecision | None = None  # on one rank
         config = causal_lm.config.get_text_config()
         self.windows = sliding_windows(causal_lm.config)
         self.mixers = Mixers(decoder_layers(causal_lm))

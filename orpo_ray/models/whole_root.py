@@ -28,10 +28,14 @@ def whole_root(model: OrpoModel, device: torch.device) -> Iterator[None]:
         with torch.no_grad():
             model(nothing, LossScale(nll=0.0, pair=0.0, objective=orpo(0.0)))
         model.unshard()
+    elif model.mixed_precision is not None:
+        model.mixed_precision.place_copies()
     try:
         yield
     finally:
         if isinstance(model, FSDPModule):
             model.reshard()
+        elif model.mixed_precision is not None:
+            model.mixed_precision.place_weights()
         model.train(was_training)
         model.use_attention(attention)

@@ -75,7 +75,8 @@ def train_step(state: TrainState, batch: StepBatch, sums: Tensor) -> StepResult:
     torch.manual_seed(step_seed(state.seed, batch.step, dist.get_rank()))
     scale = loss_scale(batch, state.objective)
     step_sums = torch.zeros_like(sums)
-    state.model.train()
+    if not state.model.training:
+        state.model.train()
     state.optimizer.zero_grad(set_to_none=True)
     margins: list[PairMargins] = []
     for row in batch.rows:
