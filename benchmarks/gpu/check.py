@@ -96,8 +96,7 @@ def stages(call: str, dry: bool, pairs: Path) -> list[list[Part]]:
         [Part("saving", 60, 25, script("memory", "saving", small))],
     ]
     second = [
-        [Part("ours-large", 150, 60, script("speed", large))],
-        [Part("compiled-large", 130, 75, script("speed", large, "compiled"))],
+        [Part("ours-large", 200, 60, script("speed", large))],
         [Part("throughput-large", 170, 90, throughput(pairs, large, *size))],
         [Part("lora-8b", 80, 45, script("speed", "8b", "lora"))],
         [Part("throughput-small", 120, 70, throughput(pairs, small, *size))],

@@ -1,4 +1,4 @@
-"""Speed and memory of a training step, and where its time goes: `speed.py SIZE [compiled]`."""
+"""Speed and memory of a training step, and where its time goes: `speed.py SIZE [lora]`."""
 
 import gc
 import gzip
@@ -48,18 +48,23 @@ class Variant:
     deterministic: bool = False
 
 
-COMPILED = {"torch_compile": True}
-PLAIN = (
-    Variant("as it is"),
-    Variant("as it is, again"),  # the first also warms caches that later ones find warm
-    Variant("128 pairs", batch=128),
-    Variant("units by layer", by_layer=True),
-)
-COMPILE = (
+LIGER = {"torch_compile": False}
+NEITHER = LIGER | {"use_liger_kernel": False}
+COMPILED = {"torch_compile": True}  # as it is, where nothing is set
+VARIANTS = (
     Variant("compiled", COMPILED),
     Variant("compiled, 128 pairs", COMPILED, batch=128),
+    Variant("compiled, units by layer", COMPILED, by_layer=True),
+    Variant("Liger", LIGER),
+    Variant("Liger, again", LIGER),  # the first also warms caches that later ones find warm
+    Variant("Liger, 128 pairs", LIGER, batch=128),
+    Variant("Liger, chunks of 1024", LIGER, chunk_tokens=1024),
+    Variant("Liger, deterministic", LIGER, deterministic=True),
+    Variant("Liger, units by layer", LIGER, by_layer=True),
+    Variant("neither", NEITHER),
 )
-PROFILED = ("as it is", "without Liger", "compiled", "LoRA")
+IN_DRY_RUNS = ("compiled", "neither")
+PROFILED = ("compiled", "Liger", "LoRA, compiled", "LoRA, Liger")
 # Kernels by words in their names, the first kind that has one.
 KINDS = {
     "products": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "::mm"),
@@ -80,16 +85,18 @@ def main(size: str, which: str = "plain") -> None:
     if which == "lora":
         _lora(size, peak)
     else:
-        _variants(size, COMPILE if which == "compiled" else PLAIN, peak)
+        _variants(size, peak)
     dist.destroy_process_group()
 
 
-def _variants(size: str, variants: Sequence[Variant], peak: float) -> None:
+def _variants(size: str, peak: float) -> None:
     folder = folder_of(size)
-    if DRY:
-        variants = variants[:1] if variants is COMPILE else (*variants[:2], variants[-1])
+    variants = [v for v in VARIANTS if not DRY or v.name in IN_DRY_RUNS]
     groups = groupby(variants, key=lambda variant: (variant.settings, variant.by_layer))
     for (settings, by_layer), chosen in groups:
+        if seconds_left() < 15:
+            record("ours", size=size, settings=str(settings), left_out=True)
+            continue
         with attempt("ours", size=size, settings=str(settings)):
             started = time.perf_counter()
             state, _ = built(folder, by_layer, **settings)
@@ -117,13 +124,17 @@ def _lora(size: str, peak: float) -> None:
     if CUDA and torch.cuda.mem_get_info()[0] < 40 << 30:
         record("ours", size=size, left_out="40 GiB are needed")
         return
-    with attempt("ours", size=size, variant="LoRA"):
-        started = time.perf_counter()
-        state = built_with_lora(LlamaConfig(**shape, **heads))
-        record("ours", size=size, built_s=time.perf_counter() - started)
-        for batch in (32, 128):
-            name = "LoRA" if batch == 32 else f"LoRA, {batch} pairs"
-            _measure(state, folder, size, Variant(name, batch=batch, chunk_tokens=2048), peak)
+    for name, settings in (("LoRA, compiled", COMPILED), ("LoRA, Liger", LIGER)):
+        if DRY and settings == COMPILED:
+            continue
+        with attempt("ours", size=size, variant=name):
+            started = time.perf_counter()
+            state = built_with_lora(LlamaConfig(**shape, **heads), **settings)
+            record("ours", size=size, built_s=time.perf_counter() - started)
+            for batch, shown in ((32, name), (128, f"{name}, 128 pairs")):
+                _measure(state, folder, size, Variant(shown, batch=batch, chunk_tokens=2048), peak)
+        state = None  # type: ignore[assignment]
+        gc.collect()
 
 
 def _measure(state: TrainState, folder: Path, size: str, variant: Variant, peak: float) -> None:
@@ -247,8 +258,8 @@ def _profile(
     )
     for key, ms in _falling(times)[:10]:
         record("kernel", size=size, variant=name, kernel=key[:80], ms=ms, calls=calls[key])
-    if name in ("as it is", "compiled") and size == "1b":
-        _write_trace(profiled, f"{size}-compiled" if name == "compiled" else size)
+    if name in ("compiled", "Liger") and size == "1b":
+        _write_trace(profiled, f"{size}-{name}")
 
 
 def _kind(kernel: str) -> str:

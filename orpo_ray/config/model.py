@@ -51,8 +51,11 @@ class ModelSection(Section):
     disable_dropout: bool = setting(
         True, "Set every dropout probability of the model to 0.", decides="weights"
     )
-    torch_compile: bool = setting(
-        False, "Compile the decoder layers with torch.compile.", decides="run"
+    torch_compile: bool | None = setting(
+        None,
+        "Compile the decoder layers with torch.compile. Default: on one GPU, for models without "
+        "experts, recurrences and 4 bits, unless full_determinism or use_liger_kernel is set.",
+        decides="run",
     )
     use_liger_kernel: bool | None = setting(
         None,

@@ -23,8 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.models.adapters import add_adapters, base_of, inject_adapters
 from orpo_ray.models.attention.kernels import Kernel, choose_kernel, kernel_support
+from orpo_ray.models.fused.compilation import compile_layers, is_compiled
+from orpo_ray.models.fused.liger import use_liger_kernels
 from orpo_ray.models.layer_config import is_dropout, without_dropout
-from orpo_ray.models.liger import use_liger_kernels
 from orpo_ray.models.mixed_precision import MixedPrecision
 from orpo_ray.models.orpo_model import ASKED, AttentionPath, OrpoModel
 from orpo_ray.models.quantized import load_quantized, refuse_quantization
@@ -119,7 +120,7 @@ def build_evaluated_model(
     shard_size = config.ray.shard_size or dist.get_world_size()
     is_whole = shard_size == 1 and not _offloads(config, device)
     if is_whole or getattr(model_config, "quantization_config", None) is not None:
-        return _around(load_model(origin, dtype).to(device), device, config)
+        return _around(load_model(origin, dtype).requires_grad_(False).to(device), device, config)
     with init_empty_weights(include_buffers=False):
         causal_lm = empty_model(base, model_config, dtype=dtype)
         if adapters is not None:
@@ -196,11 +197,13 @@ def _sharded(
 
 def _around(causal_lm: PreTrainedModel, device: torch.device, config: ORPOConfig) -> OrpoModel:
     """The model around a decoder, with this device's kernels."""
-    has_liger = use_liger_kernels(causal_lm, device, config.model)
     attention, reason = attention_path(config, causal_lm)
     kernel = packed_kernel(config, causal_lm.config, device)
     model = OrpoModel(causal_lm, attention, config.orpo.router_aux_loss_coef, kernel)
-    model.has_liger, model.padded_because = has_liger, reason
+    model.padded_because = reason
+    unsharded = is_unsharded(model, device, config)
+    model.is_compiled = is_compiled(model, device, config, unsharded)
+    model.has_liger = use_liger_kernels(causal_lm, device, config.model, model.is_compiled)
     return model
 
 
@@ -291,9 +294,8 @@ def _shard(
     over both, so over all ranks as without.
     """
     blocks, bf16 = _blocks(model.causal_lm), use_bf16(config, device)
-    if config.model.torch_compile:
-        for block in blocks:
-            block.compile(dynamic=True)
+    if model.is_compiled:
+        compile_layers(blocks, config)
     if is_unsharded(model, device, config):
         model.mixed_precision = MixedPrecision(model, torch.bfloat16) if bf16 else None
         return

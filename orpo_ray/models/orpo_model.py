@@ -62,7 +62,7 @@ class OrpoModel(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.kernel = kernel
-        self.has_liger = False
+        self.has_liger = self.is_compiled = False
         self.mixed_precision: MixedPrecision | None = None  # on one rank
         config = causal_lm.config.get_text_config()
         self.windows = sliding_windows(causal_lm.config)

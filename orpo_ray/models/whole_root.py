@@ -17,6 +17,8 @@ from orpo_ray.objective.objectives import orpo
 def whole_root(model: OrpoModel, device: torch.device) -> Iterator[None]:
     """Unshard embeddings and head, which belong to FSDP's root; in evaluation mode, a collective.
 
+    Nothing is compiled for what runs here, which are a few tokens, or answers that grow.
+
     The model's mode and its way of computing rows are as before afterwards.
     """
     attention, was_training = model.attention, model.training
@@ -31,7 +33,8 @@ def whole_root(model: OrpoModel, device: torch.device) -> Iterator[None]:
     elif model.mixed_precision is not None:
         model.mixed_precision.place_copies()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         if isinstance(model, FSDPModule):
             model.reshard()

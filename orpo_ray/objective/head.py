@@ -151,6 +151,7 @@ class _OrpoHead(torch.autograd.Function):
         ctx.dtypes = (hidden.dtype, weight.dtype)
         unscaled = chunked.nll_sum, chunked.term_sum, chunked.completion_log_probs
         ctx.mark_non_differentiable(*unscaled)
+        ctx.set_materialize_grads(False)  # their gradients would be zeros, filled in anew each time
         return chunked.loss, *unscaled
 
     @staticmethod

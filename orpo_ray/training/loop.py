@@ -156,8 +156,10 @@ class _Loop:
         if job.config.model.load_in_4bit:
             self.files.notice(quantized_text(model))
         check_packing(model, job.train, job.device, bf16, self.files.notice)
-        liger = "; Liger's kernels" if model.has_liger else ""
-        self.files.notice(f"attention: {model.attention_text}{liger}; {self.n_steps} steps")
+        fused = "; Liger's kernels" if model.has_liger else ""
+        if model.is_compiled:
+            fused += "; layers are compiled in the first step (torch_compile=false: they are not)"
+        self.files.notice(f"attention: {model.attention_text}{fused}; {self.n_steps} steps")
         self.job = with_token_budget(job, self.state, self.files.notice)
 
     def run(self) -> None:

@@ -10,7 +10,7 @@ from transformers.models.llama import modeling_llama
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.dataset.packing import pack
 from orpo_ray.models.build import build_model
-from orpo_ray.models.liger import patch
+from orpo_ray.models.fused.liger import patch
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.objective.head import LossScale
 from orpo_ray.objective.objectives import orpo

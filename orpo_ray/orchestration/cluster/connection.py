@@ -187,7 +187,7 @@ def _refuse_without_gpus(config: ORPOConfig) -> None:
         return
     import torch
 
-    from orpo_ray.models.liger import refuse_off_gpus
+    from orpo_ray.models.fused.liger import refuse_off_gpus
     from orpo_ray.models.quantized import refuse_quantization
 
     try:

@@ -17,7 +17,7 @@ _LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def use_liger_kernels(
-    causal_lm: PreTrainedModel, device: torch.device, config: ModelSection
+    causal_lm: PreTrainedModel, device: torch.device, config: ModelSection, is_compiled: bool
 ) -> bool:
     """Patch a model in place before it is sharded, where the config asks for it or leaves it open.
 
@@ -25,6 +25,7 @@ def use_liger_kernels(
         causal_lm: on any device, the meta device included.
         device: where it will compute.
         config: whose `use_liger_kernel` decides.
+        is_compiled: whether its layers are compiled, which has fused kernels of its own.
 
     Returns:
         Whether it was patched.
@@ -36,7 +37,7 @@ def use_liger_kernels(
     asked = config.use_liger_kernel
     if asked is None:
         installed = find_spec("liger_kernel") is not None and find_spec("triton") is not None
-        usable = device.type == "cuda" and installed and not config.torch_compile
+        usable = device.type == "cuda" and installed and not is_compiled
         if not usable or _kernels_of(causal_lm) is None:
             return False
     elif not asked:

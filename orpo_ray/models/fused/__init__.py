@@ -1,0 +1,1 @@
+"""Fused kernels and compilation of decoder layers; in training workers."""
