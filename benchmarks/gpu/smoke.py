@@ -16,7 +16,7 @@ from orpo_ray.training.step import TrainState
 from rank import built, folder_of, losses, start_rank, stream
 from results import CUDA, DRY, attempt, record
 
-# Layers are compiled on a GPU, unless a setting speaks against it: those of the kernel do.
+# Unless a setting speaks against it, layers are compiled on a GPU.
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"torch_compile": False},
     {"torch_compile": False, "gradient_checkpointing": True},
@@ -27,8 +27,8 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"bf16": False},
     {"full_determinism": True},
     {"optim": "adafactor", "torch_compile": False},
-    {},
     {"lora_r": 8},
+    {},
     {"gradient_checkpointing": True},
     {"attention_kernel": "flex"},
     {"optim": "adamw_8bit", "torch_compile": False},

@@ -64,7 +64,7 @@ VARIANTS = (
     Variant("neither", NEITHER),
 )
 IN_DRY_RUNS = ("compiled", "neither")
-PROFILED = ("compiled", "Liger", "LoRA, compiled", "LoRA, Liger")
+PROFILED = ("compiled", "Liger", "LoRA")
 # Kernels by words in their names, the first kind that has one.
 KINDS = {
     "products": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "::mm"),
@@ -124,17 +124,13 @@ def _lora(size: str, peak: float) -> None:
     if CUDA and torch.cuda.mem_get_info()[0] < 40 << 30:
         record("ours", size=size, left_out="40 GiB are needed")
         return
-    for name, settings in (("LoRA, compiled", COMPILED), ("LoRA, Liger", LIGER)):
-        if DRY and settings == COMPILED:
-            continue
-        with attempt("ours", size=size, variant=name):
-            started = time.perf_counter()
-            state = built_with_lora(LlamaConfig(**shape, **heads), **settings)
-            record("ours", size=size, built_s=time.perf_counter() - started)
-            for batch, shown in ((32, name), (128, f"{name}, 128 pairs")):
-                _measure(state, folder, size, Variant(shown, batch=batch, chunk_tokens=2048), peak)
-        state = None  # type: ignore[assignment]
-        gc.collect()
+    with attempt("ours", size=size, variant="LoRA"):
+        started = time.perf_counter()
+        state = built_with_lora(LlamaConfig(**shape, **heads))
+        record("ours", size=size, built_s=time.perf_counter() - started)
+        for batch in (32, 128):
+            name = "LoRA" if batch == 32 else f"LoRA, {batch} pairs"
+            _measure(state, folder, size, Variant(name, batch=batch, chunk_tokens=2048), peak)
 
 
 def _measure(state: TrainState, folder: Path, size: str, variant: Variant, peak: float) -> None:

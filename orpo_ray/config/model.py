@@ -54,7 +54,7 @@ class ModelSection(Section):
     torch_compile: bool | None = setting(
         None,
         "Compile the decoder layers with torch.compile. Default: on one GPU, for models without "
-        "experts, recurrences and 4 bits, unless full_determinism or use_liger_kernel is set.",
+        "adapters, experts and recurrences, unless full_determinism or use_liger_kernel is set.",
         decides="run",
     )
     use_liger_kernel: bool | None = setting(

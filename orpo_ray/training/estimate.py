@@ -111,7 +111,7 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
     activations = tokens * per_token * width * value_bytes * (1 if on_gpu else _HOST_ACTIVATIONS)
     positions = min(config.train.head_chunk(text_config.vocab_size, on_gpu), tokens)
     logits = 4 * positions * text_config.vocab_size
-    gathered = _gathered(config, model, layers, value_bytes, on_gpu)
+    gathered = _gathered(config, model, layers, value_bytes)
     parts = [
         (state, state_text),
         (gathered, "weights and gradients as gathered"),
@@ -129,18 +129,18 @@ def _memory_lines(config: ORPOConfig, model_path: str) -> list[str]:
     return [f"memory a worker: about {total / _GIB:.2f} GiB = {shown}"]
 
 
-def _gathered(config: ORPOConfig, model: Any, layers: int, value_bytes: int, on_gpu: bool) -> float:
-    """Bytes of what FSDP gathers: of one worker's whole model, else of two layers at a time.
+def _gathered(config: ORPOConfig, model: Any, layers: int, value_bytes: int) -> float:
+    """Bytes of weights and gradients in the dtype of computation: of two layers at a time.
 
-    One worker on the host has nothing to gather, and in fp32 no second copy.
+    One worker has those of the whole model, and none in fp32 or of a frozen base, which is in that
+    dtype already.
     """
-    alone_on_host = config.ray.max_workers == 1 and not on_gpu
-    if config.model.load_in_4bit or (alone_on_host and value_bytes == 4):
+    lora, alone = config.model.lora_r, config.ray.max_workers == 1
+    if config.model.load_in_4bit or (alone and (value_bytes == 4 or lora)):
         return 0.0
     n_parameters: int = sum(p.numel() for p in model.parameters())
-    share = 1.0 if config.ray.max_workers == 1 else min(1.0, 2 / layers)
-    gradients = 0 if config.model.lora_r else value_bytes
-    return n_parameters * share * (value_bytes + gradients)
+    share = 1.0 if alone else min(1.0, 2 / layers)
+    return n_parameters * share * (value_bytes + (0 if lora else value_bytes))
 
 
 def _state(config: ORPOConfig, model: Any, value_bytes: int) -> tuple[float, str]:

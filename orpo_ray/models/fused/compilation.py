@@ -16,8 +16,9 @@ def is_compiled(
     """Whether the decoder layers of a model are compiled.
 
     Where the config leaves it open, on one GPU and for decoders of plain layers: what was measured
-    to be faster (benchmarks/RESULTS.md). Compiled kernels are tuned anew in every process, and add
-    in another order then, so not with `full_determinism`.
+    to be faster (benchmarks/RESULTS.md). Layers with adapters took over a minute to compile.
+    Compiled kernels are tuned anew in every process, and add in another order then, so not with
+    `full_determinism`.
 
     Args:
         model: not yet sharded.
@@ -33,9 +34,10 @@ def is_compiled(
         and model.kernel == "varlen"
         and not model.experts_per_token
         and not model.mixers
+        and getattr(causal_lm, "_supports_attention_backend", False)  # or its rows are padded
         and getattr(causal_lm, "_can_compile_fullgraph", False)  # transformers' own word for it
         and not getattr(causal_lm.config, "quantization_config", None)
-        and not config.model.load_in_4bit
+        and not config.model.lora_r
     )
     return (
         device.type == "cuda"
