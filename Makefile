@@ -19,7 +19,7 @@ quick: .venv/test.installed
 	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not commands and not ranks and not ray and not long"
 
 test-commands: .venv/test.installed
-	$(BIN)/python -m pytest -m "commands and not slow"
+	$(BIN)/python -m pytest $(BESIDE) -m "commands and not slow"
 
 # The selection of `make quick` with the newest release of every package but torch, whatever the
 # ranges of pyproject.toml say, in an environment of its own.

@@ -45,10 +45,8 @@ def with_fsdp(inputs: Path, run: Path, changes: dict[str, Any]) -> dict[str, Any
     "changes",
     [
         BF16,
-        BF16 | {"gradient_checkpointing": True},
-        BF16 | {"frozen_weights": FROZEN},
+        BF16 | {"gradient_checkpointing": True, "frozen_weights": FROZEN},
         BF16 | {"lora_r": 4},
-        BF16 | {"optim": "adafactor"},
         BF16 | {"bf16": False},
     ],
     ids=str,

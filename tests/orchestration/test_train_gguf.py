@@ -62,6 +62,7 @@ def test_a_run_resumes_and_ends_in_an_ordinary_folder(folder, caplog):
     assert (Path(result.run_directory) / "config.yaml").read_text().count("base.gguf") == 1
 
 
+@pytest.mark.slow
 def test_adapters_of_a_gguf_are_evaluated_against_it(folder):
     result = train(config(folder, "lora", lora_r=2))
     found = evaluate(
@@ -77,6 +78,7 @@ def test_adapters_of_a_gguf_are_evaluated_against_it(folder):
     assert found.sets["eval"].differences["log_odds"].value > 0
 
 
+@pytest.mark.slow
 def test_from_python_by_its_path(folder):
     trainer = ORPOTrainer(
         model=str(folder / "base.gguf"),
