@@ -49,6 +49,7 @@ class MixedPrecision:
         self._weights = self._weights or self._found()
         _copy([w.copy for w in self._weights], [w.own for w in self._weights])
         for weight in self._weights:
+            weight.copy.grad = None  # of a backward pass that failed on its way
             for module, name in weight.places:
                 module._parameters[name] = weight.copy
 

@@ -158,7 +158,7 @@ class _Loop:
         check_packing(model, job.train, job.device, bf16, self.files.notice)
         fused = "; Liger's kernels" if model.has_liger else ""
         if model.is_compiled:
-            fused += "; layers are compiled in the first step (torch_compile=false: they are not)"
+            fused += "; layers are compiled in the first step, unless torch_compile=false is set"
         self.files.notice(f"attention: {model.attention_text}{fused}; {self.n_steps} steps")
         self.job = with_token_budget(job, self.state, self.files.notice)
 

@@ -121,6 +121,28 @@ def test_the_weights_are_back_after_a_pass_without_gradients_and_one_that_fails(
         assert forward(model) != expected  # of the weights as they are now
 
 
+def test_a_backward_pass_that_fails_on_its_way_leaves_no_gradients(model):
+    """The last layer's weights have theirs when the first layer's output runs out of memory."""
+
+    def no_memory(gradient: torch.Tensor) -> None:
+        raise RuntimeError("no memory")
+
+    forward(model).backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+
+    def fail_behind(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        output.register_hook(no_memory)
+
+    hook = model.causal_lm.model.layers[0].register_forward_hook(fail_behind)
+    with pytest.raises(RuntimeError, match="no memory"):
+        forward(model).backward()
+    hook.remove()
+    forward(model).backward()
+    found = [p.grad for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_parts_of_the_model_run_on_the_copies(model):
     with whole_root(model, CPU):
         assert dtypes(model) == {torch.bfloat16}
