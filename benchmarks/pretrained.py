@@ -7,7 +7,7 @@ Claim, settings and the rule by which the learning rate is chosen are in `real_m
 are written into the results before a held-out pair is scored. What does not come out is said.
 
 A second call with the same arguments continues where the first stopped. --short is one seed of ORPO
-and SFT on fewer pairs, without a search for the rate.
+and SFT on fewer pairs, without a search for the rate; --others adds what else the whole plan has.
 """
 
 import argparse
@@ -45,6 +45,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments = _arguments()
     plan = SHORT if arguments.short else FULL
+    plan = replace(plan, others=plan.others or arguments.others)
     if arguments.pairs:
         plan = replace(plan, train_pairs=arguments.pairs, held_out_pairs=arguments.pairs)
     out = Path(arguments.out).resolve()
@@ -79,6 +80,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="pairs to train on, such as hh-rlhf's")
     parser.add_argument("--eval", required=True, help="held-out pairs, never used to choose")
     parser.add_argument("--short", action="store_true", help="about 25 minutes on 2 cores")
+    others = "with --short: LoRA, a smaller beta, SimPO, CPO and TRL too"
+    parser.add_argument("--others", action="store_true", help=others)
     parser.add_argument("--pairs", type=int, help="at most so many of each, to try the script")
     parser.add_argument("--out", default=str(ROOT / "runs" / "pretrained"))
     arguments = parser.parse_args()
@@ -205,7 +208,8 @@ def _samples(
 def _comparisons(scores: dict[str, list[Scores]]) -> dict[str, Comparison]:
     """ORPO less SFT, which the claim is about, and what else can be compared pair by pair."""
     wanted = [("orpo", "sft"), ("orpo", "base"), ("sft", "base")]
-    wanted += [(kind, "sft") for kind in scores if kind.startswith(("orpo-beta", "orpo-lora"))]
+    compared = {"base", "orpo", "sft", "orpo-like-trl", "trl"}
+    wanted += [(kind, "sft") for kind in scores if kind not in compared]
     wanted += [("orpo-like-trl", "trl")] if "trl" in scores else []
     found = {}
     for kind, other in wanted:

@@ -173,9 +173,9 @@ def test_samples_are_counted_by_kind():
 
 def test_the_plan_and_the_time_that_is_left():
     names = [side.name for side in FULL.sides()]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 12
     assert [side.name for side in SHORT.sides()] == ["orpo-seed-0", "sft-seed-0"]
     assert minutes_left(SHORT, {"orpo-seed-0": 120.0}) == pytest.approx(2.0)
-    # Eight sides of a minute each, and TRL's of two.
+    # Ten sides of a minute each, and TRL's of two.
     done = {"orpo-seed-0": 60.0}
-    assert minutes_left(FULL, done) == pytest.approx(8 + 2)
+    assert minutes_left(FULL, done) == pytest.approx(10 + 2)
