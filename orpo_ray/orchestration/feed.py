@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import ray.data
 from ray.train import DataConfig
 
@@ -28,7 +29,8 @@ class FeedPlan:
 
     def shard_list(self) -> "ray.data.Dataset":
         """The token shards as a dataset, a row a shard: what Ray Train is shown of the data."""
-        return ray.data.from_items([asdict(shard) for shard in self.token_set.shards])
+        shards = [vars(shard) for shard in self.token_set.shards]
+        return ray.data.from_arrow(pa.Table.from_pylist(shards))
 
 
 class PlannedFeed(DataConfig):  # type: ignore[misc]
