@@ -70,13 +70,13 @@ class Runs:
             CommandError: when its command fails.
         """
         run = self.folder(side)
-        record = run.with_suffix(".json")
+        record = _beside(run, ".json")
         if (run / "final").is_dir() and record.exists():
             return float(json.loads(record.read_text())["seconds"])
         settings = {**self.common, **side.settings, "seed": side.seed}
         settings["learning_rate"] = rate * side.rate_factor
         command = self._trl(run, settings) if side.by_trl else self._ours(side, settings)
-        seconds = self._call(command, run.with_suffix(".log"))
+        seconds = self._call(command, _beside(run, ".log"))
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
         measured = [] if side.by_trl else [m["tokens_per_s"] for m in _trained(run)]
         told = {"seconds": seconds, "tokens_per_s": measured[-1:], "command": self._shown(command)}
@@ -102,12 +102,12 @@ class Runs:
                 "output_dir": run.parent,
                 "run_name": run.name,
             }
-            self._call(_job("evaluate", settings), run.with_suffix(".log"))
+            self._call(_job("evaluate", settings), _beside(run, ".log"))
         return scores
 
     def commands(self, sides: Sequence[Side]) -> dict[str, str]:
         """The commands that trained the sides, by their names."""
-        records = {side.name: self.folder(side).with_suffix(".json") for side in sides}
+        records = {side.name: _beside(self.folder(side), ".json") for side in sides}
         return {name: json.loads(file.read_text())["command"] for name, file in records.items()}
 
     def folder(self, side: Side) -> Path:
@@ -160,6 +160,11 @@ class Runs:
     def _shown(self, command: Sequence[str]) -> str:
         text = " ".join(["python", *command[1:]])
         return text.replace(str(self.out), "OUT").replace(f"{ROOT}/", "")
+
+
+def _beside(run: Path, suffix: str) -> Path:
+    """A file beside a run directory, whose name may hold a number such as 0.25."""
+    return run.with_name(run.name + suffix)
 
 
 def _job(name: str, settings: Mapping[str, Any]) -> list[str]:
