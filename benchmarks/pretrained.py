@@ -67,7 +67,8 @@ def main() -> int:
     about |= {"choice": choice, "train_seconds": seconds, "commands": runs.commands(sides)}
     about["failed"] = [side.name for side in plan.sides() if side not in sides]
     _report(out, about, scores, _samples(runs, sides, plan.samples))
-    ours = [side for side in sides if not side.by_trl]
+    # Not those with the prompts in their NLL, which is another figure.
+    ours = [side for side in sides if "nll_scope" not in side.settings]
     kinds = dict.fromkeys(side.kind for side in ours)
     folders = {kind: [runs.folder(s) for s in ours if s.kind == kind] for kind in kinds}
     write_curves(out / "curves.png", folders)

@@ -18,6 +18,7 @@ BESIDE_DOCS = (
     "benchmarks/demo_curves.png",
     "benchmarks/gpu/README.md",
     "benchmarks/real_model/curves.png",
+    "benchmarks/real_model/objectives.png",
     "cluster/README.md",
     "docs/site.css",
 )

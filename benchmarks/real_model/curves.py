@@ -13,11 +13,14 @@ _PANELS = (
     ("log odds of chosen over rejected", {"log_odds_chosen": "-"}),
     ("log-probability per token, nats", {"logps/chosen": "-", "logps/rejected": "--"}),
 )
-_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:cyan")
+_COLOURS = (
+    *("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:cyan", "tab:red", "tab:brown"),
+    *("tab:pink", "tab:olive", "tab:gray"),
+)
 
 
 def write_curves(path: Path, runs: Mapping[str, Sequence[Path]]) -> None:
-    """Draw what was logged of training batches, a line a seed.
+    """Draw what was logged of training batches, a line a seed; the first panel names the colours.
 
     Args:
         path: of the PNG.
@@ -31,8 +34,7 @@ def write_curves(path: Path, runs: Mapping[str, Sequence[Path]]) -> None:
             for axis, (_, metrics) in zip(axes, _PANELS, strict=True):
                 for metric, style in metrics.items():
                     points = [(one["step"], one[metric]) for one in lines if metric in one]
-                    side = f", {metric.removeprefix('logps/')}" if len(metrics) > 1 else ""
-                    label = None if index else f"{kind}{side}"
+                    label = None if index or axis is not axes[0] else kind
                     if points:
                         steps, values = zip(*points, strict=True)
                         axis.plot(steps, values, style, color=colour, lw=1.1, label=label)
@@ -42,6 +44,10 @@ def write_curves(path: Path, runs: Mapping[str, Sequence[Path]]) -> None:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=6.5)
+    axes[0].legend(fontsize=6.5)
+    styles = {name.removeprefix("logps/"): style for name, style in _PANELS[-1][1].items()}
+    for name, style in styles.items():
+        axes[-1].plot([], [], style, color="black", lw=1.1, label=name)
+    axes[-1].legend(fontsize=6.5)
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.17, top=0.89, wspace=0.2)
     figure.savefig(path, dpi=100)
