@@ -5,7 +5,7 @@ matrix product that was timed in the same process.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,12 @@ from transformers import PreTrainedModel
 from orpo_ray.dataset.packing import GroupSpan, PackedRow
 from orpo_ray.models.layer_config import head_width, setting
 from orpo_ray.models.quantized import n_weights
+from orpo_ray.runs.formatting import format_duration
 
 _CPU_SIZE, _CUDA_SIZE = 1024, 8192
 _TRIES = 24
+_LONG_S = 10.0
+_LONG_FLOPS = 1e12  # fewer take no device so long
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -93,6 +96,40 @@ class MfuMeter:
         """MFU of the rows counted since the last read, which took `seconds`."""
         flops, self._flops = self._flops, 0.0
         return flops / seconds / self._peak_flops
+
+
+def long_step_text(
+    causal_lm: PreTrainedModel,
+    rows: Sequence[PackedRow],
+    device: torch.device,
+    dtype: torch.dtype,
+    least_s: float = _LONG_S,
+) -> str | None:
+    """What to say before a step that takes long by its FLOPs alone; None for any other.
+
+    Attention on CPUs takes about four times as long as a product of as many FLOPs.
+
+    Args:
+        causal_lm: the model that is trained.
+        rows: of this rank.
+        device: of this rank, whose rate is timed if there is much to do.
+        dtype: of the matrix products.
+        least_s: seconds from which a step is long.
+    """
+    work = Work.from_model(causal_lm)
+    flops = sum(map(work.flops, rows))
+    if least_s and flops < _LONG_FLOPS:
+        return None
+    seconds = flops / matmul_rate(device, dtype)
+    if seconds < least_s:
+        return None
+    spans = [span for row in rows for span in row.spans]
+    attention = work.per_seen_key * sum(map(seen_keys, spans)) / flops
+    return (
+        f"the first step takes {format_duration(seconds)} at the very least: {flops:.1e} FLOPs, "
+        f"{attention:.0%} of them attention; its longest prompt with its answers has "
+        f"{max(span.n_tokens for span in spans):,} tokens"
+    )
 
 
 def _passes(weight: torch.nn.Parameter) -> float:

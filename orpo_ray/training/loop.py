@@ -40,7 +40,7 @@ from orpo_ray.training.checkpoint.saver import Progress
 from orpo_ray.training.checkpoint.schedule import CheckpointSchedule, Snapshot
 from orpo_ray.training.errors import NonFiniteError, NotSavedError, StoppedError
 from orpo_ray.training.evaluation import evaluate_streams
-from orpo_ray.training.flops import MfuMeter
+from orpo_ray.training.flops import MfuMeter, long_step_text
 from orpo_ray.training.job import TrainingJob
 from orpo_ray.training.metrics import MarginLog, StepLog
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler, move_to_step
@@ -169,8 +169,11 @@ class _Loop:
         if self.step == 0 and (evaluated := self._evaluate()):
             self.log.write({"step": 0, "epoch": 0.0} | evaluated)
         batches = self.job.train.batches(self.step, self.n_steps)
+        first_step = self.step
         started = time.perf_counter()
         for batch in batches:
+            if batch.step == first_step:
+                self._say_how_long(batch)
             self.log.add_time("data_wait", time.perf_counter() - started)
             if batch.step != self.step:
                 raise AssertionError(f"the feed gave step {batch.step}, not {self.step}")
@@ -180,6 +183,15 @@ class _Loop:
             if self.step == self.n_steps:
                 break  # early stopping may have lowered n_steps
             started = time.perf_counter()
+
+    def _say_how_long(self, batch: StepBatch) -> None:
+        """Before a step that takes long, that it does."""
+        job, causal_lm = self.job, self.state.model.causal_lm
+        dtype = torch.bfloat16 if use_bf16(job.config, job.device) else torch.float32
+        if dist.get_rank() == 0 and batch.rows:
+            text = long_step_text(causal_lm, batch.rows, job.device, dtype)
+            if text is not None:
+                self.files.notice(text)
 
     def _step(self, batch: StepBatch, asked_at: float) -> None:
         """Train on a batch that was requested at `asked_at`, and record its rows."""

@@ -9,7 +9,7 @@ from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.models.orpo_model import OrpoModel
 from orpo_ray.objective.head import LossScale
 from orpo_ray.objective.objectives import orpo
-from orpo_ray.training.flops import MfuMeter, Work, matmul_rate, seen_keys
+from orpo_ray.training.flops import MfuMeter, Work, long_step_text, matmul_rate, seen_keys
 from tests.reference.models import odd_groups, tiny_model
 
 
@@ -60,6 +60,17 @@ def test_experts_count_by_the_share_that_a_token_goes_to():
     experts = sum(n for name, n in whole.items() if ".experts." in name)
     others = sum(n for name, n in whole.items() if ".layers." in name) - experts
     assert Work.from_model(causal_lm).per_token == 6 * (others + experts / 2)
+
+
+def test_a_step_is_called_long_by_its_operations():
+    causal_lm, row = tiny_model("llama", torch.float32), pack(odd_groups(0), 16, True)
+    device, work = torch.device("cpu"), Work.from_model(causal_lm)
+    assert long_step_text(causal_lm, [row], device, torch.float32) is None
+    text = long_step_text(causal_lm, [row, row], device, torch.float32, least_s=0.0)
+    attention = work.per_seen_key * sum(map(seen_keys, row.spans)) / work.flops(row)
+    longest = max(span.n_tokens for span in row.spans)
+    assert f" {2 * work.flops(row):.1e} FLOPs, {attention:.0%} of them attention; " in text
+    assert text.endswith(f" has {longest:,} tokens")
 
 
 def utilization() -> tuple[float, float, float, float]:
