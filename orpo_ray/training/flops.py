@@ -105,9 +105,10 @@ def long_step_text(
     dtype: torch.dtype,
     least_s: float = _LONG_S,
 ) -> str | None:
-    """What to say before a step that takes long by its FLOPs alone; None for any other.
+    """What to say before a step that takes long by its FLOPs; None for any other.
 
-    Attention on CPUs takes about four times as long as a product of as many FLOPs.
+    Attention on CPUs takes about four times as long as a product of as many FLOPs; sliding windows
+    are ignored.
 
     Args:
         causal_lm: the model that is trained.
@@ -126,9 +127,9 @@ def long_step_text(
     spans = [span for row in rows for span in row.spans]
     attention = work.per_seen_key * sum(map(seen_keys, spans)) / flops
     return (
-        f"the first step takes {format_duration(seconds)} at the very least: {flops:.1e} FLOPs, "
-        f"{attention:.0%} of them attention; its longest prompt with its answers has "
-        f"{max(span.n_tokens for span in spans):,} tokens"
+        f"the first step takes {format_duration(seconds)} by its FLOPs ({flops:.1e}, "
+        f"{attention:.0%} of them attention), on CPUs up to four times that; its longest prompt "
+        f"with its answers has {max(span.n_tokens for span in spans):,} tokens"
     )
 
 

@@ -172,11 +172,11 @@ class _Loop:
         first_step = self.step
         started = time.perf_counter()
         for batch in batches:
-            if batch.step == first_step:
-                self._say_how_long(batch)
             self.log.add_time("data_wait", time.perf_counter() - started)
             if batch.step != self.step:
                 raise AssertionError(f"the feed gave step {batch.step}, not {self.step}")
+            if self.step == first_step:
+                self._say_how_long(batch)
             rate = float(self.state.scheduler.get_last_lr()[0])
             self._step(batch, started)
             self._after_step(rate)
