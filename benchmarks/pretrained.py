@@ -81,7 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="pairs to train on, such as hh-rlhf's")
     parser.add_argument("--eval", required=True, help="held-out pairs, never used to choose")
     parser.add_argument("--short", action="store_true", help="about 25 minutes on 2 cores")
-    others = "with --short: LoRA, a smaller beta, SimPO, CPO and TRL too"
+    others = "with --short: LoRA, a smaller beta, SimPO, CPO and TRL too, an hour and a half in all"
     parser.add_argument("--others", action="store_true", help=others)
     parser.add_argument("--pairs", type=int, help="at most so many of each, to try the script")
     parser.add_argument("--out", default=str(ROOT / "runs" / "pretrained"))

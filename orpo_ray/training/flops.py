@@ -124,12 +124,13 @@ def long_step_text(
     seconds = flops / matmul_rate(device, dtype)
     if seconds < least_s:
         return None
+    slower = ", up to four times that with attention on a CPU" if device.type == "cpu" else ""
     spans = [span for row in rows for span in row.spans]
     attention = work.per_seen_key * sum(map(seen_keys, spans)) / flops
     return (
         f"the first step takes {format_duration(seconds)} by its FLOPs ({flops:.1e}, "
-        f"{attention:.0%} of them attention), on CPUs up to four times that; its longest prompt "
-        f"with its answers has {max(span.n_tokens for span in spans):,} tokens"
+        f"{attention:.0%} of them attention){slower}; its longest prompt with its answers has "
+        f"{max(span.n_tokens for span in spans):,} tokens"
     )
 
 
