@@ -25,6 +25,7 @@ from orpo_ray.storage.folder import Folder
 MAX_LENGTH = 1024
 # Layers, width, feed-forward width, heads, key-value heads; the names count 16 k words.
 SIZES = {
+    "narrow": (16, 16, 32, 2, 1),  # where the host takes the time
     "5m": (6, 192, 512, 6, 2),
     "50m": (12, 576, 1536, 9, 3),
     "135m": (30, 576, 1536, 9, 3),
@@ -32,7 +33,7 @@ SIZES = {
     "1b": (16, 2048, 8192, 32, 8),
 }
 PAIRS_OF_4 = 6
-VOCABULARIES = {"16k": 16_384, "128k": 131_072}
+VOCABULARIES = {"1k": 1_024, "16k": 16_384, "128k": 131_072}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,13 @@ from transformers import LlamaConfig
 from orpo_ray.dataset.stream import StepBatch
 from orpo_ray.models.microbatch import Microbatch
 from orpo_ray.training.flops import Work, matmul_rate
-from orpo_ray.training.step import TrainState, gradient_norm, loss_scale, train_step
+from orpo_ray.training.step import (
+    TrainState,
+    adamw_step,
+    gradient_norm,
+    loss_scale,
+    train_step,
+)
 from rank import built, built_with_lora, folder_of, start_rank, stream, zeros
 from results import CUDA, DEVICE, DRY, OUT, attempt, peak_gib, record, seconds_left, wait
 
@@ -193,12 +199,15 @@ def _phases(state: TrainState, step: StepBatch, size: str, name: str) -> None:
     def forward() -> None:
         made["output"] = state.model(made["batch"], scale)
 
+    def norm() -> None:
+        made["norm"] = gradient_norm(state.model)
+
     phases: dict[str, Callable[[], Any]] = {
         "microbatch": place,
         "forward": forward,
         "backward": lambda: made["output"].loss.backward(),
-        "norm": lambda: gradient_norm(state.model, state.max_grad_norm),
-        "optimizer": state.optimizer.step,
+        "norm": norm,
+        "optimizer": lambda: adamw_step(state.optimizer, made["norm"], state.max_grad_norm),
     }
     host: dict[str, list[float]] = {phase: [] for phase in phases}
     both: dict[str, list[float]] = {phase: [] for phase in phases}

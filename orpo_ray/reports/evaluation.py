@@ -61,14 +61,14 @@ class ScoringWatcher(Watcher):
 def show_evaluation(result: EvaluationResult, console: Console) -> None:
     """Print the estimates as tables, and where they are kept."""
     for name, part in result.sets.items():
-        for table in evaluation_tables(name, part):
+        for table in _tables(name, part):
             console.print(table, "", width=min(_WIDTH, console.width))
     console.print(as_text(f"evaluation: {result.run_directory}/evaluation.json"))
     for part in result.sets.values():
         console.print(as_text(f"a row a pair: {part.scores}"))
 
 
-def evaluation_tables(name: str, part: SetEvaluation) -> list[Table]:
+def _tables(name: str, part: SetEvaluation) -> list[Table]:
     """Estimates of all pairs, those by group, and the differences from the baseline."""
     found = [_of_all(name, part)]
     if part.subsets or part.lengths:
@@ -81,7 +81,8 @@ def evaluation_tables(name: str, part: SetEvaluation) -> list[Table]:
 def _of_all(name: str, part: SetEvaluation) -> Table:
     table = _table(f"{name} data, {part.pairs} pairs", "metric", "value", "95 % interval")
     for key, shown in _NAMES.items():
-        table.add_row(shown, *_cells(part.figures[key], "#.4g"))
+        if key in part.figures:
+            table.add_row(shown, *_cells(part.figures[key], "#.4g"))
     return table
 
 

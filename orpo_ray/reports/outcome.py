@@ -73,5 +73,5 @@ def _training_lines(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         mean = sum(value * n for value, n in known) / total if total else None
         texts.append(metric.text(mean))
     n_last = sum(weight for _, weight in last)
-    of = f"mean of the last {n_last} of {n_steps} steps" if n_last > 1 else "the last batch alone"
-    return [f"training, {of}: {'  '.join(texts)}"]
+    of = f"mean of the last {n_last} steps" if n_last > 1 else "the last batch alone"
+    return [f"training: {'  '.join(texts)} at step {n_steps} ({of})"]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from orpo_ray.dataset.packing import PackedRow
 from orpo_ray.dataset.stream import StepBatch
@@ -83,14 +84,24 @@ def train_step(state: TrainState, batch: StepBatch, sums: Tensor) -> StepResult:
         output = forward_backward(state, row, scale)
         step_sums += output.sums
         margins.append((row.row_ids, output.chosen_log_probs - output.rejected_log_probs))
-    norm = gradient_norm(state.model, state.max_grad_norm)
-    if not torch.isfinite(norm):  # the one wait for the device in a step
+    norm = gradient_norm(state.model)
+    # AdamW is queued before the host waits for the norm, the one wait for the device in a step.
+    is_adamw = isinstance(state.optimizer, torch.optim.AdamW)
+    if not is_adamw and not torch.isfinite(norm):
         raise _non_finite(state, batch, scale)
     started = time.perf_counter()
-    state.optimizer.step()
+    if is_adamw:
+        adamw_step(state.optimizer, norm, state.max_grad_norm)
+    else:
+        if state.max_grad_norm:
+            clip_grads_with_norm_(state.model.parameters(), state.max_grad_norm, norm)
+        state.optimizer.step()
+    optimizer_s = time.perf_counter() - started
+    if is_adamw and not torch.isfinite(norm):
+        raise _non_finite(state, batch, scale)
     state.scheduler.step()
     sums += step_sums
-    return StepResult(norm, margins, time.perf_counter() - started)
+    return StepResult(norm, margins, optimizer_s)
 
 
 def forward_backward(state: TrainState, row: PackedRow, scale: LossScale) -> OrpoOutput:
@@ -121,11 +132,24 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     )
 
 
-def gradient_norm(model: OrpoModel, max_norm: float) -> Tensor:
-    """Clip gradients to `max_norm` (0: no clipping) and return their norm before it."""
-    limit = max_norm if max_norm > 0 else float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+def gradient_norm(model: OrpoModel) -> Tensor:
+    """The norm of the gradients over all ranks, a scalar on the device."""
+    norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def adamw_step(optimizer: Any, norm: Tensor, max_norm: float) -> None:
+    """Update with gradients clipped to `max_norm` (0: no clipping), if their norm is finite.
+
+    Both in AdamW's fused kernel, by the attributes that torch's `GradScaler` sets: it divides
+    gradients by the one, and moves nothing where the other is 1.
+    """
+    optimizer.found_inf = (~norm.isfinite()).float()
+    if max_norm:
+        # The divisor of `clip_grad_norm_`'s factor.
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    optimizer.step()
+    optimizer.found_inf = optimizer.grad_scale = None
 
 
 def _non_finite(state: TrainState, batch: StepBatch, scale: LossScale) -> NonFiniteError:

@@ -1,6 +1,7 @@
 """Kernels of packed attention: which one is chosen, and that all compute the same."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -150,20 +151,35 @@ def flash_attention(query, key, value, query_ends, key_ends, scale, window) -> t
 
 
 @pytest.fixture
-def varlen_on_cpus(request):
-    """A kernel for the operator that torch's function calls, and has for GPUs only.
+def flash_attention_on_cpus():
+    """Kernels for the operator of flash attention, which torch has for GPUs only.
 
-    What is tested is what a row is made into, how it comes back, and torch's checks of it.
+    What is tested is what a row is made into, how it comes back, and torch's derivative of it.
     """
 
-    def kernel(query, key, value, q_ends, k_ends, max_q, max_k, causal, scale, window, *rest):
+    def forward(*arguments, scale, window_size_left, window_size_right):
+        query, key, value, q_ends, k_ends, max_q, max_k, dropout, causal, _ = arguments
         assert (max_q, max_k) == (q_ends.diff().max(), k_ends.diff().max())
-        assert causal == (window == [-1, 0])
+        assert causal == (window_size_left == -1)
+        assert dropout == window_size_right == 0
+        window = window_size_left, window_size_right
         output = flash_attention(query, key, value, q_ends, k_ends, scale, window)
-        return output, query.new_empty(0), torch.empty(2, dtype=torch.uint64)
+        none = query.new_empty(0)
+        return output, none, torch.empty(2, dtype=torch.uint64), none, none
 
-    with library._scoped_library("torch_attn", "IMPL") as operators:
-        operators.impl("_varlen_attn", kernel, getattr(request, "param", "AutogradCPU"))
+    def backward(slopes, query, key, value, _output, _sums, *rest, **options):
+        def gradients() -> tuple[torch.Tensor, ...]:
+            leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+            output = forward(*leaves, *rest[:6], False, **options)[0]
+            return torch.autograd.grad(output, leaves, slopes)
+
+        # In a thread of its own: in that of a backward pass torch records nothing.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(gradients).result()
+
+    with library._scoped_library("aten", "IMPL") as operators:
+        operators.impl("_flash_attention_forward", forward, "CPU")
+        operators.impl("_flash_attention_backward", backward, "CPU")
         yield
 
 
@@ -171,7 +187,7 @@ def varlen_on_cpus(request):
     ("window", "n_heads", "n_kv"), windows_by_heads([None, 1, 4, 200], [(4, 2), (3, 3), (6, 1)])
 )
 def test_a_row_is_handed_to_varlen_as_flash_attention_wants_it(
-    window, n_heads, n_kv, varlen_on_cpus
+    window, n_heads, n_kv, flash_attention_on_cpus
 ):
     """Values and gradients in float64; a prompt's keys are those of all its answers."""
     layout = PackedLayout(SPANS, torch.device("cpu"))
@@ -184,7 +200,7 @@ def test_a_row_is_handed_to_varlen_as_flash_attention_wants_it(
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "gpt-neox", "mixtral"])
-def test_a_model_computes_the_same_with_varlen(name, varlen_on_cpus):
+def test_a_model_computes_the_same_with_varlen(name, flash_attention_on_cpus):
     """Loss, sums and gradients, through transformers' interface."""
     row, results = pack(odd_groups(1), 16, prompt_counts=True), []
     for kernel in ("sdpa", "varlen"):
@@ -276,8 +292,8 @@ def test_a_model_computes_the_same_with_flex(name):
 @eager_flex
 @pytest.mark.usefixtures("traced_again")
 @pytest.mark.parametrize("kernel", ["varlen", "flex"])
-@pytest.mark.parametrize("varlen_on_cpus", ["CPU"], indirect=True)  # else it would be traced too
-def test_a_compiled_layer_is_traced_once_for_rows_of_any_length(kernel, varlen_on_cpus):
+@pytest.mark.usefixtures("flash_attention_on_cpus")
+def test_a_compiled_layer_is_traced_once_for_rows_of_any_length(kernel):
     """What a row is made into is made before the layers, which would trace it for each row."""
     model = OrpoModel(tiny_model("llama", torch.float32), "packed", None, kernel)
     groups, traced = odd_groups(1), []

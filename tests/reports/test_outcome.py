@@ -31,22 +31,23 @@ def lines_of(run: Path, *lines: dict[str, Any]) -> list[str]:
 def test_training_is_a_mean_over_the_last_quarter_of_the_steps(tmp_path):
     """Of 20 steps the last five: the line of step 18 begins before them, at step 14."""
     found = lines_of(tmp_path, trained(14, 9.0), trained(18, 5.0), trained(20, 2.0))
-    assert found == [
-        "training, mean of the last 2 of 20 steps: loss 2.0000  accuracy 2.000  log odds 2.0000"
-    ]
+    means = "loss 2.0000  accuracy 2.000  log odds 2.0000"
+    assert found == [f"training: {means} at step 20 (mean of the last 2 steps)"]
 
 
 def test_every_line_weighs_as_its_steps_and_a_lost_value_is_left_out(tmp_path):
     """Of 40 steps the last ten: 4 of 1.0, 4 not finite, 2 of 4.0: (4 + 8) / 6 = 2."""
     lines = [trained(step, 50.0) for step in (10, 20, 30)]
     found = lines_of(tmp_path, *lines, trained(34, 1.0), trained(38, None), trained(40, 4.0))
-    assert found[0].startswith("training, mean of the last 10 of 40 steps: loss 2.0000 ")
+    assert found[0].startswith("training: loss 2.0000 ")
+    assert found[0].endswith(" at step 40 (mean of the last 10 steps)")
 
 
 @pytest.mark.parametrize("steps", [(1,), (1, 2, 3)])
 def test_a_single_batch_is_called_one(tmp_path, steps):
     (found,) = lines_of(tmp_path, *(trained(step, 1.0 * step) for step in steps))
-    assert found.startswith(f"training, the last batch alone: loss {steps[-1]:.4f} ")
+    assert found.startswith(f"training: loss {steps[-1]:.4f} ")
+    assert found.endswith(f" at step {steps[-1]} (the last batch alone)")
 
 
 def test_held_out_lines_carry_their_interval(tmp_path):

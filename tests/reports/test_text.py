@@ -9,7 +9,7 @@ from rich.console import Console
 
 from orpo_ray.config.schema import ORPOConfig
 from orpo_ray.reports.card import is_hub_id, write_model_card
-from orpo_ray.reports.evaluation import evaluation_tables
+from orpo_ray.reports.evaluation import _tables
 from orpo_ray.reports.live import LiveView
 from orpo_ray.reports.live_sweep import leaderboard
 from orpo_ray.reports.page import as_markdown, fenced, render
@@ -40,8 +40,8 @@ def everywhere(text: str) -> list[str]:
     _print_table(Console(file=table, width=200), (text,), [(text, "b")])
     goal = Goal(f"eval_{text}", "eval_", "min", None)
     return [
-        shown(*evaluation_tables("eval", part)),
-        shown(*evaluation_tables(text, part)),
+        shown(*_tables("eval", part)),
+        shown(*_tables(text, part)),
         shown(view),
         table.getvalue(),
         shown(leaderboard([], goal)),
@@ -162,3 +162,11 @@ def test_a_prompt_does_not_end_the_block_of_the_settings(tmp_path):
     card = write_card(tmp_path / "a", sample_prompts=[prompt])
     block = card.content[card.content.index("## Settings") : card.content.index("## Citation")]
     assert block.count("````") == 2
+
+
+def test_a_figure_that_is_not_there_costs_its_line_alone():
+    """As in an evaluation of a version that did not compute it."""
+    known = {"accuracy": Estimate(0.5, 0.4, 0.6)}
+    out = shown(*_tables("eval", SetEvaluation(2, known, {}, {}, {}, "s")))
+    assert "accuracy" in out
+    assert "perplexity" not in out

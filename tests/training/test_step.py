@@ -20,7 +20,7 @@ from orpo_ray.objective.metrics import N_SUMS
 from orpo_ray.objective.objectives import orpo
 from orpo_ray.training.errors import MicrobatchTooLargeError
 from orpo_ray.training.optimizer import build_optimizer, build_scheduler
-from orpo_ray.training.step import TrainState, step_seed, train_step
+from orpo_ray.training.step import TrainState, adamw_step, step_seed, train_step
 from tests.reference.models import odd_groups, tiny_model
 from tests.reference.small_run import make_inputs, token_stream
 
@@ -52,6 +52,61 @@ def test_a_microbatch_reads_nothing_back():
         assert reads.count == 0
         float(sums[0])
     assert reads.count == 1
+
+
+def calls_of_two_steps(folder: Path) -> list[str]:
+    """Names of the operations that update weights or bring a number to the host, in order."""
+    device = torch.device("cpu")
+    config = ORPOConfig()
+    model = build_model(config, str(folder / "model"), device)
+    optimizer = build_optimizer(model, config.train)
+    scheduler = build_scheduler(optimizer, config.train, 2)
+    state = TrainState(model, optimizer, scheduler, orpo(0.1), 1.0, 0, device)
+    seen: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten._fused_adamw_.default,
+            ):
+                seen.append(func.__name__.removesuffix(".default"))
+            return func(*args, **(kwargs or {}))
+
+    for batch in token_stream(folder, 0, 1).batches(0, 2):
+        with Record():
+            train_step(state, batch, torch.zeros(N_SUMS, dtype=torch.float64))
+    return seen
+
+
+def test_the_update_is_queued_before_the_host_waits_for_the_norm(run_ranks, tmp_path):
+    """Else a GPU is idle from the end of its gradients until the update reaches it."""
+    make_inputs(tmp_path)
+    (seen,) = run_ranks(1, calls_of_two_steps, tmp_path)
+    # One update for weights with decay and one for those without; then one read.
+    assert seen == ["_fused_adamw_", "_fused_adamw_", "_local_scalar_dense"] * 2
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 100.0])
+def test_gradients_are_clipped_inside_adamw_as_before_it(max_norm):
+    """Against torch's own function; where nothing is clipped, to the bit."""
+    torch.manual_seed(0)
+    start = torch.randn(40, 8)
+    ends = []
+    for is_inside in (True, False):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+        for step in range(4):
+            weight.grad = torch.randn(40, 8, generator=torch.Generator().manual_seed(step))
+            if is_inside:
+                adamw_step(optimizer, weight.grad.norm(), max_norm)
+            else:
+                torch.nn.utils.clip_grad_norm_([weight], max_norm or float("inf"))
+                optimizer.step()
+        ends.append(weight.detach())
+    assert not torch.equal(ends[0], start)
+    tolerance = 1e-6 if max_norm == 0.5 else 0.0
+    torch.testing.assert_close(*ends, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.needs_gpu

@@ -4,39 +4,41 @@ One call for the whole row: every segment is a sequence of its own, whose keys a
 its own, concatenated. Its causal mask is aligned to the bottom right.
 """
 
-from inspect import signature
-from typing import Any
-
+import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from orpo_ray.models.attention.layout import GatheredKeys, PackedLayout, Scores
 
 Heads = Float[Tensor, "1 heads tokens width"]
 KeyHeads = Float[Tensor, "1 kv_heads tokens width"]
 Attended = Float[Tensor, "1 tokens heads width"]
-# Torch 2.11 detects grouped-query attention by itself; later releases have an argument for it.
-_HAS_ENABLE_GQA = "enable_gqa" in signature(varlen_attn).parameters
 
 
 def varlen(
     query: Heads, key: KeyHeads, value: KeyHeads, layout: PackedLayout, scores: Scores
 ) -> Attended:
-    """Attend with `torch.nn.attention.varlen`, which has no logit soft-capping."""
+    """Attend with flash attention, which has no logit soft-capping.
+
+    By the operator that `torch.nn.attention.varlen.varlen_attn` calls, with the same arguments, and
+    not by that function: it goes through operators written in Python, forward and backward, which
+    takes the host longer in every layer (benchmarks/RESULTS.md).
+    """
     gathered = layout.gathered
-    is_grouped = query.shape[1] != key.shape[1]
-    options: dict[str, Any] = {"enable_gqa": is_grouped} if _HAS_ENABLE_GQA else {}
-    output: Tensor = varlen_attn(  # type: ignore[assignment]
+    left, right = _window(scores)
+    output: Tensor = torch.ops.aten._flash_attention_forward(
         *_gather(query, key, value, gathered),
         gathered.query_ends,
         gathered.key_ends,
         gathered.longest_query,
         gathered.longest_key,
+        0.0,  # dropout
+        left < 0,  # without a window; one of (left, 0) is causal as well
+        False,  # the mask of the dropout, for debugging
         scale=scores.scaling,
-        window_size=_window(scores),
-        **options,
-    )
+        window_size_left=left,
+        window_size_right=right,
+    )[0]
     return output[None]
 
 
