@@ -65,6 +65,7 @@ def _compare(folder: Path, trees: dict[str, Path], dtype: str, n_rounds: int) ->
 def _step_ms(tree: Path, folder: Path, run: str, dtype: str) -> float:
     """Median milliseconds a step of one run of one tree, as its metrics say."""
     environment = os.environ | {"PYTHONPATH": str(tree), "RAY_ADDRESS": "local"}
+    environment["OMP_NUM_THREADS"] = "1"  # else the time is that of waiting for one another
     command = [
         *(sys.executable, "jobs/train.py", f"model_name_or_path={folder / 'model'}"),
         *(f"train_files={folder / 'pairs.jsonl'}", f"output_dir={folder / 'runs'}"),

@@ -143,7 +143,8 @@ def _run_tasks(
     small = [{"files": batch} for batch in batches if len(batch) > 1]
     large = [{"source": batch[0][0], "path": batch[0][1]} for batch in batches if len(batch) == 1]
     splits = map_tasks(large, SplitFile(request.shard_rows)) if large else []
-    answers = map_tasks(small + splits, TokenizeSplit(request, tokens))
+    work = TokenizeSplit(request, tokens, request.pickled_tokenizer())
+    answers = map_tasks(small + splits, work)
     problems = [line for answer in answers for line in answer.get("problems", ())]
     if problems:
         raise DataError(sorted(set(problems)))

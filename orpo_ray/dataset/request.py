@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,8 +68,12 @@ class IngestRequest:
     subset_column: str | None = None
     trust_remote_code: bool = False
 
-    def pair_tokenizer(self) -> PairTokenizer:
-        """Return the tokenizer, loaded once per process unless the files of its folder change."""
+    def pair_tokenizer(self, pickled: bytes | None = None) -> PairTokenizer:
+        """Return the tokenizer, loaded once per process unless the files of its folder change.
+
+        Args:
+            pickled: of `pickled_tokenizer`, to be taken instead of the files.
+        """
         folder = Path(self.tokenizer)
         stats = [path.stat() for path in sorted(folder.iterdir())] if folder.is_dir() else []
         files = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
@@ -79,9 +84,22 @@ class IngestRequest:
             self.chat_template,
             self.trust_remote_code,
         )
-        return _load_tokenizer(
-            source, self.limits, self.special_tokens, self.reader.takes_one_answer, files
-        )
+        one_answer = self.reader.takes_one_answer
+        return _load_tokenizer(source, self.limits, self.special_tokens, one_answer, files, pickled)
+
+    def pickled_tokenizer(self) -> bytes | None:
+        """The loaded tokenizer for data tasks, which would import torch to load it themselves.
+
+        None for a class that is not of transformers: other nodes may not have its module. Nor can
+        a tokenizer with parts in Python be pickled.
+        """
+        tokenizer = self.pair_tokenizer().tokenizer
+        if type(tokenizer).__module__.partition(".")[0] != "transformers":
+            return None
+        try:
+            return pickle.dumps(tokenizer)
+        except Exception:  # of tokenizers, which has no class of its own for it
+            return None
 
 
 @functools.lru_cache(maxsize=8)
@@ -91,6 +109,7 @@ def _load_tokenizer(
     special_tokens: str,
     takes_one_answer: bool,
     files: tuple[tuple[int, int], ...],
+    pickled: bytes | None,
 ) -> PairTokenizer:
     """Load the tokenizer; `files` is there for the cache key.
 
@@ -98,8 +117,17 @@ def _load_tokenizer(
         DataError: if it cannot be loaded, or cannot tokenize pairs.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a data task has one CPU
+    tokenizer = None if pickled is None else _unpickled(pickled)
     try:
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
     except UnsupportedModelError as error:
         raise DataError([f"model_name_or_path: {error}"]) from error
     return PairTokenizer(tokenizer, limits, special_tokens, takes_one_answer)
+
+
+def _unpickled(pickled: bytes) -> Any:
+    """The tokenizer, or None where this node's transformers cannot read it."""
+    try:
+        return pickle.loads(pickled)
+    except Exception:  # whatever another version makes of it
+        return None

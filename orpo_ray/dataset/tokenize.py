@@ -5,7 +5,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from orpo_ray.dataset.chunks import QUARANTINE, Chunk, ChunkWriter, write_chunks
@@ -81,14 +81,21 @@ class SplitFile:
 
 @dataclass(frozen=True)
 class TokenizeSplit:
-    """Data task that tokenizes one split, or some small files, into token shards."""
+    """Data task that tokenizes one split, or some small files, into token shards.
+
+    Args:
+        request: for the token set.
+        tokens: its folder.
+        tokenizer: of `request.pickled_tokenizer`.
+    """
 
     request: IngestRequest
     tokens: FolderLike
+    tokenizer: bytes | None = field(default=None, repr=False)
 
     @functools.cached_property
     def _pairs(self) -> PairTokenizer:
-        return self.request.pair_tokenizer()
+        return self.request.pair_tokenizer(self.tokenizer)
 
     @_data_errors_as_items
     def __call__(self, item: dict[str, Any]) -> list[dict[str, Any]]:
