@@ -85,9 +85,10 @@ def train_step(state: TrainState, batch: StepBatch, sums: Tensor) -> StepResult:
         step_sums += output.sums
         margins.append((row.row_ids, output.chosen_log_probs - output.rejected_log_probs))
     norm = gradient_norm(state.model)
+    is_finite = _OnHost(norm.isfinite())
     # AdamW is queued before the host waits for the norm, the one wait for the device in a step.
     is_adamw = isinstance(state.optimizer, torch.optim.AdamW)
-    if not is_adamw and not torch.isfinite(norm):
+    if not is_adamw and not is_finite:
         raise _non_finite(state, batch, scale)
     started = time.perf_counter()
     if is_adamw:
@@ -97,11 +98,30 @@ def train_step(state: TrainState, batch: StepBatch, sums: Tensor) -> StepResult:
             clip_grads_with_norm_(state.model.parameters(), state.max_grad_norm, norm)
         state.optimizer.step()
     optimizer_s = time.perf_counter() - started
-    if is_adamw and not torch.isfinite(norm):
+    if not is_finite:
         raise _non_finite(state, batch, scale)
     state.scheduler.step()
     sums += step_sums
     return StepResult(norm, margins, optimizer_s)
+
+
+class _OnHost:
+    """A flag of the device on its way to the host, which what is queued after it does not delay.
+
+    Args:
+        flag: a scalar of booleans.
+    """
+
+    def __init__(self, flag: Tensor) -> None:
+        self._value = flag.to("cpu", non_blocking=True)  # into pinned memory
+        self._copied = torch.cuda.Event() if flag.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def __bool__(self) -> bool:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._value)
 
 
 def forward_backward(state: TrainState, row: PackedRow, scale: LossScale) -> OrpoOutput:
@@ -146,8 +166,8 @@ def adamw_step(optimizer: Any, norm: Tensor, max_norm: float) -> None:
     """
     optimizer.found_inf = (~norm.isfinite()).float()
     if max_norm:
-        # The divisor of `clip_grad_norm_`'s factor.
-        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+        # The inverse of `clip_grad_norm_`'s factor; the kernel reads fp32.
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0).float()
     optimizer.step()
     optimizer.found_inf = optimizer.grad_scale = None
 
