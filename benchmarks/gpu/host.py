@@ -2,7 +2,8 @@
 
 16 layers, 16 wide, one pair a step: the products take next to nothing, and what is left is what a
 GPU waits for, Python, launches and bookkeeping. Both trees run the real `jobs/train.py` with one
-worker on one CPU, in turn, and log after every 20 steps; the number is the median over these.
+worker and one thread, in turn, and log after every 20 steps; a round's number is the median of
+those means, and "less by" is of the fastest rounds.
 """
 
 import argparse
